@@ -1,0 +1,83 @@
+"""The protocol of an attention backend, and which one is taken."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Protocol
+
+import torch
+
+from nanovllm.batch import Batch
+from nanovllm.cache_spec import PagedKVSpec
+from nanovllm.errors import ConfigError
+
+
+class AttentionBackend(Protocol):
+    """Stores new keys and values in their pages, then attends over the pages.
+
+    Every token's KV is stored before any row attends, so a sequence may read pages that
+    another one fills in the same step.
+    """
+
+    name: str
+
+    def unsupported_reason(
+        self, device: torch.device, dtype: torch.dtype, spec: PagedKVSpec, block_size: int
+    ) -> str | None:
+        """None if this backend can serve such a layer here, else why not."""
+        ...
+
+    def kv_shape(self, spec: PagedKVSpec, num_blocks: int, block_size: int) -> tuple[int, ...]:
+        """Shape of one layer's cache tensor."""
+        ...
+
+    def prepare(self, batch: Batch, block_size: int) -> Any:
+        """Work that all layers of a step share; the result is `batch.attention`."""
+        ...
+
+    def forward(
+        self,
+        q: torch.Tensor,  # [T, H, D]
+        k: torch.Tensor,  # [T, KH, D]
+        v: torch.Tensor,  # [T, KH, D]
+        kv: torch.Tensor,  # kv_shape
+        batch: Batch,
+        *,
+        scale: float,
+        window: int | None = None,
+        alibi: torch.Tensor | None = None,  # [H] fp32 slopes: adds slope * (key - query position)
+    ) -> torch.Tensor:  # [T, H, D]
+        ...
+
+
+# in order of preference; the oracle comes last
+_BACKENDS = {
+    "cpu": "nanovllm.attention.cpu:CPUAttention",
+    "reference": "nanovllm.attention.reference:ReferenceAttention",
+}
+
+
+def load_backend(name: str) -> AttentionBackend:
+    module, _, cls = _BACKENDS[name].partition(":")
+    return getattr(importlib.import_module(module), cls)()
+
+
+def select_backend(name: str, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
+    """The configured backend, or for "auto" the first that runs on this device and dtype.
+
+    Whether it serves a given layer is checked once the layer is known (`require_support`).
+    """
+    if name != "auto":
+        return load_backend(name)
+    probe = PagedKVSpec(num_kv_heads=1, head_dim=64, dtype=dtype)
+    for candidate in _BACKENDS:
+        backend = load_backend(candidate)
+        if backend.unsupported_reason(device, dtype, probe, 16) is None:
+            return backend
+    raise AssertionError("the reference backend runs everywhere")
+
+
+def require_support(backend: AttentionBackend, device: torch.device, spec: PagedKVSpec, block_size: int) -> None:
+    reason = backend.unsupported_reason(device, spec.dtype, spec, block_size)
+    if reason:
+        raise ConfigError(f"attention_backend={backend.name!r}: {reason}")

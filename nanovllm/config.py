@@ -1,0 +1,173 @@
+"""EngineConfig: every option of the engine, checked where it enters."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from nanovllm.errors import ConfigError
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "load_format": ("auto", "safetensors", "gguf", "dummy"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "device": ("auto", "cpu", "cuda"),
+    "attention_backend": ("auto", "cpu", "reference"),
+    "scheduling_policy": ("fcfs", "priority"),
+}
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_DEFAULT_BATCHED_TOKENS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Options of an engine; frozen. `resolve` fills in what depends on the model.
+
+    model: a local Hugging Face directory, a `.gguf` file, a Hub repository id, or an alias.
+    revision: branch, tag or commit of a Hub repository.
+    tokenizer: a directory, file or repository id to take the tokenizer from instead.
+    skip_tokenizer_init: no tokenizer; prompts are token ids and `text` stays empty.
+    trust_remote_code: always False here; models that need their own code are refused.
+    load_format: "auto" by the files; "dummy" fills seeded random weights (benchmarks).
+    dtype: "auto" is the checkpoint's own; quantised GGUF and float16 run as bfloat16 on CPU.
+    device: "auto" is cuda where torch sees one.
+    seed: of the engine's own stream, from which requests without a seed draw theirs;
+        None takes it from the operating system.
+    max_model_len: prompt and output tokens of one sequence; default the model's own limit,
+        lowered to what the page pool can hold.
+    max_num_batched_tokens: token budget of one step (default 2048, at least max_num_seqs).
+    max_num_seqs: sequences running at once.
+    kvcache_block_size: tokens a page; a power of two from 8.
+    num_kvcache_blocks: pages; default from the memory.
+    kvcache_memory: CPU only: bytes or "4GiB" for pages and states; default a share of what
+        is free.
+    gpu_memory_utilization: GPU only: share of the device's memory for weights and pages.
+    tensor_parallel_size: ranks; only 1 in this version.
+    enforce_eager: never replay a recorded step. Every step of this version runs eagerly.
+    enable_prefix_caching: reuse the pages of equal prefixes.
+    attention_backend: "auto", or the name of one.
+    scheduling_policy: "fcfs", or "priority" (lower values first).
+    """
+
+    model: str
+    revision: str | None = None
+    tokenizer: str | None = None
+    skip_tokenizer_init: bool = False
+    trust_remote_code: bool = False
+    load_format: str = "auto"
+    dtype: str = "auto"
+    device: str = "auto"
+    seed: int | None = 0
+    max_model_len: int | None = None
+    max_num_batched_tokens: int | None = None
+    max_num_seqs: int = 256
+    kvcache_block_size: int = 16
+    num_kvcache_blocks: int | None = None
+    kvcache_memory: int | str | None = None
+    gpu_memory_utilization: float = 0.9
+    tensor_parallel_size: int = 1
+    enforce_eager: bool = False
+    enable_prefix_caching: bool = True
+    attention_backend: str = "auto"
+    scheduling_policy: str = "fcfs"
+
+    @classmethod
+    def from_options(cls, model: str, options: dict[str, Any]) -> EngineConfig:
+        """Build from keyword arguments; an unknown name is an error with the nearest valid one."""
+        names = [f.name for f in dataclasses.fields(cls)]
+        for name in options:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]!r}?" if near else f"valid options: {', '.join(names)}"
+                raise ConfigError(f"unknown option {name!r}; {hint}")
+        return cls(model=model, **options)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, str) or not self.model:
+            raise ConfigError(f"model must be a path, a repository id or an alias, got {self.model!r}")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        for name in ("max_num_seqs", "tensor_parallel_size"):
+            _require_count(name, getattr(self, name))
+        for name in ("max_model_len", "max_num_batched_tokens", "num_kvcache_blocks"):
+            if getattr(self, name) is not None:
+                _require_count(name, getattr(self, name))
+        self._check_values()
+
+    def _check_values(self) -> None:
+        block_size = self.kvcache_block_size
+        if not isinstance(block_size, int) or block_size < 8 or block_size & (block_size - 1):
+            raise ConfigError(f"kvcache_block_size={block_size!r} must be a power of two of at least 8")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(f"gpu_memory_utilization={self.gpu_memory_utilization!r} must be in (0, 1]")
+        if self.tensor_parallel_size != 1:
+            raise ConfigError(
+                f"tensor_parallel_size={self.tensor_parallel_size}: this version runs one rank; set it to 1"
+            )
+        if self.trust_remote_code:
+            raise ConfigError(
+                "trust_remote_code=True: nanovllm never runs code from a model repository; "
+                "use a model whose architecture is built in"
+            )
+        budget = self.max_num_batched_tokens
+        if budget is not None and budget < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens={budget} is below max_num_seqs={self.max_num_seqs}: every "
+                "running sequence needs one token a step; raise the first or lower the second"
+            )
+        if self.kvcache_memory is not None:
+            parse_bytes("kvcache_memory", self.kvcache_memory)
+            if self.num_kvcache_blocks is not None:
+                raise ConfigError("set kvcache_memory or num_kvcache_blocks, not both")
+
+    def resolve(self, *, checkpoint_dtype: str, max_positions: int, cuda: bool) -> EngineConfig:
+        """Return a copy with device, dtype, max_model_len and the token budget filled in.
+
+        checkpoint_dtype: of the weights on disk. max_positions: the model's own limit.
+        cuda: whether this machine has a CUDA device.
+        """
+        device = self.device if self.device != "auto" else ("cuda" if cuda else "cpu")
+        if device == "cuda" and not cuda:
+            raise ConfigError("device='cuda' but torch sees no CUDA device; use device='cpu' or 'auto'")
+        if device == "cuda" and self.kvcache_memory is not None:
+            raise ConfigError("kvcache_memory is for device='cpu'; on cuda set gpu_memory_utilization")
+        max_model_len = self.max_model_len or max_positions
+        if max_model_len > max_positions:
+            raise ConfigError(
+                f"max_model_len={max_model_len} exceeds the {max_positions} positions of the model; "
+                f"set max_model_len to at most {max_positions}"
+            )
+        return dataclasses.replace(
+            self,
+            device=device,
+            dtype=self._resolved_dtype(checkpoint_dtype, device),
+            max_model_len=max_model_len,
+            max_num_batched_tokens=self.max_num_batched_tokens or max(_DEFAULT_BATCHED_TOKENS, self.max_num_seqs),
+        )
+
+    def _resolved_dtype(self, checkpoint_dtype: str, device: str) -> str:
+        if self.dtype != "auto":
+            return self.dtype
+        if checkpoint_dtype == "float32":
+            return "float32"
+        # CPUs multiply bfloat16 natively far more often than float16
+        return "bfloat16" if device == "cpu" else checkpoint_dtype
+
+
+def parse_bytes(name: str, value: int | str) -> int:
+    """Bytes of 123, "512MiB" or "4GB"; ConfigError for anything else."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", value, re.I) if isinstance(value, str) else None
+    size = int(float(match[1]) * _UNITS[(match[2] or "").lower()]) if match else 0
+    if size <= 0:
+        raise ConfigError(f"{name}={value!r} must be a number of bytes or a size such as '4GiB'")
+    return size
+
+
+def _require_count(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")

@@ -1,0 +1,61 @@
+"""From an EngineConfig to a running engine: find the files, read them, load, size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from nanovllm.config import EngineConfig
+from nanovllm.engine.executor import InProcessExecutor
+from nanovllm.engine.llm_engine import LLMEngine, require_model_len
+from nanovllm.models.registry import model_class
+from nanovllm.tokenizer.tokenizer import Tokenizer
+from nanovllm.weights.checkpoint import Checkpoint, open_checkpoint
+from nanovllm.weights.hub import resolve_model
+
+
+def build_engine(asked: EngineConfig) -> LLMEngine:
+    """Raises ConfigError, ModelNotFound, ModelNotSupported or WeightError."""
+    checkpoint = open_checkpoint(resolve_model(asked.model, asked.revision), asked.load_format)
+    cls = model_class(checkpoint.config.get("architectures") or [])
+    model_config = cls.config_class.from_hf(checkpoint.config)
+    config = asked.resolve(
+        checkpoint_dtype=checkpoint.dtype,
+        max_positions=model_config.max_position_embeddings,
+        cuda=torch.cuda.is_available(),
+    )
+    tokenizer = _load_tokenizer(asked, checkpoint)
+    executor = InProcessExecutor(config, cls, model_config, checkpoint)
+    engine = LLMEngine(
+        config,
+        tokenizer,
+        executor,
+        vocab_size=model_config.vocab_size,
+        eos_ids=_eos_ids(checkpoint, tokenizer),
+    )
+    assert engine.config.max_model_len is not None
+    require_model_len(asked.max_model_len, engine.config.max_model_len)
+    return engine
+
+
+def _load_tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> Tokenizer | None:
+    if config.skip_tokenizer_init:
+        return None
+    if config.tokenizer is None:
+        return checkpoint.load_tokenizer()
+    path = resolve_model(config.tokenizer)
+    return Tokenizer.from_directory(path) if path.is_dir() else open_checkpoint(path).load_tokenizer()
+
+
+def _eos_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> list[int]:
+    """Every end-of-sequence token that the files name; there may be several."""
+    found: dict[int, None] = {}
+    for value in (
+        checkpoint.generation_config.get("eos_token_id"),
+        checkpoint.config.get("eos_token_id"),
+        tokenizer.eos_token_id if tokenizer is not None else None,
+    ):
+        ids: list[Any] = value if isinstance(value, list) else [value]
+        found.update(dict.fromkeys(i for i in ids if i is not None))
+    return list(found)

@@ -1,0 +1,48 @@
+"""Executor: where steps are carried out. In-process here; other processes keep the protocol."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import Protocol
+
+from nanovllm.cache_spec import CachePlan
+from nanovllm.config import EngineConfig
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.step import StepPlan, StepResult
+from nanovllm.models.base import CausalLM, ModelConfig
+from nanovllm.weights.checkpoint import Checkpoint
+
+
+class Executor(Protocol):
+    """capacity: what every rank can hold. submit: one step; the future carries its result or the
+    rank's exception. close: releases models, caches and processes; harmless when repeated."""
+
+    @property
+    def capacity(self) -> CachePlan: ...
+
+    def submit(self, plan: StepPlan) -> Future[StepResult]: ...
+
+    def close(self) -> None: ...
+
+
+class InProcessExecutor:
+    """One rank, called directly."""
+
+    def __init__(
+        self, config: EngineConfig, model_class: type[CausalLM], model_config: ModelConfig, checkpoint: Checkpoint
+    ) -> None:
+        self._runner: ModelRunner | None = ModelRunner(config, model_class, model_config, checkpoint)
+        self._capacity = self._runner.cache_plan
+
+    @property
+    def capacity(self) -> CachePlan:
+        return self._capacity
+
+    def submit(self, plan: StepPlan) -> Future[StepResult]:
+        assert self._runner is not None, "closed"
+        future: Future[StepResult] = Future()
+        future.set_result(self._runner.execute(plan))
+        return future
+
+    def close(self) -> None:
+        self._runner = None

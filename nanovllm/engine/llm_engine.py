@@ -1,0 +1,167 @@
+"""LLMEngine: schedule, execute, update; everything else is somebody else's job."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import secrets
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from nanovllm.config import EngineConfig
+from nanovllm.engine.cache_manager import CacheManager
+from nanovllm.engine.executor import Executor
+from nanovllm.engine.output_processor import OutputProcessor
+from nanovllm.engine.request import Prompt, Request, RequestPreparer
+from nanovllm.engine.scheduler import Scheduler, SequenceUpdate
+from nanovllm.errors import ConfigError, EngineClosed, RequestError
+from nanovllm.outputs import RequestOutput
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.tokenizer.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Totals since the engine started. prompt_tokens: computed, not taken from the prefix cache."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    preemptions: int = 0
+
+
+class LLMEngine:
+    """Synchronous, single-threaded, abortable between steps.
+
+    `prepare` only checks and may be called from the caller's side of a queue; `add`, `step`
+    and `abort` belong to the one thread that drives the engine.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        tokenizer: Tokenizer | None,
+        executor: Executor,
+        *,
+        vocab_size: int,
+        eos_ids: list[int],
+    ) -> None:
+        """config: resolved. executor: loaded and sized."""
+        self._executor: Executor | None = executor
+        capacity = executor.capacity
+        cache = CacheManager(
+            capacity.num_blocks,
+            config.kvcache_block_size,
+            num_slots=capacity.num_slots,
+            enable_prefix_caching=config.enable_prefix_caching,
+        )
+        self.config = config = _fit_model_len(config, cache.max_tokens)
+        self.tokenizer = tokenizer
+        self.stats = EngineStats()
+        assert config.max_model_len is not None and config.max_num_batched_tokens is not None
+        self.scheduler = Scheduler(
+            cache,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=config.max_model_len,
+            policy=config.scheduling_policy,
+        )
+        self._outputs = OutputProcessor(tokenizer)
+        self._preparer = RequestPreparer(
+            tokenizer, vocab_size=vocab_size, max_model_len=config.max_model_len, eos_ids=eos_ids
+        )
+        self._random = np.random.default_rng(secrets.randbits(64) if config.seed is None else config.seed)
+        self._next_seq_id = 0
+
+    def prepare(
+        self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None, priority: int = 0
+    ) -> Request:
+        """Check and tokenise a prompt; RequestError if it can never be served."""
+        first = self._next_seq_id
+        self._next_seq_id += params.n
+        request_id = request_id if request_id is not None else str(first)
+        seed = int(self._random.integers(2**63))
+        return self._preparer.prepare(
+            prompt, params, request_id=request_id, first_seq_id=first, seed=seed, priority=priority
+        )
+
+    def add(self, request: Request) -> None:
+        self._open()
+        if self._outputs.request(request.request_id) is not None:
+            raise RequestError(f"request_id {request.request_id!r} is in use; choose another")
+        self._outputs.add(request)
+        for seq in request.sequences:
+            self.scheduler.add(seq)
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request at once; None if it is unknown or has finished."""
+        request = self._outputs.request(request_id)
+        if request is None:
+            return None
+        for seq in request.sequences:
+            self.scheduler.finish(seq, "abort")
+        return self._outputs.abort(request_id)
+
+    @property
+    def has_unfinished(self) -> bool:
+        return self.scheduler.has_unfinished
+
+    def step(self) -> list[RequestOutput]:
+        """One forward pass for everybody who runs; the outputs that it changed."""
+        executor, start = self._open(), time.monotonic()
+        plan = self.scheduler.schedule()
+        try:
+            result = executor.submit(plan).result()
+        except BaseException:
+            self.scheduler.abandon_step()
+            raise
+        updates = self.scheduler.update(plan, result)
+        outputs, stopped = self._outputs.process(updates, start)
+        for seq, stop in stopped:
+            self.scheduler.finish(seq, "stop", stop)
+        self._count(updates)
+        return outputs
+
+    def close(self) -> None:
+        """Release the model and its caches; harmless when repeated."""
+        if self._executor is not None:
+            self._executor.close()
+            self._executor = None
+
+    def _open(self) -> Executor:
+        if self._executor is None:
+            raise EngineClosed("this engine is closed; create a new LLM")
+        return self._executor
+
+    def _count(self, updates: list[SequenceUpdate]) -> None:
+        stats = self.stats
+        stats.steps += 1
+        stats.preemptions = self.scheduler.num_preemptions
+        for update in updates:
+            stats.generation_tokens += update.token_id is not None
+            stats.prompt_tokens += max(0, update.seq.num_prompt_tokens - update.start)
+            stats.prompt_tokens -= max(0, update.seq.num_prompt_tokens - update.seq.num_computed)
+
+
+def _fit_model_len(config: EngineConfig, max_tokens: int) -> EngineConfig:
+    """Lower max_model_len to what the page pool can hold, so that every request can finish."""
+    assert config.max_model_len is not None
+    if config.max_model_len <= max_tokens:
+        return config
+    logger.warning(
+        "max_model_len lowered from %d to %d, which is what the cache memory holds", config.max_model_len, max_tokens
+    )
+    return dataclasses.replace(config, max_model_len=max_tokens)
+
+
+def require_model_len(asked: int | None, resolved: int) -> None:
+    """A max_model_len that the user asked for is kept or refused, never lowered."""
+    if asked is not None and asked > resolved:
+        raise ConfigError(
+            f"max_model_len={asked} does not fit: the cache memory holds {resolved} tokens. "
+            "Give it more (kvcache_memory, num_kvcache_blocks or gpu_memory_utilization), or lower max_model_len"
+        )

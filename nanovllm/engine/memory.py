@@ -1,0 +1,49 @@
+"""How much memory the caches may take on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+
+from nanovllm.config import EngineConfig, parse_bytes
+from nanovllm.errors import ConfigError
+
+_DEFAULT_SHARE = 0.4  # of what is free on the host; pages that are never used cost nothing
+
+
+def cache_memory(config: EngineConfig, device: torch.device) -> int:
+    """Bytes for pages and states, once the weights are in place."""
+    if device.type == "cuda":
+        return _cuda_memory(config, device)
+    free = free_host_memory()
+    if config.kvcache_memory is None:
+        return free if config.num_kvcache_blocks is not None else int(free * _DEFAULT_SHARE)
+    asked = parse_bytes("kvcache_memory", config.kvcache_memory)
+    if asked > free:
+        raise ConfigError(f"kvcache_memory={config.kvcache_memory!r} is more than the {free:,} bytes that are free")
+    return asked
+
+
+def free_host_memory() -> int:
+    """Bytes this process can still get: what the machine has, within its control group's limit."""
+    free = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+    except (OSError, ValueError):
+        return free
+    return free if limit == "max" else max(0, min(free, int(limit) - used))
+
+
+def _cuda_memory(config: EngineConfig, device: torch.device) -> int:
+    free, total = torch.cuda.mem_get_info(device)
+    memory = int(total * config.gpu_memory_utilization) - (total - free)
+    if memory <= 0:
+        raise ConfigError(
+            f"gpu_memory_utilization={config.gpu_memory_utilization} of {total:,} bytes is below the "
+            f"{total - free:,} in use already; raise it, or free memory on the device"
+        )
+    return memory

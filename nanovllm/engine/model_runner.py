@@ -1,0 +1,125 @@
+"""ModelRunner: one rank's model and caches; turns a StepPlan into a StepResult."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import torch
+
+from nanovllm.attention.base import AttentionBackend, require_support, select_backend
+from nanovllm.batch import Batch
+from nanovllm.build_context import BuildContext
+from nanovllm.cache_spec import CachePlan, CacheSpec, PagedKVSpec, plan_cache
+from nanovllm.config import EngineConfig
+from nanovllm.engine.batch_builder import build_batch
+from nanovllm.engine.memory import cache_memory
+from nanovllm.engine.step import StepPlan, StepResult
+from nanovllm.layers.attention import CachedLayer
+from nanovllm.layers.sampler import sample, token_logprobs
+from nanovllm.models.base import CausalLM, ModelConfig
+from nanovllm.sample_row import TokenLogprobs
+from nanovllm.weights.checkpoint import Checkpoint
+from nanovllm.weights.loader import fill_dummy_weights, load_weights
+
+logger = logging.getLogger(__name__)
+
+# Prompt logprobs need logits for every prompt token; so many rows at a time bound the memory.
+_LOGITS_ROWS = 256
+
+
+class ModelRunner:
+    """Owns the model and the cache tensors; complete on construction (loaded, sized, bound)."""
+
+    def __init__(
+        self, config: EngineConfig, model_class: type[CausalLM], model_config: ModelConfig, checkpoint: Checkpoint
+    ) -> None:
+        """config: resolved."""
+        assert config.max_model_len is not None
+        self._device = torch.device(config.device)
+        self._block_size = config.kvcache_block_size
+        dtype: torch.dtype = getattr(torch, config.dtype)
+        self._backend: AttentionBackend = select_backend(config.attention_backend, self._device, dtype)
+        ctx = BuildContext(self._device, dtype, self._backend, config.max_model_len)
+        self._model = model_class(model_config, ctx)
+        if config.load_format == "dummy":
+            fill_dummy_weights(self._model, config.seed or 0)
+        else:
+            load_weights(self._model, checkpoint.tensors(), self._model.weight_rules)
+        self.cache_plan = self._create_caches(config)
+        logger.info(
+            "%s on %s in %s, attention %s, %d pages of %d tokens (%.2f GiB)",
+            model_class.__name__,
+            config.device,
+            config.dtype,
+            self._backend.name,
+            self.cache_plan.num_blocks - 1,
+            self._block_size,
+            self.cache_plan.num_bytes / 2**30,
+        )
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        """One forward pass over the planned tokens, then one token for each sequence that samples."""
+        batch = build_batch(
+            plan,
+            block_size=self._block_size,
+            device=self._device,
+            backend=self._backend,
+            with_states=self.cache_plan.num_slots > 0,
+        )
+        hidden = self._model(batch)  # [T, H]
+        prompt_logprobs = self._prompt_logprobs(plan, batch, hidden)
+        rows = [s.sample for s in plan.sequences if s.sample is not None]
+        if not rows:
+            return StepResult(np.empty(0, dtype=np.int64), [], prompt_logprobs)
+        logits = self._model.compute_logits(hidden[batch.logits_rows])
+        token_ids, logprobs = sample(logits, rows)
+        return StepResult(token_ids, logprobs, prompt_logprobs)
+
+    def _prompt_logprobs(self, plan: StepPlan, batch: Batch, hidden: torch.Tensor) -> dict[int, list[TokenLogprobs]]:
+        found: dict[int, list[TokenLogprobs]] = {}
+        row = 0
+        for s in plan.sequences:
+            if s.prompt_targets is not None:
+                mine = found[s.seq_id] = []
+                for i in range(0, len(s.prompt_targets), _LOGITS_ROWS):
+                    targets = s.prompt_targets[i : i + _LOGITS_ROWS].astype(np.int64)
+                    logits = self._model.compute_logits(hidden[row + i : row + i + len(targets)])
+                    counts = [s.num_prompt_logprobs] * len(targets)
+                    mine += token_logprobs(logits.log_softmax(dim=-1), targets, counts)
+            row += s.num_tokens
+        return found
+
+    def _create_caches(self, config: EngineConfig) -> CachePlan:
+        """Size the caches of all layers together, allocate and bind them."""
+        assert config.max_model_len is not None
+        layers = [m for m in self._model.modules() if isinstance(m, CachedLayer)]
+        specs = [layer.cache_spec for layer in layers]
+        for spec in specs:
+            if isinstance(spec, PagedKVSpec):
+                require_support(self._backend, self._device, spec, self._block_size)
+        plan = plan_cache(
+            specs,
+            cache_memory(config, self._device),
+            block_size=self._block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_blocks=config.max_num_seqs * -(-config.max_model_len // self._block_size),
+            num_blocks=config.num_kvcache_blocks,
+        )
+        for layer, spec in zip(layers, specs, strict=True):
+            layer.bind(*self._cache_tensors(spec, plan))
+        return plan
+
+    def _cache_tensors(self, spec: CacheSpec, plan: CachePlan) -> list[torch.Tensor]:
+        if isinstance(spec, PagedKVSpec):
+            return [self._zeros(self._backend.kv_shape(spec, plan.num_blocks, self._block_size), spec.dtype)]
+        return [self._zeros((plan.num_slots, *s), d) for s, d in zip(spec.shapes, spec.dtypes, strict=True)]
+
+    def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Zeroed, because masked-out garbage times zero must not be NaN. On the CPU calloc's zeros:
+        the operating system supplies a page of them when it is first touched."""
+        if self._device.type != "cpu":
+            return torch.zeros(shape, dtype=dtype, device=self._device)
+        size = int(np.prod(shape)) * dtype.itemsize
+        return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)

@@ -1,0 +1,160 @@
+"""OutputProcessor: from sequence updates to text, stop strings, logprobs and RequestOutputs."""
+
+from __future__ import annotations
+
+import time
+
+from nanovllm.engine.request import Request
+from nanovllm.engine.scheduler import SequenceUpdate
+from nanovllm.engine.sequence import Sequence
+from nanovllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from nanovllm.sample_row import TokenLogprobs
+from nanovllm.tokenizer.detokenizer import Detokenizer
+from nanovllm.tokenizer.stop import StopMatcher
+from nanovllm.tokenizer.tokenizer import Tokenizer
+
+
+class _Completion:
+    """One sequence's output in the making."""
+
+    def __init__(self, seq: Sequence, tokenizer: Tokenizer | None) -> None:
+        params = seq.params
+        self.params = params
+        self.output = CompletionOutput(seq.index, "", [])
+        if params.logprobs is not None:
+            self.output.logprobs, self.output.cumulative_logprob = [], 0.0
+        self._detokenizer = (
+            Detokenizer(tokenizer, params.skip_special_tokens) if tokenizer is not None and params.detokenize else None
+        )
+        self._stop = StopMatcher(params.stop_strings, params.include_stop_str_in_output)
+
+    def append(self, token_id: int, ended_by_token: bool) -> None:
+        """Take a token; the text of one that ends the sequence is shown only on request."""
+        self.output.token_ids.append(token_id)
+        if self._detokenizer is None or (ended_by_token and not self.params.include_stop_str_in_output):
+            return
+        text = self._detokenizer.append([token_id])
+        if len(self.output.token_ids) <= self.params.min_tokens:
+            self.output.text += text  # too early for any stop
+            return
+        shown, stop = self._stop.push(text)
+        self.output.text += shown
+        if stop is not None:
+            self.output.finish_reason, self.output.stop_reason = "stop", stop
+
+    def finish(self, reason: str, stop_reason: str | int | None) -> None:
+        """End it for another reason than a stop string: show what was held back."""
+        if self._detokenizer is not None:
+            shown, stop = self._stop.push(self._detokenizer.flush())
+            self.output.text += shown + self._stop.flush()
+            if stop is not None:
+                reason, stop_reason = "stop", stop
+        self.output.finish_reason, self.output.stop_reason = reason, stop_reason
+
+
+class _RequestState:
+    def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
+        self.request = request
+        self.completions = {seq.seq_id: _Completion(seq, tokenizer) for seq in request.sequences}
+        prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+        if request.params.prompt_logprobs is not None:
+            prompt_logprobs = [None] * len(request.prompt_token_ids)
+        self.output = RequestOutput(
+            request_id=request.request_id,
+            prompt=request.prompt,
+            prompt_token_ids=request.prompt_token_ids,
+            outputs=[c.output for c in self.completions.values()],
+            finished=False,
+            metrics=RequestMetrics(request.arrival_time),
+            prompt_logprobs=prompt_logprobs,
+        )
+
+
+class OutputProcessor:
+    """Owns the state of every unfinished request's output.
+
+    A request has one RequestOutput, which later steps update in place.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._tokenizer = tokenizer
+        self._states: dict[str, _RequestState] = {}
+
+    def add(self, request: Request) -> None:
+        self._states[request.request_id] = _RequestState(request, self._tokenizer)
+
+    def request(self, request_id: str) -> Request | None:
+        """An unfinished request."""
+        state = self._states.get(request_id)
+        return None if state is None else state.request
+
+    def process(
+        self, updates: list[SequenceUpdate], step_start: float
+    ) -> tuple[list[RequestOutput], list[tuple[Sequence, str]]]:
+        """Outputs of the requests that got something, and the running sequences that a stop
+        string ended (with the string): those the scheduler still has to finish.
+        """
+        now = time.monotonic()
+        touched: dict[str, _RequestState] = {}
+        stopped: list[tuple[Sequence, str]] = []
+        for update in updates:
+            seq = update.seq
+            state = touched[seq.request_id] = self._states[seq.request_id]
+            completion = state.completions[seq.seq_id]
+            self._book(state, completion, update, step_start, now)
+            if seq.finished and not completion.output.finished:
+                assert seq.finish_reason is not None
+                completion.finish(seq.finish_reason, seq.stop_reason)
+            elif completion.output.finished and not seq.finished:
+                assert isinstance(completion.output.stop_reason, str)
+                stopped.append((seq, completion.output.stop_reason))
+        return [self._settle(state, now) for state in touched.values()], stopped
+
+    def abort(self, request_id: str) -> RequestOutput:
+        """End a request's unfinished completions."""
+        state = self._states[request_id]
+        for completion in state.completions.values():
+            if not completion.output.finished:
+                completion.finish("abort", None)
+        return self._settle(state, time.monotonic())
+
+    def _book(
+        self, state: _RequestState, completion: _Completion, update: SequenceUpdate, start: float, now: float
+    ) -> None:
+        metrics = state.output.metrics
+        if metrics.first_scheduled_time is None:
+            metrics.first_scheduled_time = start
+        if update.prompt_logprobs is not None:
+            assert state.output.prompt_logprobs is not None
+            for i, found in enumerate(update.prompt_logprobs, start=update.start + 1):
+                state.output.prompt_logprobs[i] = self._logprob_dict(found)
+        if update.token_id is None:
+            return
+        if metrics.first_token_time is None:
+            metrics.first_token_time = now
+        metrics.last_token_time = now
+        if update.logprobs is not None:
+            output = completion.output
+            assert output.logprobs is not None and output.cumulative_logprob is not None
+            output.logprobs.append(self._logprob_dict(update.logprobs))
+            output.cumulative_logprob += float(update.logprobs.logprobs[0])
+        completion.append(update.token_id, ended_by_token=update.seq.finish_reason == "stop")
+
+    def _settle(self, state: _RequestState, now: float) -> RequestOutput:
+        output, sequences = state.output, state.request.sequences
+        output.num_cached_tokens = sequences[0].num_cached
+        output.metrics.num_preemptions = sum(seq.num_preemptions for seq in sequences)
+        output.finished = all(completion.finished for completion in output.outputs)
+        if output.finished:
+            output.metrics.finished_time = now
+            del self._states[output.request_id]
+        return output
+
+    def _logprob_dict(self, found: TokenLogprobs) -> dict[int, Logprob]:
+        """The actual token first, with its own rank; then the likeliest, ranked from 1."""
+        text = self._tokenizer.token_text if self._tokenizer is not None else lambda _: None
+        ids, values = found.token_ids.tolist(), found.logprobs.tolist()
+        result = {ids[0]: Logprob(values[0], found.rank, text(ids[0]))}
+        for rank, (token_id, value) in enumerate(zip(ids[1:], values[1:], strict=True), start=1):
+            result.setdefault(token_id, Logprob(value, rank, text(token_id)))
+        return result

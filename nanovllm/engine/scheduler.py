@@ -1,0 +1,227 @@
+"""Scheduler: one token budget a step, shared by decodes and prompt chunks."""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+from dataclasses import dataclass
+
+from nanovllm.engine.cache_manager import CacheManager
+from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.engine.step import PlannedSequence, StepPlan, StepResult
+from nanovllm.sample_row import SampleRow, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceUpdate:
+    """What one step brought one sequence; token_id is None while its prompt is incomplete.
+
+    start: position of the first token that the step computed; prompt_logprobs[i] belongs to
+        the prompt token at start + 1 + i.
+    """
+
+    seq: Sequence
+    start: int
+    token_id: int | None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+
+
+class Scheduler:
+    """Decides who runs. Pure Python: it knows tokens and pages, not tensors or text.
+
+    Running sequences come first, in order of (priority, arrival), then waiting ones are
+    admitted in the same order. When pages run out, the last running sequence is preempted:
+    its pages go back and it will recompute its tokens, or find them in the prefix cache.
+    """
+
+    def __init__(
+        self,
+        cache: CacheManager,
+        *,
+        max_num_batched_tokens: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        policy: str = "fcfs",
+    ) -> None:
+        assert max_num_seqs <= max_num_batched_tokens and max_model_len <= cache.max_tokens
+        self.cache = cache
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_num_seqs = max_num_seqs
+        self.max_model_len = max_model_len
+        self._by_priority = policy == "priority"
+        self.running: list[Sequence] = []  # sorted by _order
+        self._waiting: list[tuple[tuple[int, int], Sequence]] = []  # heap; may hold finished ones
+        self._num_waiting = 0
+        self.num_preemptions = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return self._num_waiting
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self.running) or self._num_waiting > 0
+
+    def add(self, seq: Sequence) -> None:
+        assert seq.status is SequenceStatus.WAITING and seq.num_tokens < self.max_model_len
+        self._num_waiting += 1
+        heapq.heappush(self._waiting, (self._order(seq), seq))
+
+    def finish(self, seq: Sequence, reason: str, stop_reason: str | int | None = None) -> None:
+        """End a sequence at any time between steps; harmless if it has ended."""
+        if seq.finished:
+            return
+        if seq.status is SequenceStatus.RUNNING:
+            self.running.remove(seq)
+        else:
+            self._num_waiting -= 1  # its heap entry is skipped when it surfaces
+        seq.status = SequenceStatus.FINISHED
+        seq.finish_reason, seq.stop_reason = reason, stop_reason
+        self.cache.forget(seq)
+
+    def schedule(self) -> StepPlan:
+        """Plan one step; empty only when there is nothing to do."""
+        planned: list[PlannedSequence] = []
+        preempted_before = self.num_preemptions
+        budget = self._schedule_running(planned)
+        if self.num_preemptions == preempted_before:  # else the victim would come straight back
+            self._admit_waiting(planned, budget)
+        return StepPlan(planned)
+
+    def update(self, plan: StepPlan, result: StepResult) -> list[SequenceUpdate]:
+        """Book a step's tokens: advance, append, and finish what has come to its end."""
+        by_id = {seq.seq_id: seq for seq in self.running}
+        updates = []
+        row = 0
+        for item in plan.sequences:
+            seq = by_id[item.seq_id]
+            seq.num_computed += item.num_tokens
+            token_id, logprobs = None, None
+            if item.sample is not None:
+                token_id, logprobs = int(result.token_ids[row]), result.logprobs[row]
+                row += 1
+                seq.append(token_id)
+                self._finish_if_ended(seq, token_id)
+            prompt_logprobs = result.prompt_logprobs.get(seq.seq_id)
+            updates.append(SequenceUpdate(seq, item.start, token_id, logprobs, prompt_logprobs))
+        return updates
+
+    def abandon_step(self) -> None:
+        """A step broke off half-way: pages may be half-written, so nothing in them is trusted.
+
+        Running sequences go back to the queue and will be recomputed; every prefix is forgotten.
+        """
+        self.cache.reset_prefix_cache()
+        while self.running:
+            self._preempt(self.running.pop())
+
+    def _order(self, seq: Sequence) -> tuple[int, int]:
+        return (seq.priority if self._by_priority else 0, seq.seq_id)
+
+    def _schedule_running(self, planned: list[PlannedSequence]) -> int:
+        """Plan what runs already; returns the budget that is left."""
+        budget = self.max_num_batched_tokens
+        decodes_left = sum(seq.num_uncomputed == 1 for seq in self.running)
+        i = 0
+        while i < len(self.running):
+            seq = self.running[i]
+            decodes_left -= seq.num_uncomputed == 1
+            # a long prompt leaves one token for each decode behind it
+            count = min(seq.num_uncomputed, budget - decodes_left)
+            if count > 0:
+                if not self._make_room(seq, count):
+                    break  # seq was the last one and has been preempted itself
+                planned.append(self._plan(seq, count))
+                budget -= count
+            i += 1
+        return budget
+
+    def _make_room(self, seq: Sequence, count: int) -> bool:
+        """Reserve pages for seq, preempting from the end of the running list."""
+        while not self.cache.reserve(seq, count):
+            victim = self.running.pop()
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.cache.free(seq)
+        seq.num_computed = 0
+        seq.num_preemptions += 1
+        seq.status = SequenceStatus.WAITING
+        self.num_preemptions += 1
+        self.add(seq)
+
+    def _admit_waiting(self, planned: list[PlannedSequence], budget: int) -> None:
+        held_back = []
+        while self._waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+            entry = heapq.heappop(self._waiting)
+            seq = entry[1]
+            if seq.finished:
+                continue
+            if seq.leader is not None and not (seq.leader.prompt_computed or seq.leader.finished):
+                held_back.append(entry)  # its prompt is on the way in the leader's pages
+                continue
+            count = self.cache.admit(seq, budget, spare=len(self.running))
+            if count is None:
+                held_back.append(entry)
+                break  # first come, first served: nobody overtakes for want of pages
+            self._num_waiting -= 1
+            if seq.num_preemptions == 0:
+                seq.num_cached = min(seq.num_computed, seq.num_prompt_tokens)
+            seq.status = SequenceStatus.RUNNING
+            bisect.insort(self.running, seq, key=self._order)
+            planned.append(self._plan(seq, count))
+            budget -= count
+        for entry in held_back:
+            heapq.heappush(self._waiting, entry)
+
+    def _plan(self, seq: Sequence, count: int) -> PlannedSequence:
+        start, end = seq.num_computed, seq.num_computed + count
+        self.cache.commit(seq, count)
+        wants_prompt_logprobs = seq.params.prompt_logprobs is not None and start < seq.num_prompt_tokens - 1
+        return PlannedSequence(
+            seq_id=seq.seq_id,
+            token_ids=seq.token_ids[start:end],
+            start=start,
+            block_table=self.cache.block_table(seq),
+            state_slot=self.cache.state_slot(seq),
+            sample=self._sample_row(seq) if end == seq.num_tokens else None,
+            num_prompt_logprobs=seq.params.prompt_logprobs if wants_prompt_logprobs else None,
+            prompt_targets=seq.token_ids[start + 1 : min(end + 1, seq.num_prompt_tokens)]
+            if wants_prompt_logprobs
+            else None,
+        )
+
+    @staticmethod
+    def _sample_row(seq: Sequence) -> SampleRow:
+        below_min = seq.num_output_tokens < seq.params.min_tokens
+        return SampleRow(
+            params=seq.params,
+            seed=seq.seed,
+            index=seq.num_output_tokens,
+            prompt=seq.token_ids[: seq.num_prompt_tokens],
+            output=seq.output_token_ids,
+            stop_ids=seq.stop_ids if below_min else (),
+            bad_words=seq.bad_words,
+        )
+
+    def _finish_if_ended(self, seq: Sequence, token_id: int) -> None:
+        params = seq.params
+        if token_id in seq.stop_ids and seq.num_output_tokens >= params.min_tokens:
+            assert params.stop_token_ids is not None
+            self.finish(seq, "stop", token_id if token_id in params.stop_token_ids else None)
+        elif seq.num_output_tokens == params.max_tokens or seq.num_tokens >= self.max_model_len:
+            self.finish(seq, "length")
+
+    def check_invariants(self) -> None:
+        waiting = [seq for _, seq in self._waiting if not seq.finished]
+        assert len(waiting) == self._num_waiting
+        assert all(s.status is SequenceStatus.WAITING and s.num_computed == 0 for s in waiting)
+        assert all(s.status is SequenceStatus.RUNNING and s.num_uncomputed > 0 for s in self.running)
+        assert len(self.running) <= self.max_num_seqs
+        assert [self._order(s) for s in self.running] == sorted(self._order(s) for s in self.running)
+        assert all(not self.cache.block_table(s) for s in waiting), "a waiting sequence holds pages"
+        self.cache.check_invariants(waiting + self.running)

@@ -1,0 +1,94 @@
+"""Sequence: one completion of one prompt, as the scheduler sees it."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence as Tokens
+
+import numpy as np
+
+from nanovllm.sampling_params import SamplingParams
+
+
+class SequenceStatus(enum.Enum):
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+class Sequence:
+    """Owns its tokens and says how far they are computed; its pages belong to the CacheManager.
+
+    tokens:   |---- prompt ----|---- output ----|
+              0 <= num_cached <= num_computed <= num_tokens
+    Tokens before num_computed have their keys and values in pages (or in a state); the last
+    token is always one that still has to be computed while the sequence runs.
+    """
+
+    def __init__(
+        self,
+        seq_id: int,
+        prompt: Tokens[int],
+        params: SamplingParams,
+        *,
+        request_id: str = "",
+        index: int = 0,
+        seed: int = 0,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        stop_ids: tuple[int, ...] = (),
+        bad_words: tuple[tuple[int, ...], ...] = (),
+        leader: Sequence | None = None,
+    ) -> None:
+        self.seq_id = seq_id  # also the order of arrival
+        self.request_id = request_id
+        self.index = index
+        self.params = params
+        self.seed = seed
+        self.priority = priority
+        self.cache_salt = cache_salt
+        self.stop_ids = stop_ids
+        self.bad_words = bad_words
+        self.leader = leader  # the sibling that computes the shared prompt first
+        self.status = SequenceStatus.WAITING
+        self.num_prompt_tokens = len(prompt)
+        self.num_tokens = len(prompt)
+        self.num_computed = 0
+        self.num_cached = 0  # prompt tokens that came from the prefix cache, at first admission
+        self.num_preemptions = 0
+        self.finish_reason: str | None = None
+        self.stop_reason: str | int | None = None
+        self._tokens = np.array(prompt, dtype=np.int32)
+
+    @property
+    def token_ids(self) -> np.ndarray:
+        """int32 [num_tokens], a view."""
+        return self._tokens[: self.num_tokens]
+
+    @property
+    def output_token_ids(self) -> np.ndarray:
+        return self._tokens[self.num_prompt_tokens : self.num_tokens]
+
+    @property
+    def num_output_tokens(self) -> int:
+        return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed(self) -> int:
+        return self.num_tokens - self.num_computed
+
+    @property
+    def prompt_computed(self) -> bool:
+        return self.num_computed >= self.num_prompt_tokens
+
+    @property
+    def finished(self) -> bool:
+        return self.status is SequenceStatus.FINISHED
+
+    def append(self, token_id: int) -> None:
+        if self.num_tokens == len(self._tokens):
+            grown = np.empty(2 * len(self._tokens) + 16, dtype=np.int32)
+            grown[: self.num_tokens] = self._tokens
+            self._tokens = grown
+        self._tokens[self.num_tokens] = token_id
+        self.num_tokens += 1

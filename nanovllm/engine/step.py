@@ -1,0 +1,52 @@
+"""StepPlan and StepResult: all that crosses between scheduler and model runner, in numpy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from nanovllm.sample_row import SampleRow, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSequence:
+    """One sequence's part in a step: tokens [start, start + len(token_ids)) are computed.
+
+    sample: None while the prompt is incomplete after this step.
+    prompt_targets: for prompt logprobs: the tokens that rows start.. predict; may be shorter
+        than token_ids (the last prompt token predicts output).
+    """
+
+    seq_id: int
+    token_ids: np.ndarray  # int32 [n]
+    start: int
+    block_table: list[int]
+    state_slot: int
+    sample: SampleRow | None
+    num_prompt_logprobs: int | None = None
+    prompt_targets: np.ndarray | None = None  # int32 [<= n]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """Who runs in a step, how many tokens each, in which pages."""
+
+    sequences: list[PlannedSequence]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(s.num_tokens for s in self.sequences)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step produced: one token for each planned sequence that samples, in plan order."""
+
+    token_ids: np.ndarray  # int64 [R]
+    logprobs: list[TokenLogprobs | None]  # [R]
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)  # by seq_id

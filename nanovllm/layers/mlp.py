@@ -1,0 +1,23 @@
+"""The gated MLP of the Llama line."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from nanovllm.build_context import BuildContext
+from nanovllm.layers.activation import silu_and_mul
+from nanovllm.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), gate and up in one matrix."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, ctx: BuildContext, *, bias: bool = False) -> None:
+        super().__init__()
+        shards: dict[str | None, int] = {"gate": intermediate_size, "up": intermediate_size}
+        self.gate_up_proj = MergedColumnParallelLinear(hidden_size, shards, ctx, bias=bias)
+        self.down_proj = RowParallelLinear(intermediate_size, hidden_size, ctx, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [T, H] -> [T, H]
+        return self.down_proj(silu_and_mul(self.gate_up_proj(x)))

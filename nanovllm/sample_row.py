@@ -1,0 +1,38 @@
+"""SampleRow and TokenLogprobs: what the sampler is told about a row, and what it tells back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from nanovllm.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """How to draw one sequence's next token.
+
+    seed: of the sequence's random stream; index: the token's place in it, so that a draw
+        depends on nothing else (not the batch, not a preemption).
+    prompt, output: token ids so far, int32; views into the sequence, valid for this step.
+    stop_ids: tokens that min_tokens forbids for now; empty when none.
+    bad_words: token sequences that must not be completed.
+    """
+
+    params: SamplingParams
+    seed: int
+    index: int
+    prompt: np.ndarray
+    output: np.ndarray
+    stop_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log probabilities at one position: the actual token first, then the likeliest in order."""
+
+    token_ids: np.ndarray  # int64 [1 + k]
+    logprobs: np.ndarray  # float32 [1 + k]
+    rank: int  # of the actual token, 1 is the likeliest

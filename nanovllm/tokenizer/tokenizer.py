@@ -1,0 +1,190 @@
+"""Tokenizer: the `tokenizers` library with what an engine needs beside it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from nanovllm.errors import ModelNotFound, ModelNotSupported, RequestError
+
+Message = Mapping[str, Any]
+"""One turn of a conversation: {"role": ..., "content": ...}."""
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class Tokenizer:
+    """Text <-> token ids, the exact bytes of each token, and the model's chat template."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.bos_token = bos_token
+        self.eos_token = eos_token
+        self.chat_template = chat_template
+        self._added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(i for i, token in self._added.items() if token.special)
+        self._to_bytes = _bytes_rule(backend.decoder)
+        self._bytes: dict[int, bytes] = {}
+
+    @classmethod
+    def from_directory(cls, path: Path) -> Tokenizer:
+        """Read tokenizer.json and, where they exist, tokenizer_config.json and the chat template."""
+        file = path / "tokenizer.json"
+        if not file.is_file():
+            raise ModelNotFound(
+                f"{file} does not exist. Save it with transformers: "
+                "AutoTokenizer.from_pretrained(...).save_pretrained(...), give tokenizer=..., "
+                "or set skip_tokenizer_init=True and pass token ids"
+            )
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception
+            raise ModelNotSupported(f"{file} is not a tokenizer that this version reads: {error}") from error
+        config = _read_json(path / "tokenizer_config.json")
+        template = path / "chat_template.jinja"
+        return cls(
+            backend,
+            bos_token=_token_text(config.get("bos_token")),
+            eos_token=_token_text(config.get("eos_token")),
+            chat_template=template.read_text() if template.is_file() else _template_text(config),
+        )
+
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """The `tokenizers.Tokenizer` underneath."""
+        return self._backend
+
+    @property
+    def vocab_size(self) -> int:
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return None if self.eos_token is None else self._backend.token_to_id(self.eos_token)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return None if self.bos_token is None else self._backend.token_to_id(self.bos_token)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`, with the tokenizer's own BOS/EOS unless told otherwise."""
+        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids, as transformers' `decode` gives it."""
+        return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The exact bytes of one token in running text; empty for an id outside the vocabulary."""
+        found = self._bytes.get(token_id)
+        if found is None:
+            found = self._bytes[token_id] = self._lookup_bytes(token_id)
+        return found
+
+    def token_text(self, token_id: int) -> str:
+        """One token as text; U+FFFD stands for bytes that are no whole character."""
+        return self.token_bytes(token_id).decode("utf-8", errors="replace")
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        *,
+        tokenize: bool = True,
+        add_generation_prompt: bool = False,
+        chat_template: str | None = None,
+        **variables: Any,
+    ) -> str | list[int]:
+        """Render a conversation with the model's template; RequestError if it has none."""
+        from nanovllm.tokenizer.chat_template import render_chat  # jinja2 is a tenth of the import time
+
+        template = chat_template or self.chat_template
+        if template is None:
+            raise RequestError("this model's files hold no chat template; pass chat_template=... or use generate()")
+        text = render_chat(
+            template,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            bos_token=self.bos_token or "",
+            eos_token=self.eos_token or "",
+            **variables,
+        )
+        # the template has written the special tokens itself
+        return self.encode(text, add_special_tokens=False) if tokenize else text
+
+    def _lookup_bytes(self, token_id: int) -> bytes:
+        if token_id in self._added:
+            return self._added[token_id].content.encode()
+        token = self._backend.id_to_token(token_id)
+        return b"" if token is None else self._to_bytes(token)
+
+
+def _byte_level_table() -> dict[str, int]:
+    """Inverse of GPT-2's byte-to-character table (Radford et al. 2019): printable bytes stand
+    for themselves, the others follow from U+0100 in order."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
+
+
+_BYTE_LEVEL = _byte_level_table()
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    try:
+        return bytes(_BYTE_LEVEL[c] for c in token)
+    except KeyError:  # a token that was added as plain text
+        return token.encode()
+
+
+def _sentencepiece_bytes(token: str) -> bytes:
+    match = _BYTE_TOKEN.fullmatch(token)
+    return bytes([int(match[1], 16)]) if match else token.replace("\u2581", " ").encode()
+
+
+def _bytes_rule(decoder: Any) -> Any:
+    """The function from a token's spelling to its bytes, by the tokenizer's decoder."""
+    spec = json.loads(decoder.__getstate__()) if decoder is not None else {"type": None}
+    kinds = {d["type"] for d in spec.get("decoders", [spec])}
+    if "ByteLevel" in kinds:
+        return _byte_level_bytes
+    if kinds & {"ByteFallback", "Metaspace"}:
+        return _sentencepiece_bytes
+    raise ModelNotSupported(
+        f"tokenizers that decode with {', '.join(map(str, kinds))} are not supported; "
+        "byte-level BPE and SentencePiece are. Set skip_tokenizer_init=True and pass token ids"
+    )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ModelNotFound(f"{file} is not valid JSON: {error}") from error
+
+
+def _token_text(token: Any) -> str | None:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _template_text(config: dict[str, Any]) -> str | None:
+    """A template, or the one called "default" of several named ones."""
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        template = {t["name"]: t["template"] for t in template}.get("default")
+    return template

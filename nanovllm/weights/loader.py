@@ -1,0 +1,72 @@
+"""Strict loading: every tensor of the model from exactly one tensor on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from nanovllm.errors import WeightError
+from nanovllm.layers.weight_layer import WeightLayer
+from nanovllm.weights.rules import Rule, disk_name, resolve
+from nanovllm.weights.tensor_source import LazyTensor
+
+_LISTED = 20
+
+
+def load_weights(model: nn.Module, tensors: Iterable[LazyTensor], rules: Sequence[Rule]) -> None:
+    """Fill the model's parameters, then let each layer finalise (pack) what it got.
+
+    Raises WeightError that names every missing, unexpected and misshapen tensor.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, WeightLayer)}
+    wanted = {
+        (f"{name}.{parameter}", shard): shape
+        for name, layer in layers.items()
+        for parameter, shards in layer.expected_weights().items()
+        for shard, shape in shards.items()
+    }
+    missing = dict(wanted)
+    unexpected, misshapen = [], []
+    for tensor in tensors:
+        target = resolve(tensor.name, rules)
+        if target is None:
+            continue
+        if target not in missing:
+            unexpected.append(tensor.name)
+        elif missing.pop(target) != tensor.shape:
+            misshapen.append(f"{tensor.name} (is {tensor.shape}, should be {wanted[target]})")
+        elif not (unexpected or misshapen):
+            layer_name, _, parameter = target[0].rpartition(".")
+            layers[layer_name].load_weight(parameter, tensor.load(), target[1])
+    problems = [
+        _listing("missing", [disk_name(name, shard, rules) for name, shard in missing]),
+        _listing("unexpected", unexpected),
+        _listing("misshapen", misshapen),
+    ]
+    if any(problems):
+        raise WeightError("the weights do not fit the model: " + "; ".join(filter(None, problems)))
+    for layer in layers.values():
+        layer.finalize_weights()
+
+
+def fill_dummy_weights(model: nn.Module, seed: int = 0) -> None:
+    """Seeded random weights of a harmless size, for benchmarks without a checkpoint."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in model.modules():
+        if not isinstance(layer, WeightLayer):
+            continue
+        for parameter, shards in layer.expected_weights().items():
+            for shard, shape in shards.items():
+                values = torch.randn(shape, generator=generator) * 0.02
+                # norm weights are vectors around one
+                layer.load_weight(parameter, values + 1 if len(shape) == 1 else values, shard)
+        layer.finalize_weights()
+
+
+def _listing(what: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f"{len(names)} {what}: {', '.join(names[:_LISTED])}{more}"
