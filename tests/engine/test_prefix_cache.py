@@ -1,0 +1,186 @@
+"""Prefix caching, siblings, state slots; the bugs that users of small engines report most."""
+
+import pickle
+
+import pytest
+from helpers import mock_engine, naive_generate, run_all
+
+from nanovllm import SamplingParams
+
+GREEDY = SamplingParams(max_tokens=4, ignore_eos=True, seed=0)
+PROMPT = list(range(40))
+
+
+def generate(engine, prompt, params=GREEDY):
+    request = engine.prepare(prompt, params)
+    engine.add(request)
+    return run_all(engine)[request.request_id]
+
+
+def test_second_request_is_served_from_the_cache_and_counts_it():
+    engine, executor = mock_engine()
+    assert generate(engine, PROMPT).num_cached_tokens == 0
+    executor.plans.clear()
+    output = generate(engine, [*PROMPT[:32], 99, 98])
+    assert output.num_cached_tokens == 32
+    assert executor.plans[0].sequences[0].start == 32
+    assert output["token_ids"] == naive_generate([*PROMPT[:32], 99, 98], 4, eos=None)
+
+
+def test_full_hit_still_computes_one_token():
+    """nano-vllm #144, #199: a prompt that is cached to its last token left nothing to compute."""
+    engine, executor = mock_engine()
+    generate(engine, PROMPT)
+    executor.plans.clear()
+    output = generate(engine, PROMPT)  # 40 = 5 pages of 8
+    assert executor.plans[0].sequences[0].start == 32
+    assert output.num_cached_tokens == 32
+    assert output["token_ids"] == naive_generate(PROMPT, 4, eos=None)
+
+
+def test_generated_tokens_are_cached_too():
+    engine, _ = mock_engine()
+    first = generate(engine, PROMPT, SamplingParams(max_tokens=20, ignore_eos=True, seed=0))
+    conversation = PROMPT + first["token_ids"]
+    assert generate(engine, [*conversation, 1]).num_cached_tokens == 56  # 59 computed tokens, 7 whole pages
+
+
+def test_prefix_hit_after_preemption():
+    """nano-vllm #207, #210, #211, #233: a preempted sequence that found its own pages again used
+    counters from before the preemption."""
+    engine, executor = mock_engine(num_blocks=9, max_num_seqs=4, max_num_batched_tokens=16)
+    params = SamplingParams(max_tokens=24, ignore_eos=True, seed=0)
+    prompts = [[i] * 10 for i in range(4)]
+    requests = [engine.prepare(p, params) for p in prompts]
+    for request in requests:
+        engine.add(request)
+    finished = run_all(engine)
+    resumed = [s for plan in executor.plans for s in plan.sequences if s.start > 0 and s.num_tokens > 1]
+    assert engine.stats.preemptions > 0
+    assert resumed, "no preempted sequence was resumed from cached pages"
+    for prompt, request in zip(prompts, requests, strict=True):
+        assert finished[request.request_id]["token_ids"] == naive_generate(prompt, 24, eos=None)
+
+
+def test_cached_count_is_that_of_the_first_admission():
+    """nano-vllm #110: re-admission after preemption must not be booked as a prompt cache hit."""
+    engine, _ = mock_engine(num_blocks=9, max_num_seqs=4, max_num_batched_tokens=16)
+    requests = [engine.prepare([i] * 10, SamplingParams(max_tokens=24, ignore_eos=True)) for i in range(4)]
+    for request in requests:
+        engine.add(request)
+    outputs = run_all(engine).values()
+    assert any(o.metrics.num_preemptions for o in outputs)
+    assert all(o.num_cached_tokens == 0 for o in outputs)
+
+
+def test_chunks_continue_where_the_last_one_ended():
+    """nano-vllm #209, #213, #217: lengths of a chunk beyond what is computed."""
+    engine, executor = mock_engine(max_num_batched_tokens=16, max_num_seqs=4)
+    output = generate(engine, PROMPT)
+    chunks = [(s.start, s.num_tokens, s.sample is not None) for p in executor.plans for s in p.sequences]
+    assert chunks[:3] == [(0, 16, False), (16, 16, False), (32, 8, True)]
+    assert output["token_ids"] == naive_generate(PROMPT, 4, eos=None)
+
+
+def test_plans_survive_pickling():
+    """nano-vllm #103: token ids were lost on their way to another process."""
+    engine, executor = mock_engine()
+    generate(engine, PROMPT)
+    for plan in executor.plans:
+        copy = pickle.loads(pickle.dumps(plan))
+        for a, b in zip(plan.sequences, copy.sequences, strict=True):
+            assert a.token_ids.tolist() == b.token_ids.tolist()
+            assert (a.start, a.block_table) == (b.start, b.block_table)
+
+
+def test_same_step_requests_share_pages():
+    engine, executor = mock_engine(max_num_batched_tokens=256, max_num_seqs=8)
+    requests = [engine.prepare([*PROMPT, i], GREEDY) for i in range(4)]
+    for request in requests:
+        engine.add(request)
+    finished = run_all(engine)
+    assert [s.start for s in executor.plans[0].sequences] == [0, 40, 40, 40]
+    for i, request in enumerate(requests):
+        assert finished[request.request_id]["token_ids"] == naive_generate([*PROMPT, i], 4, eos=None)
+
+
+def test_salts_separate_tenants():
+    engine, _ = mock_engine()
+
+    def cached(salt):
+        prompt = {"prompt_token_ids": PROMPT} | ({} if salt is None else {"cache_salt": salt})
+        return generate(engine, prompt).num_cached_tokens
+
+    assert [cached(s) for s in (None, "a", "b", "", "a", None, "")] == [0, 0, 0, 0, 32, 32, 32]
+
+
+def test_caching_off():
+    engine, _ = mock_engine(enable_prefix_caching=False)
+    assert [generate(engine, PROMPT).num_cached_tokens for _ in range(2)] == [0, 0]
+
+
+def test_reset():
+    engine, _ = mock_engine()
+    generate(engine, PROMPT)
+    engine.scheduler.cache.reset_prefix_cache()
+    assert generate(engine, PROMPT).num_cached_tokens == 0
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_siblings_share_the_prompts_pages(caching):
+    engine, executor = mock_engine(enable_prefix_caching=caching)
+    output = generate(engine, PROMPT, SamplingParams(n=3, max_tokens=5, ignore_eos=True, seed=11))
+    prompt_work = sum(max(0, len(PROMPT) - s.start) for p in executor.plans for s in p.sequences)
+    assert prompt_work == 40 + 2 * 8  # the siblings compute the last page alone
+    tables = [s.block_table for s in executor.plans[1].sequences]
+    assert len({tuple(t[:4]) for t in tables}) == 1
+    for i, completion in enumerate(output.outputs):
+        assert completion.index == i
+        assert completion.token_ids == naive_generate(PROMPT, 5, seed=11 + i, eos=None)
+
+
+def test_siblings_of_different_requests_do_not_meet_when_caching_is_off():
+    engine, _ = mock_engine(enable_prefix_caching=False)
+    params = SamplingParams(n=2, max_tokens=2)
+    generate(engine, PROMPT, params)
+    assert generate(engine, PROMPT, params).num_cached_tokens == 0
+
+
+def test_prompt_logprobs_compute_the_whole_prompt():
+    engine, executor = mock_engine(max_num_batched_tokens=16, max_num_seqs=4)
+    generate(engine, PROMPT)
+    executor.plans.clear()
+    output = generate(engine, PROMPT, SamplingParams(max_tokens=2, prompt_logprobs=1, n=2))
+    assert executor.plans[0].sequences[0].start == 0
+    assert output.prompt_logprobs[0] is None
+    assert [next(iter(d)) for d in output.prompt_logprobs[1:]] == PROMPT[1:]
+
+
+def test_an_interrupted_step_leaves_no_trust_in_its_pages():
+    """Ctrl-C in the middle of a step: the pages it was filling must not be found by later prompts."""
+    engine, executor = mock_engine()
+    request = engine.prepare(PROMPT, GREEDY)
+    engine.add(request)
+    executor.fail_next = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    engine.scheduler.check_invariants()
+    assert run_all(engine)[request.request_id]["token_ids"] == naive_generate(PROMPT, 4, eos=None)
+
+
+def test_state_slots_belong_to_running_sequences():
+    engine, executor = mock_engine(num_slots=3, max_num_seqs=2)
+    requests = [engine.prepare([i] * 10, GREEDY) for i in range(5)]
+    for request in requests:
+        engine.add(request)
+    while engine.has_unfinished:
+        engine.step()
+        engine.scheduler.check_invariants()
+        slots = [s.state_slot for s in executor.plans[-1].sequences]
+        assert len(set(slots)) == len(slots)
+        assert set(slots) <= {1, 2}
+
+
+def test_recurrent_models_do_not_take_pages_without_state():
+    engine, _ = mock_engine(num_slots=3, max_num_seqs=2)
+    assert [generate(engine, PROMPT).num_cached_tokens for _ in range(2)] == [0, 0]
