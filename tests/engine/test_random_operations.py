@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from nanovllm import SamplingParams
 
 # few tokens and few lengths: prefixes meet often
-PROMPTS = st.lists(st.integers(0, 2), min_size=1, max_size=60) | st.integers(1, 60).map(lambda n: [0] * n)
+PROMPTS = st.integers(1, 60).map(lambda n: [0] * n) | st.lists(st.integers(0, 2), min_size=1, max_size=60)
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -118,6 +118,6 @@ class EngineMachine(RuleBasedStateMachine):
 
 
 EngineMachine.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 TestEngine = EngineMachine.TestCase
