@@ -10,7 +10,10 @@ from helpers import byte_tokenizer
 import nanovllm
 from nanovllm import LLM, ConfigError, EngineClosed, ModelNotFound, ModelNotSupported, RequestError, SamplingParams
 
-TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}bot: {% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}bot: {% endif %}"
+)
 SHORT = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
 
@@ -205,7 +208,7 @@ def test_cache_memory_bounds_the_model_len(model):
         LLM(str(model), kvcache_memory=1000)
     with pytest.raises(ConfigError, match="bytes that are free"):
         LLM(str(model), kvcache_memory="90000GiB")
-    with pytest.raises(ConfigError, match="is more than|exceeds|free: lower it"):
+    with pytest.raises(ConfigError, match="are free: lower it"):
         LLM(str(model), num_kvcache_blocks=10**12)
 
 

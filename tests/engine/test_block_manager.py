@@ -1,7 +1,5 @@
 """The page pool: references, hashes, order of reuse."""
 
-import time
-
 import numpy as np
 import pytest
 
@@ -83,20 +81,3 @@ def test_hash_depends_on_parent_tokens_and_key():
     assert base != block_hash(root_hash(""), tokens[::-1].copy())
 
 
-@pytest.mark.slow
-def test_cost_of_a_page_does_not_depend_on_the_size_of_the_pool():
-    """Allocating, naming, freeing and evicting 100,000 pages: a million-page pool is not slower
-    than a thousand-page one beyond what caches explain (a linear scan would be 1000 times)."""
-
-    def seconds(num_blocks: int) -> float:
-        pool = BlockManager(num_blocks)
-        start = time.perf_counter()
-        for i in range(100_000 // 500):
-            blocks = pool.allocate(500)
-            for block in blocks:
-                pool.register(block, b"%d-%d" % (i, block))
-            pool.free(reversed(blocks))
-        return time.perf_counter() - start
-
-    small, large = (min(seconds(n) for _ in range(3)) for n in (1_000, 1_000_000))
-    assert large < 10 * small

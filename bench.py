@@ -1,0 +1,397 @@
+"""Throughput of nanovllm and of its peers on the same token ids.
+
+    python bench.py --preset batch32
+    python bench.py --preset batch32 --engine nanovllm,hf
+    python bench.py --engine nanovllm,vllm --python vllm=/path/to/venv/bin/python
+    python bench.py --model DIR_WITH_CONFIG_JSON --load-format dummy --num-seqs 8
+
+N sequences of random tokens, with random input and output lengths (seeded), run greedily to
+their full length. Each engine lives in a process of its own; they take turns, `--rounds` times,
+and medians are shown, so that a machine that changes speed changes it for all. The table is
+followed by one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+PRESETS: dict[str, dict[str, int]] = {
+    "single": {"num_seqs": 1, "min_input": 64, "max_input": 64, "min_output": 128, "max_output": 128},
+    "prefill": {"num_seqs": 1, "min_input": 1024, "max_input": 1024, "min_output": 1, "max_output": 1},
+    "batch32": {"num_seqs": 32, "min_input": 64, "max_input": 64, "min_output": 64, "max_output": 64},
+    "mixed": {"num_seqs": 64, "min_input": 100, "max_input": 400, "min_output": 50, "max_output": 200},
+}
+STARTUP = """
+import sys
+from nanovllm import LLM, SamplingParams
+llm = LLM(sys.argv[1])
+print(next(llm.stream("The capital of France is", SamplingParams(temperature=0))), flush=True)
+"""
+
+
+def main() -> None:
+    args = parse_args()
+    if args.worker:
+        return serve(args)
+    if args.preset == "startup":
+        return bench_startup(args)
+    if args.preset == "pool":
+        return bench_pool(args)
+    return bench_engines(args)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=[*PRESETS, "startup", "pool"], help="startup: seconds from python to the "
+                        "first token; pool: page pools of 1,000 and 1,000,000 pages")  # fmt: skip
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--load-format", default="auto", help="dummy: random weights for a config.json")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--engine", default="nanovllm", help=f"one or several of {', '.join(ENGINES)}")
+    parser.add_argument("--python", action="append", default=[], metavar="ENGINE=PATH", help="its interpreter")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    for name, default in (("num-seqs", 64), ("min-input", 100), ("max-input", 1024), ("min-output", 100),
+                          ("max-output", 1024)):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, help=f"default {default}, or the preset's")
+        parser.set_defaults(**{f"default_{name.replace('-', '_')}": default})
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    for name in ("num_seqs", "min_input", "max_input", "min_output", "max_output"):
+        if getattr(args, name) is None:
+            setattr(args, name, PRESETS.get(args.preset, {}).get(name, getattr(args, f"default_{name}")))
+    unknown = set(args.engine.split(",")) - set(ENGINES)
+    if unknown:
+        parser.error(f"unknown engine {', '.join(unknown)}; choose from {', '.join(ENGINES)}")
+    return args
+
+
+# --- the workload ---------------------------------------------------------------------------
+
+
+def make_workload(args: argparse.Namespace, vocab_size: int, seed: int) -> list[tuple[list[int], int]]:
+    """(prompt token ids, output length) of each sequence."""
+    rng = random.Random(seed)
+    lengths = [
+        (rng.randint(args.min_input, args.max_input), rng.randint(args.min_output, args.max_output))
+        for _ in range(args.num_seqs)
+    ]
+    return [([rng.randrange(vocab_size) for _ in range(n)], out) for n, out in lengths]
+
+
+# --- engines, each alone in its process -------------------------------------------------------
+
+
+class NanoVLLM:
+    def __init__(self, args: argparse.Namespace, paths: dict[str, str]) -> None:
+        from nanovllm import LLM, SamplingParams
+
+        # a GGUF file is the same weights for every engine; a dummy model exists only here
+        self.llm = LLM(args.model, dtype=args.dtype, load_format=args.load_format, skip_tokenizer_init=True)
+        self.params = SamplingParams
+
+    def run(self, workload: list[tuple[list[int], int]]) -> dict[str, float]:
+        self.llm.reset_prefix_cache()
+        params = [self.params(temperature=0, ignore_eos=True, max_tokens=n) for _, n in workload]
+        steps = self.llm.engine.stats.steps
+        outputs = self.llm.generate([p for p, _ in workload], params, use_tqdm=False)
+        assert [len(o["token_ids"]) for o in outputs] == [n for _, n in workload]
+        return {"steps": self.llm.engine.stats.steps - steps}
+
+
+class HuggingFace:
+    """transformers' generate on one left-padded batch, to the longest output."""
+
+    def __init__(self, args: argparse.Namespace, paths: dict[str, str]) -> None:
+        import torch
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        self.torch = torch
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(paths["hf"], dtype=getattr(torch, args.dtype))
+
+    def run(self, workload: list[tuple[list[int], int]]) -> dict[str, float]:
+        torch, width, count = self.torch, max(len(p) for p, _ in workload), max(n for _, n in workload)
+        ids = torch.tensor([[0] * (width - len(p)) + p for p, _ in workload])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p, _ in workload])
+        with torch.inference_mode():
+            out = self.model.generate(
+                ids, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0
+            )
+        assert out.shape[1] == width + count
+        return {}
+
+
+class VLLM:
+    def __init__(self, args: argparse.Namespace, paths: dict[str, str]) -> None:
+        from vllm import LLM, SamplingParams
+
+        longest = args.max_input + args.max_output
+        self.llm = LLM(paths["hf"], dtype=args.dtype, skip_tokenizer_init=True, max_model_len=longest,
+                       max_num_seqs=256, enable_prefix_caching=False)  # fmt: skip
+        self.params = SamplingParams
+
+    def run(self, workload: list[tuple[list[int], int]]) -> dict[str, float]:
+        params = [self.params(temperature=0, ignore_eos=True, max_tokens=n, detokenize=False) for _, n in workload]
+        outputs = self.llm.generate([{"prompt_token_ids": p} for p, _ in workload], params, use_tqdm=False)
+        assert [len(o.outputs[0].token_ids) for o in outputs] == [n for _, n in workload]
+        return {}
+
+
+class LlamaCpp:
+    """One sequence after the other: the Python binding has no batching."""
+
+    def __init__(self, args: argparse.Namespace, paths: dict[str, str]) -> None:
+        from llama_cpp import Llama
+
+        threads = os.cpu_count()
+        self.llm = Llama(paths["gguf"], n_ctx=args.max_input + args.max_output, n_batch=2048, n_threads=threads,
+                         n_threads_batch=threads, verbose=False)  # fmt: skip
+
+    def run(self, workload: list[tuple[list[int], int]]) -> dict[str, float]:
+        for prompt, count in workload:
+            self.llm.reset()
+            for i, _ in enumerate(self.llm.generate(prompt, temp=0.0, reset=True), start=1):
+                if i == count:
+                    break
+        return {}
+
+
+class OpenVINO:
+    """Continuous batching over the GGUF file."""
+
+    def __init__(self, args: argparse.Namespace, paths: dict[str, str]) -> None:
+        import openvino as ov
+        import openvino_genai as genai
+
+        scheduler = genai.SchedulerConfig()
+        scheduler.max_num_seqs = 256
+        scheduler.max_num_batched_tokens = 2048
+        self.ov, self.genai = ov, genai
+        self.pipe = genai.LLMPipeline(paths["gguf"], "CPU", scheduler_config=scheduler)
+
+    def run(self, workload: list[tuple[list[int], int]]) -> dict[str, float]:
+        import numpy as np
+
+        counts = {n for _, n in workload}
+        if len({len(p) for p, _ in workload}) > 1 or len(counts) > 1:
+            raise SystemExit("openvino: LLMPipeline takes one input and one output length; use equal lengths")
+        config = self.genai.GenerationConfig(max_new_tokens=counts.pop(), ignore_eos=True, do_sample=False)
+        self.pipe.generate(self.ov.Tensor(np.array([p for p, _ in workload], dtype=np.int64)), config)
+        return {}
+
+
+ENGINES = {"nanovllm": NanoVLLM, "hf": HuggingFace, "vllm": VLLM, "llamacpp": LlamaCpp, "openvino": OpenVINO}
+
+
+def serve(args: argparse.Namespace) -> None:
+    """A worker: load, then run each workload that comes on stdin; results go to the real stdout."""
+    results = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever libraries print is no result
+    start = time.perf_counter()
+    engine = ENGINES[args.worker](args, json.loads(sys.stdin.readline()))
+    print(json.dumps({"load": time.perf_counter() - start}), file=results, flush=True)
+    for line in sys.stdin:
+        workload = json.loads(line)
+        start = time.perf_counter()
+        extra = engine.run(workload)
+        print(json.dumps({"seconds": time.perf_counter() - start, **extra}), file=results, flush=True)
+
+
+class Worker:
+    def __init__(self, name: str, python: str, paths: dict[str, str]) -> None:
+        self.name = name
+        command = [python, __file__, "--worker", name, *sys.argv[1:]]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.load = self.ask(paths)["load"]
+        self.results: list[dict[str, float]] = []
+
+    def ask(self, question: object) -> dict[str, float]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"{self.name} ended with status {self.process.wait()}; is it installed for its --python?")
+        return json.loads(answer)
+
+
+# --- the comparison -----------------------------------------------------------------------------
+
+
+def bench_engines(args: argparse.Namespace) -> None:
+    from nanovllm.models.registry import model_class
+    from nanovllm.weights.checkpoint import open_checkpoint
+    from nanovllm.weights.hub import resolve_model
+
+    names = args.engine.split(",")
+    path = resolve_model(args.model)
+    checkpoint = open_checkpoint(path)
+    sizes = model_class(checkpoint.config["architectures"]).config_class.from_hf(checkpoint.config)
+    pythons = dict(p.split("=", 1) for p in args.python)
+    with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
+        paths = {"gguf": str(path), "hf": str(path)}
+        if path.is_file() and {"hf", "vllm"} & set(names):
+            export_to_hf(checkpoint, args.dtype, Path(scratch))
+            paths["hf"] = scratch
+        workers = [Worker(name, pythons.get(name, sys.executable), paths) for name in names]
+        probe = probe_machine()
+        for round_number in range(args.rounds + 1):  # the first warms up
+            workload = make_workload(args, sizes.vocab_size, args.seed + round_number)
+            for worker in workers:
+                result = worker.ask(workload)
+                tokens_in, tokens_out = sum(len(p) for p, _ in workload), sum(n for _, n in workload)
+                result |= {"input": tokens_in / result["seconds"], "output": tokens_out / result["seconds"]}
+                if "steps" in result:
+                    result["gb_per_s"] = (
+                        bytes_read(sizes, args.dtype, workload, result["steps"]) / result["seconds"] / 1e9
+                    )
+                worker.results.append(result)
+        for worker in workers:
+            worker.process.kill()
+    report(args, workers, probe)
+
+
+def export_to_hf(checkpoint: object, dtype: str, folder: Path) -> None:
+    """A GGUF file as a Hugging Face directory, for peers that do not read it."""
+    import torch
+    from safetensors.torch import save_file
+
+    kind = getattr(torch, dtype)
+    save_file({t.name: t.load().to(kind).contiguous() for t in checkpoint.tensors()}, folder / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    model_type = checkpoint.config["architectures"][0].removesuffix("ForCausalLM").lower()
+    config = checkpoint.config | {"model_type": model_type, "dtype": dtype, "hidden_act": "silu"}
+    config["eos_token_id"] = (config["eos_token_id"] or [None])[0]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def bytes_read(sizes: object, dtype: str, workload: list[tuple[list[int], int]], steps: float) -> float:
+    """What has to come from memory at least: each weight once a step, each cached token's keys and
+    values once a generated token."""
+    s, item = sizes, 4 if dtype == "float32" else 2
+    heads, kv_heads = s.num_attention_heads * s.head_dim, s.num_key_value_heads * s.head_dim
+    layer = s.hidden_size * (2 * heads + 2 * kv_heads + 3 * s.intermediate_size)
+    weights = (s.num_hidden_layers * layer + s.vocab_size * s.hidden_size) * item
+    cached = sum(n * len(p) + n * (n - 1) // 2 for p, n in workload)
+    return steps * weights + cached * s.num_hidden_layers * 2 * kv_heads * item
+
+
+def probe_machine() -> dict[str, float]:
+    """This machine at this moment: memory read GB/s and bf16 GFLOP/s, by torch."""
+    import torch
+
+    data = torch.ones(1 << 27)  # 512 MiB
+    a = torch.ones(2048, 2048, dtype=torch.bfloat16)
+    read = min(timed(lambda: data.sum()) for _ in range(5))
+    multiply = min(timed(lambda: a @ a) for _ in range(5))
+    return {
+        "read_gb_per_s": round(data.nbytes / read / 1e9, 1),
+        "bf16_gflop_per_s": round(2 * 2048**3 / multiply / 1e9),
+    }
+
+
+def timed(call: object) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def report(args: argparse.Namespace, workers: list[Worker], probe: dict[str, float]) -> None:
+    rows = []
+    for worker in workers:
+        results = worker.results[1:]
+        rows.append({key: statistics.median(r[key] for r in results) for key in results[0]} | {"load": worker.load})
+    print(f"\n{args.model}, {args.dtype}: {args.num_seqs} sequences, input {args.min_input}-{args.max_input}, "
+          f"output {args.min_output}-{args.max_output}, median of {args.rounds}; {probe}")  # fmt: skip
+    print(
+        f"{'engine':<10} {'seconds':>8} {'input tok/s':>12} {'output tok/s':>13} {'GB/s':>6} {'load s':>7} {'ratio':>6}"
+    )
+    for worker, row in zip(workers, rows, strict=True):
+        speed = f"{row['gb_per_s']:.1f}" if "gb_per_s" in row else "-"
+        ratio = rows[0]["seconds"] / row["seconds"]
+        print(f"{worker.name:<10} {row['seconds']:8.2f} {row['input']:12.0f} {row['output']:13.0f} {speed:>6} "
+              f"{row['load']:7.1f} {ratio:6.2f}")  # fmt: skip
+    print_json(args, probe=probe, results={w.name: r for w, r in zip(workers, rows, strict=True)})
+
+
+def print_json(args: argparse.Namespace, **measured: object) -> None:
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    keys = (
+        "preset",
+        "model",
+        "dtype",
+        "seed",
+        "rounds",
+        "num_seqs",
+        "min_input",
+        "max_input",
+        "min_output",
+        "max_output",
+    )
+    print(json.dumps({"hardware": f"{cpu_name()} x {os.cpu_count()}", "commit": commit.stdout.strip(),
+                      **{k: getattr(args, k) for k in keys}, **measured}))  # fmt: skip
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = (
+        [x.split(":", 1)[1].strip() for x in info.read_text().splitlines() if "model name" in x]
+        if info.exists()
+        else []
+    )
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+# --- start-up and the page pool -----------------------------------------------------------------
+
+
+def bench_startup(args: argparse.Namespace) -> None:
+    seconds = []
+    for _ in range(args.rounds + 1):  # the first fetches the model and fills the file cache
+        start = time.perf_counter()
+        with subprocess.Popen([sys.executable, "-c", STARTUP, args.model], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            if not process.stdout.readline():
+                raise SystemExit("the engine did not start")
+            seconds.append(time.perf_counter() - start)
+    median = statistics.median(seconds[1:])
+    print(f"from `python` to the first token of {args.model}: {median:.2f} s (median of {args.rounds})")
+    print_json(args, seconds=median)
+
+
+def bench_pool(args: argparse.Namespace) -> None:
+    """Allocate, name, free and evict pages: the cost of one must not depend on the pool's size."""
+    from nanovllm.engine.block_manager import BlockManager
+
+    def one_round(num_blocks: int, pages: int = 500, times: int = 400) -> float:
+        pool = BlockManager(num_blocks)
+        start = time.perf_counter()
+        for i in range(times):
+            blocks = pool.allocate(pages)
+            for block in blocks:
+                pool.register(block, b"%d-%d" % (i, block))
+            pool.free(reversed(blocks))
+        return (time.perf_counter() - start) / (pages * times) * 1e9
+
+    results = {size: statistics.median(one_round(size) for _ in range(args.rounds)) for size in (1_000, 1_000_000)}
+    for size, nanoseconds in results.items():
+        print(f"{size:>9,} pages: {nanoseconds:.0f} ns to allocate, name and free one")
+    print_json(args, nanoseconds=results)
+
+
+if __name__ == "__main__":
+    main()

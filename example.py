@@ -1,0 +1,35 @@
+"""Two questions to a chat model: `python example.py [--model PATH_OR_NAME]`."""
+
+import argparse
+import time
+
+from nanovllm import LLM, SamplingParams
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2-135m", help="directory, .gguf file, Hub repository or alias")
+    parser.add_argument("--max-tokens", type=int, default=256)
+    args = parser.parse_args()
+
+    with LLM(args.model) as llm:
+        tokenizer = llm.get_tokenizer()
+        questions = ["introduce yourself", "list all prime numbers within 100"]
+        prompts = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+            )
+            for question in questions
+        ]
+        sampling_params = SamplingParams(temperature=0.6, max_tokens=args.max_tokens, seed=0)
+        start = time.perf_counter()
+        outputs = llm.generate(prompts, sampling_params)
+        seconds = time.perf_counter() - start
+    for prompt, output in zip(prompts, outputs, strict=True):
+        print(f"\nPrompt: {prompt!r}\nCompletion: {output['text']!r}")
+    count = sum(len(output["token_ids"]) for output in outputs)
+    print(f"\n{count} tokens in {seconds:.2f} s: {count / seconds:.0f} tok/s")
+
+
+if __name__ == "__main__":
+    main()
