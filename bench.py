@@ -14,10 +14,12 @@ followed by one JSON line.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -134,11 +136,19 @@ class HuggingFace:
 
 class VLLM:
     def __init__(self, args: argparse.Namespace, paths: dict[str, str]) -> None:
+        os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")  # else it leaves one core unused
         from vllm import LLM, SamplingParams
 
         longest = args.max_input + args.max_output
-        self.llm = LLM(paths["hf"], dtype=args.dtype, skip_tokenizer_init=True, max_model_len=longest,
-                       max_num_seqs=256, enable_prefix_caching=False)  # fmt: skip
+        self.llm = LLM(
+            paths["hf"],
+            dtype=args.dtype,
+            skip_tokenizer_init=True,
+            max_model_len=longest,
+            max_num_seqs=256,
+            enable_prefix_caching=False,
+            gpu_memory_utilization=0.5,  # on the CPU: its share of the host's memory
+        )
         self.params = SamplingParams
 
     def run(self, workload: list[tuple[list[int], int]]) -> dict[str, float]:
@@ -209,22 +219,36 @@ def serve(args: argparse.Namespace) -> None:
 
 
 class Worker:
+    """An engine's process group; stopped while another engine runs, so that nobody's idle threads
+    (some spin) take its cores."""
+
     def __init__(self, name: str, python: str, paths: dict[str, str]) -> None:
         self.name = name
         command = [python, __file__, "--worker", name, *sys.argv[1:]]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
         self.load = self.ask(paths)["load"]
         self.results: list[dict[str, float]] = []
 
     def ask(self, question: object) -> dict[str, float]:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
+        os.killpg(self.process.pid, signal.SIGCONT)
         self.process.stdin.write(json.dumps(question) + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
-            raise SystemExit(f"{self.name} ended with status {self.process.wait()}; is it installed for its --python?")
+            self.close()
+            status = self.process.returncode
+            raise SystemExit(f"{self.name} ended with status {status}; is it installed for its --python?")
+        os.killpg(self.process.pid, signal.SIGSTOP)
         return json.loads(answer)
+
+    def close(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
 
 # --- the comparison -----------------------------------------------------------------------------
@@ -245,22 +269,31 @@ def bench_engines(args: argparse.Namespace) -> None:
         if path.is_file() and {"hf", "vllm"} & set(names):
             export_to_hf(checkpoint, args.dtype, Path(scratch))
             paths["hf"] = scratch
-        workers = [Worker(name, pythons.get(name, sys.executable), paths) for name in names]
-        probe = probe_machine()
-        for round_number in range(args.rounds + 1):  # the first warms up
-            workload = make_workload(args, sizes.vocab_size, args.seed + round_number)
+        workers: list[Worker] = []
+        try:
+            for name in names:
+                workers.append(Worker(name, pythons.get(name, sys.executable), paths))
+            probe = probe_machine()
+            for round_number in range(args.rounds + 1):  # the first warms up
+                workload = make_workload(args, sizes.vocab_size, args.seed + round_number)
+                for worker in workers:
+                    worker.results.append(measure(worker, args, sizes, workload))
+        finally:
             for worker in workers:
-                result = worker.ask(workload)
-                tokens_in, tokens_out = sum(len(p) for p, _ in workload), sum(n for _, n in workload)
-                result |= {"input": tokens_in / result["seconds"], "output": tokens_out / result["seconds"]}
-                if "steps" in result:
-                    result["gb_per_s"] = (
-                        bytes_read(sizes, args.dtype, workload, result["steps"]) / result["seconds"] / 1e9
-                    )
-                worker.results.append(result)
-        for worker in workers:
-            worker.process.kill()
+                worker.close()
     report(args, workers, probe)
+
+
+def measure(
+    worker: Worker, args: argparse.Namespace, sizes: object, workload: list[tuple[list[int], int]]
+) -> dict[str, float]:
+    result = worker.ask(workload)
+    seconds = result["seconds"]
+    result["input"] = sum(len(p) for p, _ in workload) / seconds
+    result["output"] = sum(n for _, n in workload) / seconds
+    if "steps" in result:
+        result["gb_per_s"] = bytes_read(sizes, args.dtype, workload, result["steps"]) / seconds / 1e9
+    return result
 
 
 def export_to_hf(checkpoint: object, dtype: str, folder: Path) -> None:

@@ -14,14 +14,14 @@ def main() -> None:
 
     with LLM(args.model) as llm:
         tokenizer = llm.get_tokenizer()
-        questions = ["introduce yourself", "list all prime numbers within 100"]
+        questions = ["introduce yourself", "What are the benefits of reading books?"]
         prompts = [
             tokenizer.apply_chat_template(
                 [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
             )
             for question in questions
         ]
-        sampling_params = SamplingParams(temperature=0.6, max_tokens=args.max_tokens, seed=0)
+        sampling_params = SamplingParams(temperature=0.2, top_p=0.9, max_tokens=args.max_tokens, seed=0)
         start = time.perf_counter()
         outputs = llm.generate(prompts, sampling_params)
         seconds = time.perf_counter() - start

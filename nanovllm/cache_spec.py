@@ -69,13 +69,16 @@ def plan_cache(
     block_bytes = sum(s.block_bytes(block_size) for s in specs if isinstance(s, PagedKVSpec))
     num_slots = max_num_seqs + 1 if slot_bytes else 0
     left = memory - num_slots * slot_bytes
-    fits = max_blocks + 1 if block_bytes == 0 else max(0, left) // block_bytes
-    if num_blocks is not None and num_blocks + 1 > fits:
+    wanted = (max_blocks if num_blocks is None else num_blocks) + 1
+    fits = wanted if left >= 0 else 0  # of pages that cost nothing
+    if block_bytes:
+        fits = max(0, left) // block_bytes
+    if num_blocks is not None and wanted > fits and block_bytes:
         raise ConfigError(
-            f"num_kvcache_blocks={num_blocks} needs {(num_blocks + 1) * block_bytes:,} bytes, but "
+            f"num_kvcache_blocks={num_blocks} needs {wanted * block_bytes:,} bytes, but "
             f"{max(0, left):,} are free: lower it, or max_num_seqs, or free memory"
         )
-    blocks = num_blocks + 1 if num_blocks is not None else min(fits, max_blocks + 1)
+    blocks = min(fits, wanted)
     if blocks < 2:
         raise ConfigError(
             f"{memory:,} bytes of cache memory hold no page: {num_slots} state slots take "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -90,18 +91,26 @@ class EngineConfig:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        for name in ("skip_tokenizer_init", "trust_remote_code", "enforce_eager", "enable_prefix_caching"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name in ("max_num_seqs", "tensor_parallel_size"):
             _require_count(name, getattr(self, name))
         for name in ("max_model_len", "max_num_batched_tokens", "num_kvcache_blocks"):
             if getattr(self, name) is not None:
                 _require_count(name, getattr(self, name))
+        if self.seed is not None:
+            _require_count("seed", self.seed, least=0)
+            if self.seed >= 2**64:
+                raise ConfigError(f"seed={self.seed} does not fit in 64 bits")
         self._check_values()
 
     def _check_values(self) -> None:
         block_size = self.kvcache_block_size
         if not isinstance(block_size, int) or block_size < 8 or block_size & (block_size - 1):
             raise ConfigError(f"kvcache_block_size={block_size!r} must be a power of two of at least 8")
-        if not 0 < self.gpu_memory_utilization <= 1:
+        share = self.gpu_memory_utilization
+        if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 < share <= 1:
             raise ConfigError(f"gpu_memory_utilization={self.gpu_memory_utilization!r} must be in (0, 1]")
         if self.tensor_parallel_size != 1:
             raise ConfigError(
@@ -162,12 +171,12 @@ def parse_bytes(name: str, value: int | str) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", value, re.I) if isinstance(value, str) else None
-    size = int(float(match[1]) * _UNITS[(match[2] or "").lower()]) if match else 0
-    if size <= 0:
+    size = float(match[1]) * _UNITS[(match[2] or "").lower()] if match else 0
+    if not 1 <= size < math.inf:
         raise ConfigError(f"{name}={value!r} must be a number of bytes or a size such as '4GiB'")
-    return size
+    return int(size)
 
 
-def _require_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
+def _require_count(name: str, value: object, least: int = 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nanovllm.errors import RequestError
@@ -131,9 +131,11 @@ class SamplingParams:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
-def _tuple_of(name: str, values: Sequence, kind: type) -> tuple:
+def _tuple_of(name: str, values: Iterable, kind: type) -> tuple:
     if isinstance(values, str):
         raise RequestError(f"{name} must be a list, not a string: write {name}=[{values!r}]")
+    if not isinstance(values, Iterable):
+        raise RequestError(f"{name} must be a list, got {values!r}")
     values = tuple(values)
     for value in values:
         if not isinstance(value, kind) or isinstance(value, bool):
@@ -142,10 +144,12 @@ def _tuple_of(name: str, values: Sequence, kind: type) -> tuple:
 
 
 def _clamped_bias(bias: Mapping[int, float]) -> dict[int, float]:
+    if not isinstance(bias, Mapping):
+        raise RequestError(f"logit_bias must map token ids to numbers, got {bias!r}")
     clamped = {}
     for key, value in bias.items():
         try:  # the OpenAI API spells token ids as strings
-            token_id, number = int(key), float(value)
+            token_id, number = int(str(key)), float(value)
         except (TypeError, ValueError):
             raise RequestError(f"logit_bias must map token ids to numbers, got {key!r}: {value!r}") from None
         if math.isnan(number):

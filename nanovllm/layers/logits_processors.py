@@ -12,9 +12,8 @@ import torch
 
 from nanovllm.sample_row import SampleRow
 
-# Forbidden tokens lose this much. Finite, so that a row whose every token is forbidden
-# (allowed_token_ids that are all bad words, say) still has a likeliest one.
-_FORBIDDEN = 1e9
+# Repetition penalties beyond these would take logits out of fp32's range.
+_SMALLEST_PENALTY, _LARGEST_PENALTY = 1e-20, 1e20
 
 
 def process_logits(logits: torch.Tensor, rows: Sequence[SampleRow]) -> None:
@@ -25,7 +24,7 @@ def process_logits(logits: torch.Tensor, rows: Sequence[SampleRow]) -> None:
             _keep_only(logits[i], params.allowed_token_ids)
         banned = [*row.stop_ids, *_completed_bad_words(row)]
         if banned:
-            logits[i, banned] -= _FORBIDDEN
+            _forbid(logits[i], banned)
         if params.logit_bias:
             ids = list(params.logit_bias)
             logits[i, ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
@@ -51,6 +50,13 @@ def _keep_only(logits: torch.Tensor, token_ids: Sequence[int]) -> None:
     logits[ids] = kept
 
 
+def _forbid(logits: torch.Tensor, token_ids: Sequence[int]) -> None:
+    """Unless that would leave no token at all (allowed_token_ids that are all bad words, say)."""
+    left = logits.clone()
+    left[token_ids] = float("-inf")
+    logits.copy_(torch.where(left.amax() > float("-inf"), left, logits))
+
+
 def _completed_bad_words(row: SampleRow) -> list[int]:
     """Last tokens of the bad words whose other tokens have just been written."""
     return [
@@ -67,7 +73,7 @@ def _penalise(logits: torch.Tensor, row: SampleRow) -> None:
     if params.repetition_penalty != 1.0:
         seen = torch.from_numpy(np.unique(np.concatenate([row.prompt, row.output]))).long().to(logits.device)
         values = logits[seen]
-        penalty = params.repetition_penalty
+        penalty = min(max(params.repetition_penalty, _SMALLEST_PENALTY), _LARGEST_PENALTY)
         logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
     if len(row.output) and (params.frequency_penalty or params.presence_penalty):
         ids, counts = np.unique(row.output, return_counts=True)

@@ -55,6 +55,13 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 
 def inverse_frequencies(dim: int, config: RopeConfig) -> torch.Tensor:
     """theta^(-2i/dim), scaled; fp32 [dim / 2]. ModelNotSupported for other scalings."""
+    try:
+        return _scaled(dim, config)
+    except (KeyError, TypeError) as error:
+        raise ModelNotSupported(f"config.json: RoPE scaling {config.scaling} is incomplete: {error}") from error
+
+
+def _scaled(dim: int, config: RopeConfig) -> torch.Tensor:
     plain = 1.0 / config.theta ** (torch.arange(0, dim, 2).float() / dim)
     kind, scaling = config.scaling["rope_type"], config.scaling
     if kind == "default":

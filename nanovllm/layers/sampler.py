@@ -16,6 +16,8 @@ from nanovllm.sample_row import SampleRow, TokenLogprobs
 
 # Nucleus sampling looks at this many likeliest tokens before it sorts the whole vocabulary.
 _FIRST_LOOK = 512
+# Logits over this temperature are all alike; a higher one would leave fp32's range.
+_HIGHEST_TEMPERATURE = 1e20
 
 
 def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> tuple[np.ndarray, list[TokenLogprobs | None]]:
@@ -40,18 +42,21 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> tuple[np.ndarray,
 
 def token_logprobs(logprobs: torch.Tensor, token_ids: np.ndarray, counts: Sequence[int | None]) -> list[TokenLogprobs]:
     """For each row [V] of log probabilities: the given token, its rank, and the likeliest `count`
-    (-1: all of the vocabulary)."""
+    (-1: all of the vocabulary), ties by token id."""
     actual = torch.from_numpy(token_ids).to(logprobs.device)[:, None]
     chosen = logprobs.gather(1, actual)
     ranks = (logprobs > chosen).sum(dim=1) + 1
     sizes = [logprobs.shape[1] if count == -1 else count or 0 for count in counts]
-    values, ids = logprobs.topk(max(sizes), dim=1)
-    all_ids = torch.cat([actual, ids], dim=1).cpu().numpy()
-    all_values = torch.cat([chosen, values], dim=1).cpu().numpy()
-    return [
-        TokenLogprobs(all_ids[i, : size + 1], all_values[i, : size + 1], int(rank))
-        for i, (size, rank) in enumerate(zip(sizes, ranks.tolist(), strict=True))
-    ]
+    largest = logprobs.topk(max(sizes), dim=1).values
+    found = []
+    for i, (size, rank) in enumerate(zip(sizes, ranks.tolist(), strict=True)):
+        ids = actual[i]
+        if size:
+            likeliest = (logprobs[i] >= largest[i, size - 1]).nonzero().squeeze(1)
+            order = logprobs[i, likeliest].argsort(descending=True, stable=True)[:size]
+            ids = torch.cat([ids, likeliest[order]])
+        found.append(TokenLogprobs(ids.cpu().numpy(), logprobs[i, ids].cpu().numpy(), rank))
+    return found
 
 
 def uniforms(rows: Sequence[SampleRow]) -> np.ndarray:
@@ -78,7 +83,9 @@ def _draw(logits: torch.Tensor, rows: Sequence[SampleRow]) -> np.ndarray:
         token_ids[greedy] = logits[greedy].argmax(dim=-1).cpu().numpy()
     chosen = [rows[i] for i in random]
     part = logits[random] if greedy else logits
-    temperatures = torch.tensor([row.params.temperature for row in chosen], device=logits.device)
+    temperatures = torch.tensor(
+        [min(row.params.temperature, _HIGHEST_TEMPERATURE) for row in chosen], device=logits.device
+    )
     part = part / temperatures[:, None]
     _truncate(part, chosen)
     token_ids[random] = _inverse_cdf(part, uniforms(chosen))
@@ -153,7 +160,8 @@ def _typical_p_keeps(logits: torch.Tensor, typical_p: list[float]) -> torch.Tens
     """Tokens whose surprise is nearest to the entropy, up to the mass (Meister et al. 2022)."""
     logprobs = logits.double().log_softmax(dim=-1)
     probs = logprobs.exp()
-    entropy = -(probs * logprobs).nan_to_num(0.0).sum(dim=-1, keepdim=True)
+    # not sum(): its rounding depends on how many rows there are
+    entropy = -(probs * logprobs).nan_to_num(0.0).cumsum(dim=-1)[:, -1:]
     distance = (-logprobs - entropy).abs()  # infinite for tokens that are out already
     ordered, order = distance.sort(dim=-1)
     mass = probs.gather(1, order).cumsum(dim=-1)

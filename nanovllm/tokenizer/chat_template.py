@@ -49,11 +49,17 @@ def render_chat(
     template: str, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, **variables: Any
 ) -> str:
     """The prompt's text; RequestError if a message is malformed or the template refuses it."""
-    if not messages or not all(isinstance(m, Mapping) and "role" in m and "content" in m for m in messages):
+    if (
+        not isinstance(messages, Sequence)
+        or not messages
+        or not all(isinstance(m, Mapping) and "role" in m and "content" in m for m in messages)
+    ):
         raise RequestError('messages must be a non-empty list of {"role": ..., "content": ...}')
+    # templates written for transformers test `tools is not none`: without tools these are None, not undefined
+    variables = {"tools": None, "documents": None, **variables}
     try:
         return _compile(template).render(messages=messages, add_generation_prompt=add_generation_prompt, **variables)
     except TemplateError as error:
         raise RequestError(f"the model's chat template refused the messages: {error}") from error
-    except TypeError as error:
+    except Exception as error:  # a template is a program: it can fail in any way
         raise RequestError(f"the model's chat template could not use the messages: {error}") from error

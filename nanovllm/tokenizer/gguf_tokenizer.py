@@ -97,18 +97,13 @@ def _sentencepiece_bpe(metadata: dict[str, Any]) -> Backend:
             byte_fallback=True,
         )
     )
-    steps: list[normalizers.Normalizer] = [normalizers.Replace(" ", "\u2581")]
+    to_pieces: list[normalizers.Normalizer] = [normalizers.Replace(" ", "\u2581")]
+    to_text: list[decoders.Decoder] = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     if metadata.get("tokenizer.ggml.add_space_prefix", True):
-        steps.insert(0, normalizers.Prepend("\u2581"))
-    backend.normalizer = normalizers.Sequence(steps)
-    backend.decoder = decoders.Sequence(
-        [
-            decoders.Replace("\u2581", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(content=" ", left=1, right=0),
-        ]
-    )
+        to_pieces.insert(0, normalizers.Prepend("\u2581"))
+        to_text.append(decoders.Strip(content=" ", left=1, right=0))
+    backend.normalizer = normalizers.Sequence(to_pieces)
+    backend.decoder = decoders.Sequence(to_text)
     return backend
 
 

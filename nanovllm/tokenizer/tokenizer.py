@@ -60,7 +60,7 @@ class Tokenizer:
             backend,
             bos_token=_token_text(config.get("bos_token")),
             eos_token=_token_text(config.get("eos_token")),
-            chat_template=template.read_text() if template.is_file() else _template_text(config),
+            chat_template=template.read_text(encoding="utf-8") if template.is_file() else _template_text(config),
         )
 
     @property
@@ -81,8 +81,14 @@ class Tokenizer:
         return None if self.bos_token is None else self._backend.token_to_id(self.bos_token)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`, with the tokenizer's own BOS/EOS unless told otherwise."""
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        """Token ids of `text`, with the tokenizer's own BOS/EOS unless told otherwise.
+
+        RequestError for half of a surrogate pair, which JSON can carry but UTF-8 cannot.
+        """
+        try:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as error:
+            raise RequestError(f"only Unicode text without lone surrogates can be tokenised: {error}") from error
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids, as transformers' `decode` gives it."""
@@ -128,6 +134,8 @@ class Tokenizer:
     def _lookup_bytes(self, token_id: int) -> bytes:
         if token_id in self._added:
             return self._added[token_id].content.encode()
+        if not 0 <= token_id < 1 << 32:  # beyond what the library's ids can hold
+            return b""
         token = self._backend.id_to_token(token_id)
         return b"" if token is None else self._to_bytes(token)
 
@@ -173,9 +181,12 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        return json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelNotFound(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelNotFound(f"{file} is not a JSON object")
+    return content
 
 
 def _token_text(token: Any) -> str | None:

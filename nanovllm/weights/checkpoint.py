@@ -53,8 +53,8 @@ class HFCheckpoint:
         self.dtype = self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
         if self.dtype not in ("float32", "float16", "bfloat16"):
             raise ModelNotSupported(f"{path}/config.json: dtype {self.dtype!r} is not supported")
-        if "quantization_config" in self.config:
-            method = self.config["quantization_config"].get("quant_method")
+        if quantization := self.config.get("quantization_config"):
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
             raise ModelNotSupported(f"{path} is quantised ({method}); use an unquantised version or a GGUF file")
 
     def load_tokenizer(self) -> Tokenizer:
@@ -63,21 +63,26 @@ class HFCheckpoint:
     def tensors(self) -> Iterator[LazyTensor]:
         for file in self._weight_files():
             try:
-                with safe_open(file, framework="pt") as shard:
-                    for name in shard.keys():  # noqa: SIM118 - not a dict
-                        shape = tuple(shard.get_slice(name).get_shape())
-                        yield LazyTensor(name, shape, functools.partial(shard.get_tensor, name))
+                shard = safe_open(file, framework="pt")  # open for as long as a tensor refers to it
+                for name in shard.keys():  # noqa: SIM118 - not a dict
+                    shape = tuple(shard.get_slice(name).get_shape())
+                    yield LazyTensor(name, shape, functools.partial(shard.get_tensor, name))
             except SafetensorError as error:
                 raise WeightError(f"{file} is damaged ({error}); fetch it again") from error
 
     def _weight_files(self) -> list[Path]:
         index = self.path / "model.safetensors.index.json"
         if index.is_file():
-            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise WeightError(f"{index} holds no weight_map of tensors to files; fetch it again")
+            names = sorted(set(weight_map.values()))
             if any(Path(name).name != name for name in names):
                 raise WeightError(f"{index} names files outside its directory")
         else:
-            names = sorted(file.name for file in self.path.glob("*.safetensors"))
+            # beside them some repositories keep the same weights in another layout (consolidated.safetensors)
+            files = list(self.path.glob("model*.safetensors")) or self.path.glob("*.safetensors")
+            names = sorted(file.name for file in files)
         missing = [name for name in names if not (self.path / name).is_file()]
         if missing:
             raise WeightError(f"{self.path} lacks {', '.join(missing)}, named in its index; fetch it again")
@@ -88,6 +93,9 @@ class HFCheckpoint:
 
 def read_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelNotFound(f"cannot read {file}: {error}") from error
+    if not isinstance(values, dict):
+        raise ModelNotFound(f"{file} holds no JSON object; fetch it again")
+    return values

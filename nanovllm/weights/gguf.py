@@ -8,6 +8,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import functools
+import math
 import mmap
 import re
 import struct
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanovllm.errors import ModelNotSupported, WeightError
+from nanovllm.errors import ModelNotSupported, NanoVLLMError, WeightError
 from nanovllm.tokenizer.gguf_tokenizer import tokenizer_from_gguf
 from nanovllm.tokenizer.tokenizer import Tokenizer
 from nanovllm.weights.tensor_source import LazyTensor
@@ -55,7 +56,7 @@ class GGUFCheckpoint:
         """Raises WeightError for a file that is not GGUF, and ModelNotSupported by architecture."""
         self.path = path
         self._file = _GGUFFile(path)
-        self._arch = self.metadata["general.architecture"]
+        self._arch = str(self.metadata.get("general.architecture"))
         if self._arch not in _ARCHITECTURES:
             raise ModelNotSupported(
                 f"{path.name}: GGUF architecture {self._arch!r} is not supported; "
@@ -70,7 +71,12 @@ class GGUFCheckpoint:
         return self._file.metadata
 
     def load_tokenizer(self) -> Tokenizer:
-        return tokenizer_from_gguf(self.metadata)
+        try:
+            return tokenizer_from_gguf(self.metadata)
+        except NanoVLLMError:
+            raise
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise WeightError(f"{self.path}: the tokenizer in the GGUF metadata is damaged: {error!r}") from error
 
     def tensors(self) -> Iterator[LazyTensor]:
         for name, info in self._file.tensors.items():
@@ -84,6 +90,8 @@ class GGUFCheckpoint:
         tensor = self._file.read(name)
         if self._arch == "llama" and (match := re.search(r"\.attn_([qk])\.", name)):
             heads = self.config["num_attention_heads" if match[1] == "q" else "num_key_value_heads"]
+            if len(tensor) % (2 * heads):
+                raise WeightError(f"{self.path}: the {len(tensor)} rows of {name} are not pairs of {heads} heads")
             tensor = _unpermute(tensor, heads)
         return tensor
 
@@ -93,39 +101,62 @@ class GGUFCheckpoint:
         return {frozenset({_F32}): "float32", frozenset({_F16}): "float16"}.get(frozenset(kinds), "bfloat16")
 
     def _hf_config(self) -> dict[str, Any]:
-        heads = self._value("attention.head_count")
-        hidden = self._value("embedding_length")
-        head_dim = self._value("attention.key_length", self._value("rope.dimension_count", hidden // heads))
+        embedding = self._file.tensors.get("token_embd.weight")
+        if embedding is None:
+            raise WeightError(f"{self.path} lacks the tensor token_embd.weight")
+        heads = self._count("attention.head_count")
+        hidden = self._count("embedding_length")
+        head_dim = self._count("attention.key_length", self._count("rope.dimension_count", hidden // heads))
         return {
             "architectures": [_ARCHITECTURES[self._arch]],
-            "vocab_size": self._file.tensors["token_embd.weight"].shape[0],
+            "vocab_size": embedding.shape[0],
             "hidden_size": hidden,
-            "intermediate_size": self._value("feed_forward_length"),
-            "num_hidden_layers": self._value("block_count"),
+            "intermediate_size": self._count("feed_forward_length"),
+            "num_hidden_layers": self._count("block_count"),
             "num_attention_heads": heads,
-            "num_key_value_heads": self._value("attention.head_count_kv", heads),
+            "num_key_value_heads": self._count("attention.head_count_kv", heads),
             "head_dim": head_dim,
-            "max_position_embeddings": self._value("context_length"),
-            "rms_norm_eps": self._value("attention.layer_norm_rms_epsilon"),
-            "rope_theta": self._value("rope.freq_base", 10000.0),
-            "rope_scaling": self._rope_scaling(),
+            "max_position_embeddings": self._count("context_length"),
+            "rms_norm_eps": self._number("attention.layer_norm_rms_epsilon"),
+            "rope_theta": self._number("rope.freq_base", 10000.0),
+            "rope_scaling": self._rope_scaling(head_dim),
             "attention_bias": "blk.0.attn_q.bias" in self._file.tensors,
             "mlp_bias": "blk.0.ffn_up.bias" in self._file.tensors,
             "tie_word_embeddings": "output.weight" not in self._file.tensors,
-            "bos_token_id": self.metadata.get("tokenizer.ggml.bos_token_id"),
+            "bos_token_id": self._token_id("bos"),
             "eos_token_id": self._eos_ids(),
         }
 
     def _eos_ids(self) -> list[int]:
         names = ("eos", "eot", "eom")  # end of sequence, of turn, of message
-        found = (self.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in names)
-        return [i for i in found if i is not None]
+        return [i for i in map(self._token_id, names) if i is not None]
 
-    def _rope_scaling(self) -> dict[str, Any] | None:
-        if "rope_freqs.weight" in self._file.tensors:  # llama3 scaling, already worked out
+    def _token_id(self, name: str) -> int | None:
+        token_id = self.metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if token_id is not None and not isinstance(token_id, int):
+            raise WeightError(f"{self.path}: the GGUF metadata has {name}_token_id={token_id!r}")
+        return token_id
+
+    def _rope_scaling(self, head_dim: int) -> dict[str, Any] | None:
+        factors = self._file.tensors.get("rope_freqs.weight")
+        if factors is not None:  # llama3 scaling, already worked out
+            if factors.shape != (head_dim // 2,):
+                raise WeightError(f"{self.path}: rope_freqs.weight is {factors.shape}, should be {(head_dim // 2,)}")
             return {"rope_type": "factors", "factors": self._file.read("rope_freqs.weight").tolist()}
         kind = self._value("rope.scaling.type", "none")
-        return None if kind == "none" else {"rope_type": kind, "factor": self._value("rope.scaling.factor")}
+        return None if kind == "none" else {"rope_type": kind, "factor": self._number("rope.scaling.factor")}
+
+    def _count(self, key: str, *default: int) -> int:
+        value = self._value(key, *default)
+        if not isinstance(value, int) or value < 1:
+            raise WeightError(f"{self.path}: the GGUF metadata has {key}={value!r}, not a positive integer")
+        return value
+
+    def _number(self, key: str, *default: float) -> float:
+        value = self._value(key, *default)
+        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise WeightError(f"{self.path}: the GGUF metadata has {key}={value!r}, not a positive number")
+        return value
 
     def _value(self, key: str, *default: Any) -> Any:
         full = f"{self._arch}.{key}"
@@ -168,7 +199,7 @@ class _GGUFFile:
         self.tensors: dict[str, _TensorInfo] = {}
         try:
             self._parse()
-        except (struct.error, IndexError, KeyError, UnicodeDecodeError, OverflowError) as error:
+        except (struct.error, IndexError, KeyError, UnicodeDecodeError, OverflowError, RecursionError) as error:
             raise WeightError(f"{path} is not a whole GGUF file (damaged header: {error!r}); fetch it again") from error
 
     def read(self, name: str) -> torch.Tensor:
@@ -181,8 +212,11 @@ class _GGUFFile:
         except ValueError:
             raise WeightError(f"{self._path}: tensor {name} has unknown GGML type {info.kind}") from None
         block, block_bytes = GGML_QUANT_SIZES[kind]
-        count = int(np.prod(info.shape))
-        size = count // block * block_bytes
+        if info.shape[-1] % block:
+            raise WeightError(
+                f"{self._path}: rows of {info.shape[-1]} in tensor {name} are not whole {kind.name} blocks"
+            )
+        size = math.prod(info.shape) // block * block_bytes
         start = self._data_start + info.offset
         if start + size > len(self._map):
             raise WeightError(f"{self._path} is cut short: tensor {name} ends beyond the file; fetch it again")
@@ -205,10 +239,16 @@ class _GGUFFile:
         for _ in range(num_tensors):
             name, at = self._string(at)
             (num_dims,) = self._unpack("<I", at)
+            if not 1 <= num_dims <= 4:
+                raise IndexError(f"{num_dims} dimensions")
             *dims, kind, offset = self._unpack(f"<{num_dims}QIQ", at + 4)
+            if 0 in dims:
+                raise IndexError("an empty tensor")
             self.tensors[name] = _TensorInfo(tuple(reversed(dims)), kind, offset)
             at += 4 + 8 * num_dims + 12
         alignment = self.metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise IndexError(f"alignment {alignment!r}")
         self._data_start = -(-at // alignment) * alignment
 
     def _unpack(self, form: str, at: int) -> tuple[Any, ...]:

