@@ -304,6 +304,10 @@ def test_tables_cover_every_position():
 
 
 def test_incomplete_rope_scaling_is_a_typed_error():
-    for scaling in ({"rope_type": "linear"}, {"rope_type": "llama3", "factor": 8.0}, {"rope_type": "linear", "factor": "x"}):
+    for scaling in (
+        {"rope_type": "linear"},
+        {"rope_type": "llama3", "factor": 8.0},
+        {"rope_type": "linear", "factor": "x"},
+    ):
         with pytest.raises(ModelNotSupported, match="incomplete"):
             inverse_frequencies(16, RopeConfig(1e4, scaling))
