@@ -146,9 +146,10 @@ class LLM:
         return request.with_text(text)
 
     def _stream(self, request: Request) -> Generator[str, None, RequestOutput]:
-        box = self._submit(request)
+        box = self._mailboxes[request.request_id] = deque()
         shown = 0
         try:
+            self._engine.add(request)
             while True:
                 while not box:
                     self._step()
@@ -160,43 +161,35 @@ class LLM:
                 if output.finished:
                     return output
         finally:
-            self._withdraw([request])
+            del self._mailboxes[request.request_id]
+            self._engine.abort(request.request_id)  # if it has not finished
 
     def _run(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
-        boxes = [self._submit(request) for request in requests]
-        final: list[RequestOutput | None] = [None] * len(requests)
+        unfinished = {request.request_id for request in requests}
+        finished: dict[str, RequestOutput] = {}
         bar = _ProgressBar(len(requests), self._engine, enabled=use_tqdm)
         try:
-            left = set(range(len(requests)))
-            while left:
-                self._step()
-                for i in list(left):
-                    while boxes[i]:
-                        output = boxes[i].popleft()
-                        if output.finished:
-                            final[i] = output
-                            left.discard(i)
-                bar.update(len(requests) - len(left))
+            for request in requests:
+                self._engine.add(request)
+            while unfinished:
+                for output in self._step():
+                    if output.finished and output.request_id in unfinished:
+                        unfinished.discard(output.request_id)
+                        finished[output.request_id] = output
+                bar.update(len(finished))
         finally:
             bar.close()
-            self._withdraw(requests)
-        return cast("list[RequestOutput]", final)
+            for request_id in unfinished:  # after an error or Ctrl-C
+                self._engine.abort(request_id)
+        return [finished[request.request_id] for request in requests]
 
-    def _submit(self, request: Request) -> deque[RequestOutput]:
-        self._engine.add(request)
-        box = self._mailboxes[request.request_id] = deque()
-        return box
-
-    def _step(self) -> None:
-        """One step of the engine; each output goes to the call that waits for it."""
-        for output in self._engine.step():
-            self._mailboxes[output.request_id].append(output)
-
-    def _withdraw(self, requests: list[Request]) -> None:
-        """Forget a call's requests; what has not finished (an error, Ctrl-C) is aborted."""
-        for request in requests:
-            self._engine.abort(request.request_id)
-            self._mailboxes.pop(request.request_id, None)
+    def _step(self) -> list[RequestOutput]:
+        """One step of the engine; streams that wait find their outputs in their mailboxes."""
+        outputs = self._engine.step()
+        for output in outputs:
+            if output.request_id in self._mailboxes:
+                self._mailboxes[output.request_id].append(output)
+        return outputs
 
 
 class _ProgressBar:

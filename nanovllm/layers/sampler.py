@@ -99,7 +99,9 @@ def _inverse_cdf(logits: torch.Tensor, u: np.ndarray) -> np.ndarray:
     target = torch.from_numpy(u).to(logits.device)[:, None] * total
     # u * total may round up to total; stay below, or no token would exceed it
     target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(mass, target, right=True).squeeze(1).cpu().numpy()
+    drawn = torch.searchsorted(mass, target, right=True)
+    # a broken model's NaN must not become a token id outside the vocabulary, which would harm the batch
+    return drawn.clamp(max=logits.shape[1] - 1).squeeze(1).cpu().numpy()
 
 
 def _weights(logits: torch.Tensor) -> torch.Tensor:

