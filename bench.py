@@ -187,17 +187,17 @@ class OpenVINO:
         scheduler = genai.SchedulerConfig()
         scheduler.max_num_seqs = 256
         scheduler.max_num_batched_tokens = 2048
+        scheduler.cache_size = 4  # GiB
         self.ov, self.genai = ov, genai
-        self.pipe = genai.LLMPipeline(paths["gguf"], "CPU", scheduler_config=scheduler)
+        self.pipe = genai.ContinuousBatchingPipeline(paths["gguf"], scheduler, "CPU")
 
     def run(self, workload: list[tuple[list[int], int]]) -> dict[str, float]:
         import numpy as np
 
-        counts = {n for _, n in workload}
-        if len({len(p) for p, _ in workload}) > 1 or len(counts) > 1:
-            raise SystemExit("openvino: LLMPipeline takes one input and one output length; use equal lengths")
-        config = self.genai.GenerationConfig(max_new_tokens=counts.pop(), ignore_eos=True, do_sample=False)
-        self.pipe.generate(self.ov.Tensor(np.array([p for p, _ in workload], dtype=np.int64)), config)
+        prompts = [self.ov.Tensor(np.array([p], dtype=np.int64)) for p, _ in workload]
+        configs = [self.genai.GenerationConfig(max_new_tokens=n, ignore_eos=True, do_sample=False) for _, n in workload]
+        outputs = self.pipe.generate(prompts, configs)
+        assert [len(o.m_generation_ids[0]) for o in outputs] == [n for _, n in workload]
         return {}
 
 

@@ -15,42 +15,44 @@ class MergedColumnParallelLinear(WeightLayer, LinearWeights):
     shards: {name: rows of the whole projection}, in the order of the output.
     """
 
+    bias: torch.Tensor | None
+
     def __init__(self, in_features: int, shards: dict[str | None, int], ctx: BuildContext, *, bias: bool) -> None:
         super().__init__()
         self._in_features = in_features
         self._whole = shards
         self._tp = ctx.tp
-        self._rows = {name: ctx.tp.shard(rows, f"linear shard {name}") for name, rows in shards.items()}
+        self._rows: dict[str | None, slice] = {}  # of this rank's matrix
+        total = 0
+        for name, rows in shards.items():
+            mine = ctx.tp.shard(rows, f"linear shard {name}")
+            self._rows[name] = slice(total, total + mine)
+            total += mine
         self.method: LinearMethod = UnquantizedLinearMethod()
-        total = sum(self._rows.values())
         self.method.create(self, total, in_features, ctx.dtype, ctx.device)
-        self.bias: torch.Tensor | None = None
+        self.register_parameter("bias", None)
         if bias:
-            del self.bias
             self.add_parameter("bias", (total,), ctx.dtype, ctx.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [T, in] -> [T, sum of this rank's rows]
         return self.method.apply(self, x, self.bias)
 
     def expected_weights(self) -> dict[str, dict[str | None, tuple[int, ...]]]:
-        expected = {"weight": {name: (rows, self._in_features) for name, rows in self._whole.items()}}
+        expected: dict[str, dict[str | None, tuple[int, ...]]] = {
+            "weight": {name: (rows, self._in_features) for name, rows in self._whole.items()}
+        }
         if self.bias is not None:
-            expected["bias"] = {name: (rows,) for name, rows in self._whole.items()}  # type: ignore[misc]
-        return expected  # type: ignore[return-value]
+            expected["bias"] = {name: (rows,) for name, rows in self._whole.items()}
+        return expected
 
     def load_weight(self, parameter: str, tensor: torch.Tensor, shard: str | None) -> None:
         rows = self._rows[shard]
-        mine = tensor[self._tp.rank * rows : (self._tp.rank + 1) * rows]
-        first = 0
-        for name, size in self._rows.items():
-            if name == shard:
-                break
-            first += size
+        mine = tensor.chunk(self._tp.size)[self._tp.rank]
         if parameter == "weight":
-            self.method.load(self, mine, first)
+            self.method.load(self, mine, rows)
         else:
             assert self.bias is not None
-            self.bias[first : first + rows].copy_(mine)
+            self.bias[rows].copy_(mine)
 
     def finalize_weights(self) -> None:
         self.method.finalize(self)

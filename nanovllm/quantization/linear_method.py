@@ -22,8 +22,8 @@ class LinearMethod(Protocol):
     def create(self, layer: LinearWeights, rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> None:
         """Register the layer's `weight`, [rows, cols], uninitialised."""
 
-    def load(self, layer: LinearWeights, tensor: torch.Tensor, first_row: int) -> None:
-        """Copy `tensor` to the rows from first_row on."""
+    def load(self, layer: LinearWeights, tensor: torch.Tensor, rows: slice) -> None:
+        """Copy `tensor` to these rows."""
 
     def finalize(self, layer: LinearWeights) -> None:
         """Bring the complete weight into the form that `apply` wants."""
@@ -44,8 +44,8 @@ class UnquantizedLinearMethod:
         layer.weight = nn.Parameter(torch.empty(rows, cols, dtype=dtype, device=device), requires_grad=False)
         layer.packed = False
 
-    def load(self, layer: LinearWeights, tensor: torch.Tensor, first_row: int) -> None:
-        layer.weight[first_row : first_row + len(tensor)].copy_(tensor)
+    def load(self, layer: LinearWeights, tensor: torch.Tensor, rows: slice) -> None:
+        layer.weight[rows].copy_(tensor)
 
     def finalize(self, layer: LinearWeights) -> None:
         layer.packed = _can_pack(layer.weight)

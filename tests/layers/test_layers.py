@@ -46,6 +46,26 @@ def test_rms_norm(shape):
     torch.testing.assert_close(layer(x), (x / (mean + 1e-3).sqrt() * normal(32, seed=1)).float())
 
 
+def test_rms_norm_leaves_its_input_alone():
+    """nano-vllm #169, #171, #205: an fp32 input was normalised in place, and the residual with it."""
+    layer = RMSNorm(32, 1e-6, context())
+    layer.load_weight("weight", torch.full((32,), 2.0), None)
+    x = normal(5, 32)
+    before = x.clone()
+    layer(x)
+    assert torch.equal(x, before)
+
+
+def test_row_parallel_linear_takes_a_bias():
+    """nano-vllm #203: a bias crashed the row-parallel layer while loading."""
+    layer = RowParallelLinear(8, 4, context(), bias=True)
+    layer.load_weight("weight", normal(4, 8), None)
+    layer.load_weight("bias", normal(4, seed=1), None)
+    layer.finalize_weights()
+    x = normal(3, 8, seed=2)
+    torch.testing.assert_close(layer(x), (x @ normal(4, 8).T + normal(4, seed=1)).float())
+
+
 def test_rms_norm_has_fp32_statistics_in_bfloat16():
     layer = RMSNorm(512, 1e-6, context(torch.bfloat16))
     layer.load_weight("weight", torch.ones(512), None)
