@@ -10,6 +10,7 @@ import torch
 from nanovllm.config import EngineConfig, parse_bytes
 from nanovllm.errors import ConfigError
 
+_CONTROL_GROUP = Path("/sys/fs/cgroup")  # ours, as seen from inside a container
 _DEFAULT_SHARE = 0.4  # of what is free on the host; pages that are never used cost nothing
 
 
@@ -29,10 +30,9 @@ def cache_memory(config: EngineConfig, device: torch.device) -> int:
 def free_host_memory() -> int:
     """Bytes this process can still get: what the machine has, within its control group's limit."""
     free = psutil.virtual_memory().available
-    group = Path("/sys/fs/cgroup")
     try:
-        limit = (group / "memory.max").read_text().strip()
-        used = int((group / "memory.current").read_text())
+        limit = (_CONTROL_GROUP / "memory.max").read_text().strip()
+        used = int((_CONTROL_GROUP / "memory.current").read_text())
     except (OSError, ValueError):
         return free
     return free if limit == "max" else max(0, min(free, int(limit) - used))

@@ -1,0 +1,126 @@
+"""The runner with a toy model: state slots, logits rows, memory."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from helpers import byte_tokenizer, run_all
+from torch import nn
+
+from nanovllm import ConfigError, SamplingParams
+from nanovllm.cache_spec import StateSpec
+from nanovllm.config import EngineConfig
+from nanovllm.engine import memory
+from nanovllm.engine.executor import InProcessExecutor
+from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.layers.attention import CachedLayer
+from nanovllm.models.base import CausalLM
+
+VOCAB = 200
+
+
+@dataclass(frozen=True)
+class SumConfig:
+    vocab_size: int = VOCAB
+    max_position_embeddings: int = 256
+
+    @classmethod
+    def from_hf(cls, config):
+        return cls()
+
+
+class RunningSum(CachedLayer):
+    """A recurrent layer: its state is the sum of the sequence's tokens so far."""
+
+    def __init__(self):
+        super().__init__()
+        self.cache_spec = StateSpec(shapes=((1,),), dtypes=(torch.float64,))
+
+    def bind(self, *caches):
+        (self.state,) = caches
+
+    def forward(self, batch):
+        out = torch.empty(len(batch.input_ids), 1, dtype=torch.float64)
+        for b, slot in enumerate(batch.state_slots.tolist()):
+            assert slot > 0, "slot 0 is the sink"
+            rows = slice(int(batch.query_start[b]), int(batch.query_start[b + 1]))
+            carried = self.state[slot] if batch.positions[rows][0] > 0 else torch.zeros(1)
+            out[rows, 0] = carried + batch.input_ids[rows].double().cumsum(0)
+            self.state[slot] = out[rows][-1]
+        return out
+
+
+class SumModel(CausalLM):
+    config_class = SumConfig
+    weight_rules = ()
+
+    def __init__(self, config, ctx):
+        nn.Module.__init__(self)
+        self.sum = RunningSum()
+
+    def forward(self, batch):
+        return self.sum(batch)
+
+    def compute_logits(self, hidden):
+        wanted = (hidden.long().squeeze(1) * 7 + 3) % VOCAB
+        return nn.functional.one_hot(wanted, VOCAB).float()
+
+
+def sum_engine(**options):
+    config = EngineConfig.from_options("sum", {"load_format": "dummy", "device": "cpu", **options})
+    config = config.resolve(checkpoint_dtype="float32", max_positions=256, cuda=False)
+    executor = InProcessExecutor(config, SumModel, SumConfig(), None)
+    return LLMEngine(config, byte_tokenizer(), executor, vocab_size=VOCAB, eos_ids=[])
+
+
+def expected(prompt, count):
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append((sum(tokens) * 7 + 3) % VOCAB)
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_num_batched_tokens": 7, "max_num_seqs": 3},  # chunks resume their state
+        {"num_kvcache_blocks": 6, "kvcache_block_size": 8, "max_num_seqs": 4},  # preempted ones start anew
+    ],
+)
+def test_state_belongs_to_its_sequence(options):
+    """nano-vllm-go kept one state in the layer, so that two live sequences corrupted each other."""
+    engine = sum_engine(**options)
+    prompts = [list(range(i, i + 5 + 3 * i)) for i in range(1, 6)]
+    params = SamplingParams(temperature=0, max_tokens=12)
+    requests = [engine.prepare(p, params) for p in prompts]
+    for request in requests:
+        engine.add(request)
+    finished = run_all(engine)
+    for prompt, request in zip(prompts, requests, strict=True):
+        assert finished[request.request_id]["token_ids"] == expected(prompt, 12)
+    assert (engine.stats.preemptions > 0) == ("num_kvcache_blocks" in options)
+
+
+def test_states_are_counted_in_the_memory():
+    assert sum_engine(max_num_seqs=5)._executor.capacity.num_slots == 6
+    with pytest.raises(ConfigError, match="5 state slots"):
+        sum_engine(max_num_seqs=4, kvcache_memory=32)
+
+
+def test_host_memory_respects_the_control_group(tmp_path, monkeypatch):
+    (tmp_path / "memory.max").write_text("3000\n")
+    (tmp_path / "memory.current").write_text("1000\n")
+    monkeypatch.setattr(memory, "_CONTROL_GROUP", tmp_path)
+    assert memory.free_host_memory() == 2000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_host_memory() > 2**20
+
+
+def test_cuda_memory_is_the_share_less_what_is_in_use(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (700, 1000))
+    config = EngineConfig("m", gpu_memory_utilization=0.9)
+    assert memory.cache_memory(config, torch.device("cuda")) == 600
+    config = EngineConfig("m", gpu_memory_utilization=0.25)
+    with pytest.raises(ConfigError, match=r"gpu_memory_utilization=0\.25"):
+        memory.cache_memory(config, torch.device("cuda"))
