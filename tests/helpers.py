@@ -10,6 +10,7 @@ import tokenizers
 
 from nanovllm.cache_spec import CachePlan
 from nanovllm.config import EngineConfig
+from nanovllm.engine.build import fit_model_len
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.step import StepPlan, StepResult
 from nanovllm.outputs import RequestOutput
@@ -101,6 +102,7 @@ def mock_engine(
     config = EngineConfig.from_options("mock", {"kvcache_block_size": block_size, **options})
     config = config.resolve(checkpoint_dtype="float32", max_positions=4096, cuda=False)
     executor = MockExecutor(num_blocks, block_size, script=script, num_slots=num_slots)
+    config = fit_model_len(config, executor.capacity, options.get("max_model_len"))
     engine = LLMEngine(config, tokenizer or byte_tokenizer(), executor, vocab_size=VOCAB, eos_ids=list(eos))
     return engine, executor
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from typing import Any
 
 import torch
 
+from nanovllm.cache_spec import CachePlan
 from nanovllm.config import EngineConfig
 from nanovllm.engine.executor import InProcessExecutor
-from nanovllm.engine.llm_engine import LLMEngine, require_model_len
+from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.errors import ConfigError
 from nanovllm.models.registry import model_class
 from nanovllm.tokenizer.tokenizer import Tokenizer
 from nanovllm.weights.checkpoint import Checkpoint, open_checkpoint
 from nanovllm.weights.hub import resolve_model
+
+logger = logging.getLogger(__name__)
 
 
 def build_engine(asked: EngineConfig) -> LLMEngine:
@@ -27,16 +33,33 @@ def build_engine(asked: EngineConfig) -> LLMEngine:
     )
     tokenizer = _load_tokenizer(asked, checkpoint)
     executor = InProcessExecutor(config, cls, model_config, checkpoint)
-    engine = LLMEngine(
-        config,
+    return LLMEngine(
+        fit_model_len(config, executor.capacity, asked.max_model_len),
         tokenizer,
         executor,
         vocab_size=model_config.vocab_size,
         eos_ids=_eos_ids(checkpoint, tokenizer),
     )
-    assert engine.config.max_model_len is not None
-    require_model_len(asked.max_model_len, engine.config.max_model_len)
-    return engine
+
+
+def fit_model_len(config: EngineConfig, capacity: CachePlan, asked: int | None) -> EngineConfig:
+    """Lower max_model_len to what the pages hold, so that every admitted request can finish.
+
+    One that the user asked for is kept or refused (ConfigError), never lowered.
+    """
+    held = (capacity.num_blocks - 1) * config.kvcache_block_size
+    assert config.max_model_len is not None
+    if config.max_model_len <= held:
+        return config
+    if asked is not None:
+        raise ConfigError(
+            f"max_model_len={asked} does not fit: the cache memory holds {held} tokens. Give it more "
+            "(kvcache_memory, num_kvcache_blocks or gpu_memory_utilization), or lower max_model_len"
+        )
+    logger.warning(
+        "max_model_len is %d, not the model's %d: the cache memory holds no more", held, config.max_model_len
+    )
+    return dataclasses.replace(config, max_model_len=held)
 
 
 def _load_tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> Tokenizer | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 import secrets
 import time
 from dataclasses import dataclass
@@ -16,12 +14,10 @@ from nanovllm.engine.executor import Executor
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.request import Prompt, Request, RequestPreparer
 from nanovllm.engine.scheduler import Scheduler, SequenceUpdate
-from nanovllm.errors import ConfigError, EngineClosed, RequestError
+from nanovllm.errors import EngineClosed, RequestError
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.tokenizer.tokenizer import Tokenizer
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -50,7 +46,7 @@ class LLMEngine:
         vocab_size: int,
         eos_ids: list[int],
     ) -> None:
-        """config: resolved. executor: loaded and sized."""
+        """config: resolved, with a max_model_len that the executor's pages hold. executor: loaded."""
         self._executor: Executor | None = executor
         capacity = executor.capacity
         cache = CacheManager(
@@ -59,7 +55,7 @@ class LLMEngine:
             num_slots=capacity.num_slots,
             enable_prefix_caching=config.enable_prefix_caching,
         )
-        self.config = config = _fit_model_len(config, cache.max_tokens)
+        self.config = config
         self.tokenizer = tokenizer
         self.stats = EngineStats()
         assert config.max_model_len is not None and config.max_num_batched_tokens is not None
@@ -145,23 +141,3 @@ class LLMEngine:
             stats.generation_tokens += update.token_id is not None
             stats.prompt_tokens += max(0, update.seq.num_prompt_tokens - update.start)
             stats.prompt_tokens -= max(0, update.seq.num_prompt_tokens - update.seq.num_computed)
-
-
-def _fit_model_len(config: EngineConfig, max_tokens: int) -> EngineConfig:
-    """Lower max_model_len to what the page pool can hold, so that every request can finish."""
-    assert config.max_model_len is not None
-    if config.max_model_len <= max_tokens:
-        return config
-    logger.warning(
-        "max_model_len lowered from %d to %d, which is what the cache memory holds", config.max_model_len, max_tokens
-    )
-    return dataclasses.replace(config, max_model_len=max_tokens)
-
-
-def require_model_len(asked: int | None, resolved: int) -> None:
-    """A max_model_len that the user asked for is kept or refused, never lowered."""
-    if asked is not None and asked > resolved:
-        raise ConfigError(
-            f"max_model_len={asked} does not fit: the cache memory holds {resolved} tokens. "
-            "Give it more (kvcache_memory, num_kvcache_blocks or gpu_memory_utilization), or lower max_model_len"
-        )

@@ -11,6 +11,7 @@ from nanovllm import ConfigError, SamplingParams
 from nanovllm.cache_spec import StateSpec
 from nanovllm.config import EngineConfig
 from nanovllm.engine import memory
+from nanovllm.engine.build import fit_model_len
 from nanovllm.engine.executor import InProcessExecutor
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.layers.attention import CachedLayer
@@ -70,6 +71,7 @@ def sum_engine(**options):
     config = EngineConfig.from_options("sum", {"load_format": "dummy", "device": "cpu", **options})
     config = config.resolve(checkpoint_dtype="float32", max_positions=256, cuda=False)
     executor = InProcessExecutor(config, SumModel, SumConfig(), None)
+    config = fit_model_len(config, executor.capacity, None)
     return LLMEngine(config, byte_tokenizer(), executor, vocab_size=VOCAB, eos_ids=[])
 
 
