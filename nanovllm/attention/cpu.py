@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from nanovllm.batch import Batch
 from nanovllm.cache_spec import PagedKVSpec
 
+_KEYS = 32
+
 
 @dataclass(frozen=True, slots=True)
 class _Group:
@@ -64,12 +66,12 @@ class CPUAttention:
         for (size, _), sequences in members.items():
             first = torch.tensor([starts[b] for b in sequences])
             rows = (first[:, None] + torch.arange(size)).flatten()
-            num_pages = -(-max(seq_lens[b] for b in sequences) // block_size)
+            num_pages = _whole_vectors(max(seq_lens[b] for b in sequences), block_size)
             groups.append(
                 _Group(
                     rows=rows,
                     positions=batch.positions[rows].view(len(sequences), size),
-                    pages=batch.block_tables[sequences, :num_pages].flatten(),
+                    pages=F.pad(batch.block_tables[sequences, :num_pages], (0, num_pages))[:, :num_pages].flatten(),
                     key_positions=torch.arange(num_pages * block_size),
                     from_start=all(seq_lens[b] == size for b in sequences),
                 )
@@ -95,6 +97,12 @@ class CPUAttention:
         for group in batch.attention:
             out[group.rows] = _attend(q[group.rows], kv, group, scale, window, alibi)
         return out
+
+
+def _whole_vectors(seq_len: int, block_size: int) -> int:
+    """Pages for seq_len tokens, and on to a multiple of _KEYS: the kernel sums what is left over
+    from a whole vector of keys in another order, and a token's bits would depend on the page size."""
+    return -(-seq_len // max(_KEYS, block_size)) * max(_KEYS, block_size) // block_size
 
 
 def _attend(
