@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from nanovllm.attention.alibi import Alibi
 from nanovllm.batch import Batch
 from nanovllm.cache_spec import PagedKVSpec
 from nanovllm.errors import ConfigError
@@ -45,7 +46,7 @@ class AttentionBackend(Protocol):
         *,
         scale: float,
         window: int | None = None,
-        alibi: torch.Tensor | None = None,  # [H] fp32 slopes: adds slope * (key - query position)
+        alibi: Alibi | None = None,
     ) -> torch.Tensor:  # [T, H, D]
         ...
 

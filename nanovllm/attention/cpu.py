@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from nanovllm.attention.alibi import Alibi
 from nanovllm.batch import Batch
 from nanovllm.cache_spec import PagedKVSpec
 
@@ -22,23 +23,18 @@ class _Group:
     pages: torch.Tensor  # [B * M] padded with the sink page 0
     key_positions: torch.Tensor  # [L], L = M * block_size
     from_start: bool  # no query has keys before its chunk: plain causality is mask enough
-    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)  # by window
+    masks: dict[tuple[int | None, torch.dtype], torch.Tensor] = field(default_factory=dict)
 
     def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
         """[B, 1, S, L]: minus infinity where a query may not look; shared by the layers."""
-        if window not in self.masks:
-            distance = self._distance()
+        key = (window, dtype)
+        if key not in self.masks:
+            distance = (self.key_positions - self.positions[..., None]).unsqueeze(1)
             hidden = distance > 0
             if window is not None:
                 hidden |= distance <= -window
-            self.masks[window] = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
-        return self.masks[window]
-
-    def alibi_bias(self, slopes: torch.Tensor) -> torch.Tensor:  # [H] -> [B, H, S, L]
-        return slopes[:, None, None] * self._distance()
-
-    def _distance(self) -> torch.Tensor:
-        return (self.key_positions - self.positions[..., None]).unsqueeze(1)
+            self.masks[key] = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+        return self.masks[key]
 
 
 class CPUAttention:
@@ -88,7 +84,7 @@ class CPUAttention:
         *,
         scale: float,
         window: int | None = None,
-        alibi: torch.Tensor | None = None,
+        alibi: Alibi | None = None,
     ) -> torch.Tensor:
         slots = kv.flatten(1, 2)
         slots[0].index_copy_(0, batch.slot_mapping, k)
@@ -106,7 +102,7 @@ def _whole_vectors(seq_len: int, block_size: int) -> int:
 
 
 def _attend(
-    q: torch.Tensor, kv: torch.Tensor, group: _Group, scale: float, window: int | None, alibi: torch.Tensor | None
+    q: torch.Tensor, kv: torch.Tensor, group: _Group, scale: float, window: int | None, alibi: Alibi | None
 ) -> torch.Tensor:
     """q [B * S, H, D] -> [B * S, H, D]."""
     num_seqs, size = group.positions.shape
@@ -118,9 +114,10 @@ def _attend(
     if group.from_start and window is None and alibi is None:
         mask = None
     else:
-        mask = group.mask(window, q.dtype)
+        # a bias of hundreds needs fp32 also where q is bfloat16
+        mask = group.mask(window, q.dtype if alibi is None else torch.float32)
         if alibi is not None:
-            mask = mask + group.alibi_bias(alibi).to(q.dtype)
+            mask = mask + alibi.bias(group.key_positions, group.positions)
     if size == 1 and mask is not None:
         # the query heads of a KV head stand as its rows, so that no key is read twice
         q = q.view(num_seqs, num_kv_heads, -1, head_dim)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from nanovllm.attention.alibi import Alibi
 from nanovllm.batch import Batch
 from nanovllm.cache_spec import PagedKVSpec
 
@@ -34,7 +35,7 @@ class ReferenceAttention:
         *,
         scale: float,
         window: int | None = None,
-        alibi: torch.Tensor | None = None,
+        alibi: Alibi | None = None,
     ) -> torch.Tensor:
         block_size, num_heads = kv.shape[2], q.shape[1]
         kv.flatten(1, 2)[:, batch.slot_mapping] = torch.stack([k, v])
@@ -47,10 +48,11 @@ class ReferenceAttention:
             groups = num_heads // keys.shape[1]
             keys = keys.repeat_interleave(groups, dim=1)
             values = values.repeat_interleave(groups, dim=1)
-            distance = torch.arange(seq_len, device=q.device) - batch.positions[rows, None]  # [S, L]
+            positions = torch.arange(seq_len, device=q.device)
+            distance = positions - batch.positions[rows, None]  # [S, L]
             scores = torch.einsum("shd,lhd->hsl", q[rows].float(), keys) * scale
             if alibi is not None:
-                scores += alibi[:, None, None] * distance
+                scores += alibi.bias(positions, batch.positions[rows])
             hidden = distance > 0
             if window is not None:
                 hidden |= distance <= -window

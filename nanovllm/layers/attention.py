@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from nanovllm.attention.alibi import Alibi
 from nanovllm.batch import Batch
 from nanovllm.build_context import BuildContext
 from nanovllm.cache_spec import CacheSpec, PagedKVSpec
@@ -27,6 +28,7 @@ class Attention(CachedLayer):
     """Causal attention over the sequence's pages.
 
     num_heads, num_kv_heads: of this rank. window: tokens a query sees, itself among them.
+    alibi: slopes of this rank's heads.
     """
 
     def __init__(
@@ -38,12 +40,14 @@ class Attention(CachedLayer):
         *,
         scale: float,
         window: int | None = None,
+        alibi: Alibi | None = None,
     ) -> None:
         super().__init__()
         assert num_heads % num_kv_heads == 0
         self.cache_spec = PagedKVSpec(num_kv_heads, head_dim, ctx.dtype, window)
         self._scale = scale
         self._window = window
+        self._alibi = alibi
         self._backend = ctx.attention
         self._kv: torch.Tensor | None = None
 
@@ -53,5 +57,5 @@ class Attention(CachedLayer):
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> torch.Tensor:
         """q [T, H, D], k and v [T, KH, D] -> [T, H * D]."""
         assert self._kv is not None, "bind comes before the first step"
-        out = self._backend.forward(q, k, v, self._kv, batch, scale=self._scale, window=self._window)
+        out = self._backend.forward(q, k, v, self._kv, batch, scale=self._scale, window=self._window, alibi=self._alibi)
         return out.flatten(1)

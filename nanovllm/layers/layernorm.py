@@ -22,3 +22,30 @@ class RMSNorm(WeightLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., size]
         return F.rms_norm(x, self._size, self.weight, self._eps)
+
+
+class GemmaRMSNorm(RMSNorm):
+    """Gemma's RMSNorm: the weight on disk is the difference from one; all in fp32."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., size]
+        normed = F.rms_norm(x.float(), self._size, None, self._eps)
+        return (normed * (1.0 + self.weight.float())).to(x.dtype)
+
+
+class LayerNorm(WeightLayer):
+    """(x - mean) / sqrt(variance + eps) * weight + bias (Ba et al. 2016)."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(self, size: int, eps: float, ctx: BuildContext, *, bias: bool = True) -> None:
+        super().__init__()
+        self._size = (size,)
+        self._eps = eps
+        self.add_parameter("weight", self._size, ctx.dtype, ctx.device)
+        self.register_parameter("bias", None)
+        if bias:
+            self.add_parameter("bias", self._size, ctx.dtype, ctx.device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., size]
+        return F.layer_norm(x, self._size, self.weight, self.bias, self._eps)

@@ -29,18 +29,23 @@ class ModelConfig(Protocol):
 
 
 class CausalLM(nn.Module):
-    """Base of every model: `config_class` reads its sizes, `weight_rules` map its tensors."""
+    """Base of every model: `config_class` reads its sizes, `weight_rules` map its tensors.
+
+    Most models are a `model` that gives hidden states and an `lm_head`, and need no more than that.
+    """
 
     config_class: ClassVar[type[ModelConfig]]
     weight_rules: Sequence[Rule]
+    model: nn.Module
+    lm_head: nn.Module
 
     def __init__(self, config: Any, ctx: BuildContext) -> None:
         super().__init__()
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Hidden states [T, H] after the last norm."""
-        raise NotImplementedError
+        return self.model(batch)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, H] -> fp32 [R, vocabulary]."""
-        raise NotImplementedError
+        return self.lm_head(hidden).float()

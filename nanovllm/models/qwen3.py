@@ -18,7 +18,7 @@ from nanovllm.layers.mlp import GatedMLP
 from nanovllm.layers.rotary_embedding import RopeConfig, RotaryEmbedding, apply_rotary
 from nanovllm.models.base import CausalLM
 from nanovllm.models.config_reader import read_config, refuse_unless
-from nanovllm.weights.rules import Pack, Skip
+from nanovllm.weights.rules import LLAMA_RULES, head_rules
 
 
 @dataclass(frozen=True)
@@ -101,18 +101,4 @@ class Qwen3ForCausalLM(CausalLM):
         self.model = Qwen3Model(config, ctx)
         tied = self.model.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, ctx, tied=tied)
-        self.weight_rules = [
-            Pack("q_proj", "qkv_proj", "q"),
-            Pack("k_proj", "qkv_proj", "k"),
-            Pack("v_proj", "qkv_proj", "v"),
-            Pack("gate_proj", "gate_up_proj", "gate"),
-            Pack("up_proj", "gate_up_proj", "up"),
-            Skip("*rotary_emb.inv_freq"),
-            *([Skip("lm_head.weight")] if config.tie_word_embeddings else []),
-        ]
-
-    def forward(self, batch: Batch) -> torch.Tensor:
-        return self.model(batch)
-
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.lm_head(hidden).float()
+        self.weight_rules = [*LLAMA_RULES, *head_rules(config.tie_word_embeddings)]

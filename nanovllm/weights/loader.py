@@ -9,7 +9,7 @@ from torch import nn
 
 from nanovllm.errors import WeightError
 from nanovllm.layers.weight_layer import WeightLayer
-from nanovllm.weights.rules import Rule, disk_name, resolve
+from nanovllm.weights.rules import Convert, Rule, disk_name, resolve
 from nanovllm.weights.tensor_source import LazyTensor
 
 _LISTED = 20
@@ -30,16 +30,19 @@ def load_weights(model: nn.Module, tensors: Iterable[LazyTensor], rules: Sequenc
     missing = dict(wanted)
     unexpected, misshapen = [], []
     for tensor in tensors:
-        target = resolve(tensor.name, rules)
-        if target is None:
+        destination = resolve(tensor.name, rules)
+        if destination is None:
             continue
-        if target not in missing:
+        if any(target not in missing for target in destination.targets):
             unexpected.append(tensor.name)
-        elif missing.pop(target) != tensor.shape:
-            misshapen.append(f"{tensor.name} (is {tensor.shape}, should be {wanted[target]})")
+            continue
+        shapes = [missing.pop(target) for target in destination.targets]
+        if _shapes_after(destination.convert, tensor.shape) != shapes:
+            misshapen.append(f"{tensor.name} (is {tensor.shape}, should {_disk_shape(destination.convert, shapes)})")
         elif not (unexpected or misshapen):
-            layer_name, _, parameter = target[0].rpartition(".")
-            layers[layer_name].load_weight(parameter, tensor.load(), target[1])
+            for (name, shard), part in zip(destination.targets, destination.convert(tensor.load()), strict=True):
+                layer_name, _, parameter = name.rpartition(".")
+                layers[layer_name].load_weight(parameter, part, shard)
     problems = [
         _listing("missing", [disk_name(name, shard, rules) for name, shard in missing]),
         _listing("unexpected", unexpected),
@@ -63,6 +66,20 @@ def fill_dummy_weights(model: nn.Module, seed: int = 0) -> None:
                 is_norm = parameter == "weight" and len(shape) == 1
                 layer.load_weight(parameter, values + 1 if is_norm else values, shard)
         layer.finalize_weights()
+
+
+def _shapes_after(convert: Convert, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Shapes that a conversion gives, found out without data; empty if it cannot take this one."""
+    try:
+        return [tuple(part.shape) for part in convert(torch.empty(shape, device="meta"))]
+    except RuntimeError:
+        return []
+
+
+def _disk_shape(convert: Convert, shapes: list[tuple[int, ...]]) -> str:
+    if len(shapes) > 1:
+        return f"give {', '.join(map(str, shapes))}"
+    return f"be {_shapes_after(convert, shapes[0])[0]}"  # whole or transposed: its own inverse
 
 
 def _listing(what: str, names: list[str]) -> str:

@@ -3,8 +3,30 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import torch
+
+Target = tuple[str, str | None]
+"""(parameter name, shard of it or None)."""
+Convert = Callable[[torch.Tensor], Sequence[torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """Tensors that are on disk and not wanted; a shell pattern over the whole name."""
+
+    pattern: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rename:
+    """Rewrite the name once by a regular expression; the rules that follow see the new name."""
+
+    pattern: str
+    replacement: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,31 +39,92 @@ class Pack:
 
 
 @dataclass(frozen=True, slots=True)
-class Skip:
-    """Tensors that are on disk and not wanted; a shell pattern over the whole name."""
+class Split:
+    """One tensor on disk is several of ours: `convert` cuts it, in the order of `targets`,
+    (module in the place of `part`, shard). It gets weights and biases alike, on any device."""
 
-    pattern: str
+    part: str
+    targets: tuple[Target, ...]
+    convert: Convert
 
 
-Rule = Pack | Skip
+@dataclass(frozen=True, slots=True)
+class Transpose:
+    """The disk has the weight of module `part` as [in, out]; vectors stay as they are."""
+
+    part: str
 
 
-def resolve(name: str, rules: Sequence[Rule]) -> tuple[str, str | None] | None:
-    """(parameter name, shard) for a name on disk; None to skip it."""
-    parts = name.split(".")
+Rule = Skip | Rename | Pack | Split | Transpose
+
+LLAMA_RULES: tuple[Rule, ...] = (
+    Pack("q_proj", "qkv_proj", "q"),
+    Pack("k_proj", "qkv_proj", "k"),
+    Pack("v_proj", "qkv_proj", "v"),
+    Pack("gate_proj", "gate_up_proj", "gate"),
+    Pack("up_proj", "gate_up_proj", "up"),
+    Skip("*rotary_emb.inv_freq"),
+)
+"""For the layout that most families have taken over from Llama."""
+
+
+def head_rules(tied: bool) -> tuple[Rule, ...]:
+    """A head that is tied to the embedding may be on disk again."""
+    return (Skip("lm_head.weight"),) if tied else ()
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where a tensor goes: converted, its parts are these targets in order."""
+
+    targets: tuple[Target, ...]
+    convert: Convert
+
+
+def resolve(name: str, rules: Sequence[Rule]) -> Destination | None:
+    """The first rule that knows the name decides; None to skip the tensor."""
     for rule in rules:
         if isinstance(rule, Skip):
             if fnmatch.fnmatchcase(name, rule.pattern):
                 return None
-        elif rule.part in parts:
-            return ".".join(rule.target if p == rule.part else p for p in parts), rule.shard
-    return name, None
+        elif isinstance(rule, Rename):
+            name = re.sub(rule.pattern, rule.replacement, name, count=1)
+        elif _has_part(name, rule.part):
+            if isinstance(rule, Pack):
+                return Destination(((_replace(name, rule.part, rule.target), rule.shard),), _whole)
+            if isinstance(rule, Split):
+                targets = tuple((_replace(name, rule.part, module), shard) for module, shard in rule.targets)
+                return Destination(targets, rule.convert)
+            return Destination(((name, None),), _transposed)
+    return Destination(((name, None),), _whole)
 
 
 def disk_name(parameter: str, shard: str | None, rules: Sequence[Rule]) -> str:
-    """Inverse of `resolve`, for messages."""
-    parts = parameter.split(".")
+    """Inverse of `resolve` but for renamed prefixes, for messages."""
     for rule in rules:
-        if isinstance(rule, Pack) and rule.shard == shard and rule.target in parts:
-            return ".".join(rule.part if p == rule.target else p for p in parts)
+        if isinstance(rule, Pack):
+            sources: Sequence[Target] = ((rule.target, rule.shard),)
+        elif isinstance(rule, Split):
+            sources = rule.targets
+        else:
+            continue
+        for module, its_shard in sources:
+            if its_shard == shard and _has_part(parameter, module):
+                return _replace(parameter, module, rule.part)
     return parameter
+
+
+def _has_part(name: str, part: str) -> bool:
+    return f".{part}." in f".{name}."
+
+
+def _replace(name: str, part: str, target: str) -> str:
+    return f".{name}.".replace(f".{part}.", f".{target}.", 1)[1:-1]
+
+
+def _whole(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+    return (tensor,)
+
+
+def _transposed(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+    return (tensor.t(),)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanovllm.attention.alibi import Alibi, alibi_slopes
 from nanovllm.attention.base import load_backend, require_support, select_backend
 from nanovllm.attention.cpu import CPUAttention
 from nanovllm.attention.reference import ReferenceAttention
@@ -24,10 +25,10 @@ CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
 
 
-def plain_attention(q, keys, values, position, scale, window, slope) -> np.ndarray:
+def plain_attention(q, keys, values, position, scale, window, bias) -> np.ndarray:
     """One head's query q [D] at `position` over keys and values [L, D] of its sequence, in float64."""
     first = 0 if window is None else max(0, position - window + 1)
-    scores = [scale * float(q @ keys[j]) + slope * (j - position) for j in range(first, position + 1)]
+    scores = [scale * float(q @ keys[j]) + bias[j] for j in range(first, position + 1)]
     weights = np.exp(np.array(scores) - max(scores))
     return weights @ values[first : position + 1] / weights.sum()
 
@@ -112,11 +113,13 @@ class Step:
             keys, values = (
                 half[self.tables[i]].reshape(-1, self.kv_heads, self.head_dim).double().numpy() for half in kv
             )
+            bias = np.zeros((self.heads, position + 1))
+            if alibi is not None:
+                bias = alibi.bias(torch.arange(position + 1), torch.tensor([position]))[:, 0].numpy()
             for head in range(self.heads):
                 kv_head = head // (self.heads // self.kv_heads)
-                slope = 0.0 if alibi is None else float(alibi[head])
                 out[row, head] = plain_attention(
-                    q[row, head], keys[:, kv_head], values[:, kv_head], position, scale, window, slope
+                    q[row, head], keys[:, kv_head], values[:, kv_head], position, scale, window, bias[head]
                 )
         return out
 
@@ -153,12 +156,31 @@ def test_sliding_window(backend, heads, window):
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
 def test_alibi(backend, heads, window):
-    slopes = torch.tensor([2.0 ** -(1 + head) for head in range(heads[0])])
-    Step(MIXED, *heads).check(backend, window=window, alibi=slopes)
+    alibi = Alibi(alibi_slopes(heads[0]), factor=0.5)
+    Step(MIXED, *heads).check(backend, window=window, alibi=alibi)
+
+
+def test_rounded_alibi_steps_with_the_key_in_bfloat16(backend):
+    """Falcon's: beyond 256 tokens bfloat16 cannot tell neighbouring positions apart."""
+    alibi = Alibi(alibi_slopes(4), rounded=True, factor=0.25)
+    bias = alibi.bias(torch.arange(600), torch.tensor([599]))
+    assert bias.shape == (4, 1, 600) and bias[0, 0, 512] == bias[0, 0, 513] != bias[0, 0, 520]
+    Step([(0, 600), (599, 1), (300, 200)]).check(backend, alibi=alibi)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 8, 12, 71])
+def test_alibi_slopes_are_those_of_bloom_and_mpt(heads):
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor as bloom
+    from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor as mpt
+
+    slopes = alibi_slopes(heads)
+    torch.testing.assert_close(slopes, bloom(torch.ones(1, 2), heads, torch.float32)[:, 0, 1])
+    torch.testing.assert_close(slopes, -mpt(heads, 2)[:, 0, 0])
+    torch.testing.assert_close(alibi_slopes(heads, 4.0), -mpt(heads, 2, 4)[:, 0, 0])
 
 
 def test_alibi_in_bfloat16(backend):
-    Step(MIXED, dtype=torch.bfloat16).check(backend, alibi=torch.tensor([0.5, 0.25, 0.125, 0.0625]))
+    Step(MIXED, dtype=torch.bfloat16).check(backend, alibi=Alibi(torch.tensor([0.5, 0.25, 0.125, 0.0625])))
 
 
 @pytest.mark.parametrize("scale", [0.01, 0.5])
@@ -203,7 +225,7 @@ sequence_lists = st.lists(
 )
 def test_random_steps(name, sequences, heads, head_dim, block_size, window, with_alibi, seed):
     step = Step(sequences, *heads, head_dim=head_dim, block_size=block_size, seed=seed)
-    alibi = torch.linspace(0.05, 1.0, heads[0]) if with_alibi else None
+    alibi = Alibi(torch.linspace(0.05, 1.0, heads[0])) if with_alibi else None
     step.check(BACKENDS[name](), window=window, alibi=alibi)
 
 

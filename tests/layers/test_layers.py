@@ -11,9 +11,9 @@ from nanovllm.attention.reference import ReferenceAttention
 from nanovllm.build_context import BuildContext
 from nanovllm.distributed.group import TPGroup
 from nanovllm.errors import ConfigError, ModelNotSupported
-from nanovllm.layers.activation import silu_and_mul
+from nanovllm.layers.activation import _ACTIVATIONS, activation
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
-from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.layernorm import GemmaRMSNorm, LayerNorm, RMSNorm
 from nanovllm.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -75,10 +75,46 @@ def test_rms_norm_has_fp32_statistics_in_bfloat16():
     torch.testing.assert_close(layer(x).double(), wanted, rtol=2**-8, atol=0)
 
 
-def test_silu_and_mul_gates_with_the_first_half():
-    gate, up = normal(3, 8), normal(3, 8, seed=1)
-    wanted = gate / (1 + (-gate).exp()) * up
-    torch.testing.assert_close(silu_and_mul(torch.cat([gate, up], dim=1)), wanted)
+def test_gemma_norm_adds_one_to_its_weight():
+    layer = GemmaRMSNorm(16, 1e-6, context())
+    layer.load_weight("weight", normal(16), None)
+    x = normal(4, 16, seed=1)
+    wanted = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + normal(16))
+    torch.testing.assert_close(layer(x), wanted)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_layer_norm(bias):
+    layer = LayerNorm(16, 1e-5, context(), bias=bias)
+    layer.load_weight("weight", normal(16), None)
+    if bias:
+        layer.load_weight("bias", normal(16, seed=1), None)
+    x = normal(4, 16, seed=2)
+    wanted = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt() * normal(16)
+    torch.testing.assert_close(layer(x), wanted + normal(16, seed=1) if bias else wanted)
+    assert set(layer.expected_weights()) == ({"weight", "bias"} if bias else {"weight"})
+
+
+@pytest.mark.parametrize("name", _ACTIVATIONS)
+def test_activations_are_those_of_transformers(name):
+    from transformers.activations import ACT2FN
+
+    torch.testing.assert_close(activation(name)(normal(64)), ACT2FN[name](normal(64)))
+
+
+def test_an_unknown_activation_is_refused():
+    with pytest.raises(ModelNotSupported, match="'quick_gelu' is not supported; supported: gelu"):
+        activation("quick_gelu")
+
+
+def test_gated_mlp_gates_with_the_first_shard():
+    layer = GatedMLP(8, 5, context(), act="gelu")
+    for name, seed in (("gate", 0), ("up", 1)):
+        layer.gate_up_proj.load_weight("weight", normal(5, 8, seed=seed), name)
+    layer.down_proj.load_weight("weight", normal(8, 5, seed=2), None)
+    x = normal(3, 8, seed=3)
+    wanted = torch.nn.functional.gelu(x @ normal(5, 8).T) * (x @ normal(5, 8, seed=1).T) @ normal(8, 5, seed=2).T
+    torch.testing.assert_close(layer(x), wanted)
 
 
 # --- linear --------------------------------------------------------------------------------

@@ -8,10 +8,11 @@ import torch
 from nanovllm.attention.reference import ReferenceAttention
 from nanovllm.build_context import BuildContext
 from nanovllm.errors import WeightError
+from nanovllm.layers.weight_layer import WeightLayer
 from nanovllm.models.llama import LlamaConfig, LlamaForCausalLM
 from nanovllm.weights.checkpoint import HFCheckpoint
 from nanovllm.weights.loader import fill_dummy_weights, load_weights
-from nanovllm.weights.rules import Pack, Skip, disk_name, resolve
+from nanovllm.weights.rules import Pack, Rename, Skip, Split, Transpose, disk_name, resolve
 from nanovllm.weights.tensor_source import LazyTensor
 
 
@@ -196,28 +197,89 @@ def test_dummy_weights_are_seeded_and_fill_everything(disk):
 
 
 RULES = [
-    Pack("q_proj", "qkv_proj", "q"),
-    Pack("k_proj", "qkv_proj", "k"),
-    Pack("gate", "gate_up", "gate"),
+    Rename(r"^old\.", "new."),
     Skip("*.inv_freq"),
     Skip("vision.*"),
+    Pack("q_proj", "qkv_proj", "q"),
+    Pack("attn.k_proj", "qkv_proj", "k"),
+    Pack("gate", "gate_up", "gate"),
+    Split("query_key_value", (("qkv_proj", "q"), ("qkv_proj", "k"), ("out", None)), lambda t: t.chunk(3)),
+    Transpose("c_proj"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("name", "target"),
+    ("name", "targets"),
     [
-        ("layers.0.q_proj.weight", ("layers.0.qkv_proj.weight", "q")),
-        ("layers.0.k_proj.bias", ("layers.0.qkv_proj.bias", "k")),
-        ("layers.0.xq_proj.weight", ("layers.0.xq_proj.weight", None)),
-        ("layers.0.gate.weight", ("layers.0.gate_up.weight", "gate")),
-        ("norm.weight", ("norm.weight", None)),
+        ("layers.0.q_proj.weight", [("layers.0.qkv_proj.weight", "q")]),
+        ("layers.0.attn.k_proj.bias", [("layers.0.qkv_proj.bias", "k")]),
+        ("layers.0.xattn.k_proj.bias", [("layers.0.xattn.k_proj.bias", None)]),
+        ("layers.0.xq_proj.weight", [("layers.0.xq_proj.weight", None)]),
+        ("layers.0.gate.weight", [("layers.0.gate_up.weight", "gate")]),
+        ("norm.weight", [("norm.weight", None)]),
         ("layers.0.rotary.inv_freq", None),
         ("vision.layer.weight", None),
-        ("a.vision.layer.weight", ("a.vision.layer.weight", None)),
+        ("a.vision.layer.weight", [("a.vision.layer.weight", None)]),
+        ("old.old.q_proj.weight", [("new.old.qkv_proj.weight", "q")]),
+        (
+            "0.query_key_value.bias",
+            [("0.qkv_proj.bias", "q"), ("0.qkv_proj.bias", "k"), ("0.out.bias", None)],
+        ),
+        ("0.c_proj.weight", [("0.c_proj.weight", None)]),
     ],
 )
-def test_rules(name, target):
-    assert resolve(name, RULES) == target
-    if target is not None:
-        assert disk_name(*target, RULES) == name
+def test_rules(name, targets):
+    found = resolve(name, RULES)
+    assert (found and list(found.targets)) == targets
+
+
+@pytest.mark.parametrize(
+    ("parameter", "shard", "name"),
+    [
+        ("0.qkv_proj.weight", "q", "0.q_proj.weight"),
+        ("0.qkv_proj.weight", "k", "0.attn.k_proj.weight"),
+        ("0.gate_up.weight", "gate", "0.gate.weight"),
+        ("0.out.bias", None, "0.query_key_value.bias"),
+        ("norm.weight", None, "norm.weight"),
+    ],
+)
+def test_names_on_disk_for_messages(parameter, shard, name):
+    assert disk_name(parameter, shard, RULES) == name
+
+
+class Plain(WeightLayer):
+    def __init__(self, **shapes):
+        super().__init__()
+        for name, shape in shapes.items():
+            self.add_parameter(name, shape, torch.float32, torch.device("cpu"))
+
+
+class Fused(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q = Plain(weight=(2, 3), bias=(2,))
+        self.k = Plain(weight=(2, 3), bias=(2,))
+        self.out = Plain(weight=(3, 4))
+
+
+FUSED_RULES = [Split("qk", (("q", None), ("k", None)), lambda t: t.chunk(2)), Transpose("out")]
+
+
+def test_split_and_transposed_tensors():
+    model, values = Fused(), torch.arange(12.0).view(4, 3)
+    load_weights(model, lazy({"qk.weight": values, "qk.bias": torch.arange(4.0), "out.weight": values}), FUSED_RULES)
+    assert torch.equal(model.q.weight, values[:2]) and torch.equal(model.k.weight, values[2:])
+    assert torch.equal(model.q.bias, torch.arange(2.0)) and torch.equal(model.k.bias, torch.arange(2.0, 4.0))
+    assert torch.equal(model.out.weight, values.t())
+
+
+def test_misshapen_before_it_is_split():
+    tensors = {"qk.weight": torch.zeros(5, 3), "qk.bias": torch.zeros(1), "out.weight": torch.zeros(3, 4)}
+    with pytest.raises(WeightError) as caught:
+        load_weights(Fused(), lazy(tensors), FUSED_RULES)
+    for expected in (
+        "3 misshapen: qk.weight (is (5, 3), should give (2, 3), (2, 3))",
+        "qk.bias (is (1,), should give (2,), (2,))",
+        "out.weight (is (3, 4), should be (4, 3))",
+    ):
+        assert expected in str(caught.value)
