@@ -50,6 +50,10 @@ class EngineConfig:
     enable_prefix_caching: reuse the pages of equal prefixes.
     attention_backend: "auto", or the name of one.
     scheduling_policy: "fcfs", or "priority" (lower values first).
+    generation_config: where sampling parameters come from if a request brings none: "auto" is
+        the checkpoint's generation_config.json, "vllm" is SamplingParams(), else a folder that
+        holds such a file.
+    override_generation_config: values that go before that file's, such as {"temperature": 0.5}.
     """
 
     model: str
@@ -73,6 +77,8 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     attention_backend: str = "auto"
     scheduling_policy: str = "fcfs"
+    generation_config: str = "auto"
+    override_generation_config: dict[str, Any] | None = None
 
     @classmethod
     def from_options(cls, model: str, options: dict[str, Any]) -> EngineConfig:
@@ -127,6 +133,11 @@ class EngineConfig:
                 f"max_num_batched_tokens={budget} is below max_num_seqs={self.max_num_seqs}: every "
                 "running sequence needs one token a step; raise the first or lower the second"
             )
+        if not isinstance(self.generation_config, str) or not self.generation_config:
+            raise ConfigError(f"generation_config={self.generation_config!r} must be 'auto', 'vllm' or a folder")
+        override = self.override_generation_config
+        if override is not None and not isinstance(override, dict):
+            raise ConfigError(f"override_generation_config={override!r} must be a dict of sampling parameters")
         if self.kvcache_memory is not None:
             parse_bytes("kvcache_memory", self.kvcache_memory)
             if self.num_kvcache_blocks is not None:
@@ -164,6 +175,11 @@ class EngineConfig:
             return "float32"
         # CPUs multiply bfloat16 natively far more often than float16
         return "bfloat16" if device == "cpu" else checkpoint_dtype
+
+
+def allowed_values(option: str) -> tuple[str, ...] | None:
+    """The values of an option that takes one of a few; None for other options."""
+    return _CHOICES.get(option)
 
 
 def parse_bytes(name: str, value: int | str) -> int:

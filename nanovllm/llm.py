@@ -48,6 +48,13 @@ class LLM:
             raise RequestError("this engine has no tokenizer (skip_tokenizer_init=True)")
         return self._engine.tokenizer
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Of requests that bring none: by default what the checkpoint's authors recommend.
+
+        See `generation_config` and `override_generation_config` in EngineConfig.
+        """
+        return SamplingParams(**self._engine.sampling_defaults)
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -59,12 +66,13 @@ class LLM:
         """Complete every prompt; outputs in the order of the prompts.
 
         prompts: a string, a list of token ids, a PromptDict, or a list of these.
-        sampling_params: one for all or one for each; default SamplingParams().
+        sampling_params: one for all or one for each, taken as they are; default
+            get_default_sampling_params().
         priority: one for each prompt, with scheduling_policy="priority"; lower runs first.
         Raises RequestError before anything runs if one of them is wrong.
         """
         many = _as_list(prompts)
-        each = _one_for_each(sampling_params, len(many))
+        each = self._one_for_each(sampling_params, len(many))
         if priority is not None:
             if self._engine.config.scheduling_policy != "priority":
                 raise RequestError("priority needs an LLM(..., scheduling_policy='priority')")
@@ -105,7 +113,7 @@ class LLM:
             )
             for conversation in conversations
         ]
-        each = _one_for_each(sampling_params, len(prompts))
+        each = self._one_for_each(sampling_params, len(prompts))
         requests = [self._prepare_rendered(cast(str, p), params) for p, params in zip(prompts, each, strict=True)]
         return self._run(requests, use_tqdm)
 
@@ -117,7 +125,7 @@ class LLM:
 
         Closing the generator early aborts the request. Other calls may run between pieces.
         """
-        params = sampling_params or SamplingParams()
+        params = sampling_params or self.get_default_sampling_params()
         if params.n != 1 or not params.detokenize:
             raise RequestError("stream yields the text of one completion: it needs n=1 and detokenize=True")
         self.get_tokenizer()
@@ -138,6 +146,15 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _one_for_each(self, params: Params, count: int) -> list[SamplingParams]:
+        if params is None:
+            params = self.get_default_sampling_params()
+        if isinstance(params, SamplingParams):
+            return [params] * count
+        if len(params) != count:
+            raise RequestError(f"{count} prompts but {len(params)} sampling_params; give one for all or one for each")
+        return list(params)
 
     def _prepare_rendered(self, text: str, params: SamplingParams) -> Request:
         """A prompt whose special tokens the chat template has written already."""
@@ -221,13 +238,3 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if prompts and all(isinstance(p, int) for p in prompts):
         return [cast("list[int]", list(prompts))]
     return cast("list[Prompt]", list(prompts))
-
-
-def _one_for_each(params: Params, count: int) -> list[SamplingParams]:
-    if params is None:
-        params = SamplingParams()
-    if isinstance(params, SamplingParams):
-        return [params] * count
-    if len(params) != count:
-        raise RequestError(f"{count} prompts but {len(params)} sampling_params; give one for all or one for each")
-    return list(params)

@@ -31,6 +31,7 @@ class SamplingParams:
     stop_token_ids: tokens that end the text, beside the model's end-of-sequence tokens.
     min_tokens: neither end-of-sequence nor stop tokens nor stop strings before this many.
     max_tokens: None runs to max_model_len.
+    ignore_eos: do not end the text at the model's end-of-sequence tokens.
     logprobs: None, or the number of likeliest tokens to report a token (-1: the vocabulary);
         the sampled one is always among them. Taken before penalties and temperature.
     prompt_logprobs: the same for the prompt's tokens.

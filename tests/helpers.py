@@ -50,13 +50,26 @@ def naive_generate(
 
 class MockExecutor:
     """Keeps tokens in pages as a real model keeps keys and values: it writes what it is told to
-    compute, then reads each sequence back through its block table. A stale, lost or shared page
-    gives another token. `script` overrides the model: output index -> token id."""
+    compute, then reads each sequence back through its block table, as far as the window. With state
+    slots, a slot holds the tokens that the sequence has seen. A stale, lost or shared page or slot
+    is noticed or gives another token. `script` overrides the model: output index -> token id."""
 
-    def __init__(self, num_blocks: int, block_size: int, *, vocab: int = VOCAB, num_slots: int = 0, script=None):
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        vocab: int = VOCAB,
+        num_slots: int = 0,
+        state_grid: int = 8,
+        snapshot_interval: int = 24,
+        window: int | None = None,
+        script=None,
+    ):
         self.pages = np.full((num_blocks, block_size), -1, dtype=np.int64)
-        self.block_size, self.vocab, self.script = block_size, vocab, script
-        self.capacity = CachePlan(num_blocks, num_slots, 0)
+        self.states: list[list[int]] = [[-1] for _ in range(num_slots)]
+        self.block_size, self.vocab, self.script, self.window = block_size, vocab, script, window
+        self.capacity = CachePlan(num_blocks, num_slots, 0, window, state_grid, snapshot_interval)
         self.plans: list[StepPlan] = []
         self.fail_next: BaseException | None = None
         self.closed = False
@@ -65,6 +78,7 @@ class MockExecutor:
         assert plan.sequences, "an empty step was submitted"
         self.plans.append(plan)
         flat = self.pages.reshape(-1)
+        self.begin_states(plan)
         for i, s in enumerate(plan.sequences):
             if self.fail_next is not None and i == len(plan.sequences) // 2:
                 error, self.fail_next = self.fail_next, None
@@ -75,7 +89,7 @@ class MockExecutor:
                 flat[block * self.block_size + offset] = token_id
         tokens, logprobs, prompt_logprobs = [], [], {}
         for s in plan.sequences:
-            seen = self.pages[s.block_table].reshape(-1)[: s.start + s.num_tokens].tolist()
+            seen = self.seen(s)
             if s.prompt_targets is not None:
                 prompt_logprobs[s.seq_id] = [
                     TokenLogprobs(np.array([t, 7]), np.array([-1.0, -0.5], np.float32), 2) for t in s.prompt_targets
@@ -83,25 +97,62 @@ class MockExecutor:
             if s.sample is None:
                 continue
             row = s.sample
-            assert seen == [*row.prompt.tolist(), *row.output.tolist()], "the pages hold other tokens"
+            history = [*row.prompt.tolist(), *row.output.tolist()]
+            assert seen == history[-len(seen) :], "the pages hold other tokens"
+            assert not self.states or self.states[s.state_slot] == history, "the state saw other tokens"
+            seen = history
             token = self.script[row.index] if self.script else next_token(seen, row.seed, self.vocab)
             tokens.append(token)
             wants = row.params.logprobs is not None
             logprobs.append(TokenLogprobs(np.array([token]), np.array([-0.25], np.float32), 1) if wants else None)
+        for s in plan.sequences:
+            if s.capture_to:
+                self.states[s.capture_to] = list(self.states[s.state_slot])
         future: Future[StepResult] = Future()
         future.set_result(StepResult(np.array(tokens, dtype=np.int64), logprobs, prompt_logprobs))
         return future
+
+    def begin_states(self, plan: StepPlan) -> None:
+        if not self.states:
+            assert not any(s.state_slot or s.resume_from or s.capture_to for s in plan.sequences)
+            return
+        slots = [s.state_slot for s in plan.sequences] + [s.capture_to for s in plan.sequences if s.capture_to]
+        assert 0 not in slots and len(set(slots)) == len(slots), "a slot is used twice"
+        for s in plan.sequences:
+            if s.resume_from:
+                self.states[s.state_slot] = list(self.states[s.resume_from])
+        for s in plan.sequences:
+            if s.start == 0:
+                self.states[s.state_slot] = []
+            assert len(self.states[s.state_slot]) == s.start, "the state is another prefix's"
+            self.states[s.state_slot] = self.states[s.state_slot] + s.token_ids.tolist()
+
+    def seen(self, s) -> list[int]:
+        """The tokens that the last one of the step sees."""
+        end = s.start + s.num_tokens
+        first = 0 if self.window is None else max(0, end - self.window)
+        pages = s.block_table[first // self.block_size :]
+        assert 0 not in pages, "a page within the window was given back"
+        return self.pages[pages].reshape(-1)[first % self.block_size :][: end - first].tolist()
 
     def close(self) -> None:
         self.closed = True
 
 
 def mock_engine(
-    *, num_blocks: int = 64, block_size: int = 8, script=None, num_slots: int = 0, tokenizer=None, eos=(EOS,), **options
+    *,
+    num_blocks: int = 64,
+    block_size: int = 8,
+    script=None,
+    num_slots: int = 0,
+    window: int | None = None,
+    tokenizer=None,
+    eos=(EOS,),
+    **options,
 ) -> tuple[LLMEngine, MockExecutor]:
     config = EngineConfig.from_options("mock", {"kvcache_block_size": block_size, **options})
     config = config.resolve(checkpoint_dtype="float32", max_positions=4096, cuda=False)
-    executor = MockExecutor(num_blocks, block_size, script=script, num_slots=num_slots)
+    executor = MockExecutor(num_blocks, block_size, script=script, num_slots=num_slots, window=window)
     config = fit_model_len(config, executor.capacity, options.get("max_model_len"))
     engine = LLMEngine(config, tokenizer or byte_tokenizer(), executor, vocab_size=VOCAB, eos_ids=list(eos))
     return engine, executor

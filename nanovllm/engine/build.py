@@ -11,6 +11,7 @@ import torch
 from nanovllm.cache_spec import CachePlan
 from nanovllm.config import EngineConfig
 from nanovllm.engine.executor import InProcessExecutor
+from nanovllm.engine.generation_config import generation_defaults
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import ConfigError
 from nanovllm.models.registry import model_class
@@ -32,13 +33,15 @@ def build_engine(asked: EngineConfig) -> LLMEngine:
         cuda=torch.cuda.is_available(),
     )
     tokenizer = _load_tokenizer(asked, checkpoint)
+    defaults = generation_defaults(asked, checkpoint)
     executor = InProcessExecutor(config, cls, model_config, checkpoint)
     return LLMEngine(
         fit_model_len(config, executor.capacity, asked.max_model_len),
         tokenizer,
         executor,
         vocab_size=model_config.vocab_size,
-        eos_ids=_eos_ids(checkpoint, tokenizer),
+        eos_ids=_eos_ids(defaults.eos_ids, checkpoint, tokenizer),
+        sampling_defaults=defaults.sampling,
     )
 
 
@@ -47,9 +50,9 @@ def fit_model_len(config: EngineConfig, capacity: CachePlan, asked: int | None) 
 
     One that the user asked for is kept or refused (ConfigError), never lowered.
     """
-    held = (capacity.num_blocks - 1) * config.kvcache_block_size
-    assert config.max_model_len is not None
-    if config.max_model_len <= held:
+    assert config.max_model_len is not None and config.max_num_batched_tokens is not None
+    held = capacity.longest_sequence(config.kvcache_block_size, config.max_num_batched_tokens)
+    if held is None or config.max_model_len <= held:
         return config
     if asked is not None:
         raise ConfigError(
@@ -71,11 +74,11 @@ def _load_tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> Tokenizer |
     return Tokenizer.from_directory(path) if path.is_dir() else open_checkpoint(path).load_tokenizer()
 
 
-def _eos_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> list[int]:
+def _eos_ids(from_generation: list[int], checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> list[int]:
     """Every end-of-sequence token that the files name; there may be several."""
     found: dict[int, None] = {}
     for value in (
-        checkpoint.generation_config.get("eos_token_id"),
+        from_generation,
         checkpoint.config.get("eos_token_id"),
         tokenizer.eos_token_id if tokenizer is not None else None,
     ):

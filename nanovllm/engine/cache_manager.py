@@ -2,8 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from nanovllm.engine.block_manager import BlockManager, block_hash, root_hash
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.state_slots import StateSlots
+
+
+@dataclass(slots=True)
+class _Holding:
+    """What a sequence holds. table: its pages in order; page 0 stands for those behind the window.
+
+    resume_from: slot of the snapshot that its state is copied from before its next step, or 0.
+    junction: where its prompt leaves the pages that others computed, if a snapshot is missing there.
+    """
+
+    table: list[int]
+    slot: int = 0
+    resume_from: int = 0
+    junction: int | None = None
+    num_released: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Hit:
+    """A cached prefix: num_blocks pages long; its first pages are 0 if they lie behind the window."""
+
+    table: list[int]
+    digest: bytes | None = None  # of the snapshot, for models with state
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.table)
 
 
 class CacheManager:
@@ -11,39 +41,52 @@ class CacheManager:
 
     A sequence's pages cover tokens [0, allocated); the model fills [0, computed):
 
-        |-- cached --|-- computed --|-- allocated --|
-        shared pages   own pages      own, to be written in this step
+        |-- released --|-- cached --|-- computed --|-- allocated --|
+        behind the      shared pages   own pages      own, to be written in this step
+        window
 
-    Slot 0 and page 0 are write sinks for padding and never handed out.
+    Models with recurrent state resume a prefix only where a snapshot of it was captured: at the
+    end of a prompt, where prompts part, and every snapshot_interval tokens, always at multiples of
+    state_grid. Slot 0 and page 0 are write sinks for padding and never handed out.
     """
 
     def __init__(
-        self, num_blocks: int, block_size: int, *, num_slots: int = 0, enable_prefix_caching: bool = True
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        num_slots: int = 0,
+        enable_prefix_caching: bool = True,
+        window: int | None = None,
+        state_grid: int = 1,
+        snapshot_interval: int = 4096,
+        align_chunks: bool = True,
     ) -> None:
-        """num_slots: state slots, slot 0 among them; 0 for models without recurrent state."""
+        """num_slots: state slots, slot 0 among them; 0 for models without recurrent state.
+        window, state_grid, snapshot_interval: see CachePlan.
+        align_chunks: cut prompts of stateful sequences on the grid alone; they wait for a step
+            with enough budget otherwise.
+        """
         self.blocks = BlockManager(num_blocks)
+        self.states = StateSlots(num_slots) if num_slots else None
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-        self.has_states = num_slots > 0
-        self._free_slots = list(range(num_slots - 1, 0, -1))
-        self._tables: dict[int, list[int]] = {}
-        self._slots: dict[int, int] = {}
+        self.window = window
+        self.state_grid = state_grid
+        self.snapshot_interval = snapshot_interval
+        self.align_chunks = align_chunks
+        self._held: dict[int, _Holding] = {}
         self._hashes: dict[int, list[bytes]] = {}  # of a sequence's full pages, as far as needed
-
-    @property
-    def max_tokens(self) -> int:
-        """The longest sequence that fits when it is alone."""
-        return self.blocks.num_usable * self.block_size
 
     @property
     def usage(self) -> float:
         return 1.0 - self.blocks.num_free / self.blocks.num_usable
 
     def block_table(self, seq: Sequence) -> list[int]:
-        return self._tables.get(seq.seq_id, [])
+        return self._held[seq.seq_id].table if seq.seq_id in self._held else []
 
     def state_slot(self, seq: Sequence) -> int:
-        return self._slots.get(seq.seq_id, 0)
+        return self._held[seq.seq_id].slot
 
     def admit(self, seq: Sequence, limit: int, spare: int = 0) -> int | None:
         """Give a waiting sequence the pages of its longest cached prefix and pages for up to
@@ -52,32 +95,40 @@ class CacheManager:
         spare: pages that must stay free, so that those who run can grow.
         The last token is never taken from the cache: its logits have to be computed.
         """
-        assert seq.seq_id not in self._tables and seq.num_computed == 0
-        if self.has_states and not self._free_slots:
-            return None
-        hits = self._match(seq)
-        num_cached = len(hits) * self.block_size
-        num_new = min(seq.num_tokens - num_cached, limit)
+        assert seq.seq_id not in self._held and seq.num_computed == 0
+        hit, junction = self._match(seq)
+        num_cached = hit.num_blocks * self.block_size
+        num_new = self._cut(seq, num_cached, limit, junction)
+        shared = [block for block in hit.table if block]
         # free pages that the hits take back are no longer there to be allocated
-        needed = self._pages(num_cached + num_new) - len(hits)
-        if needed + sum(self.blocks.is_free(b) for b in hits) + spare > self.blocks.num_free:
+        needed = self._pages(num_cached + num_new) - hit.num_blocks
+        if not num_new or needed + sum(map(self.blocks.is_free, shared)) + spare > self.blocks.num_free:
             return None
-        for block in hits:
+        resume_from = self.states.use(hit.digest) if self.states and hit.digest else 0
+        slot = self.states.take() if self.states else 0
+        if slot is None:
+            return None
+        for block in shared:
             self.blocks.share(block)
-        self._tables[seq.seq_id] = hits + self.blocks.allocate(needed)
-        if self.has_states:
-            self._slots[seq.seq_id] = self._free_slots.pop()
+        table = hit.table + self.blocks.allocate(needed)
+        released = hit.num_blocks - len(shared)
+        self._held[seq.seq_id] = _Holding(table, slot, resume_from, junction, released)
         seq.num_computed = num_cached
         return num_new
 
+    def cut(self, seq: Sequence, limit: int) -> int:
+        """How many of a running sequence's tokens the next step computes: at most `limit`, maybe 0."""
+        return self._cut(seq, seq.num_computed, limit, self._held[seq.seq_id].junction)
+
     def reserve(self, seq: Sequence, count: int) -> bool:
         """Extend a running sequence's pages by `count` tokens beyond the computed ones."""
-        table = self._tables[seq.seq_id]
-        needed = self._pages(seq.num_computed + count) - len(table)
+        held = self._held[seq.seq_id]
+        self._release_behind_window(held, seq.num_computed)
+        needed = self._pages(seq.num_computed + count) - len(held.table)
         if needed > self.blocks.num_free:
             return False
         if needed > 0:
-            table.extend(self.blocks.allocate(needed))
+            held.table.extend(self.blocks.allocate(needed))
         return True
 
     def commit(self, seq: Sequence, count: int) -> None:
@@ -88,7 +139,7 @@ class CacheManager:
         """
         if self._hash_key(seq) is None:
             return
-        table = self._tables[seq.seq_id]
+        table = self._held[seq.seq_id].table
         first = seq.num_computed // self.block_size
         last = (seq.num_computed + count) // self.block_size
         if first < last:
@@ -96,12 +147,32 @@ class CacheManager:
             for i in range(first, last):
                 self.blocks.register(table[i], hashes[i])
 
+    def resume(self, seq: Sequence) -> int:
+        """The slot to copy the sequence's state from before this step, or 0; told once."""
+        held = self._held[seq.seq_id]
+        slot, held.resume_from = held.resume_from, 0
+        return slot
+
+    def capture(self, seq: Sequence, count: int) -> int:
+        """The slot to copy the sequence's state to after this step's `count` tokens, or 0."""
+        end = seq.num_computed + count
+        if self.states is None or self._next_stop(seq, seq.num_computed, self._held[seq.seq_id].junction) != end:
+            return 0
+        return self.states.capture(self._digest(seq, end))
+
+    def begin_step(self) -> None:
+        """What the last step captured is there now."""
+        if self.states is not None:
+            self.states.publish()
+
     def free(self, seq: Sequence) -> None:
         """Give back everything the sequence holds; harmless if it holds nothing."""
-        self.blocks.free(reversed(self._tables.pop(seq.seq_id, [])))
-        slot = self._slots.pop(seq.seq_id, 0)
-        if slot:
-            self._free_slots.append(slot)
+        held = self._held.pop(seq.seq_id, None)
+        if held is None:
+            return
+        self.blocks.free(block for block in reversed(held.table) if block)
+        if self.states is not None:
+            self.states.give_back(held.slot)
 
     def forget(self, seq: Sequence) -> None:
         """Free a sequence that will never come back."""
@@ -109,31 +180,95 @@ class CacheManager:
         self._hashes.pop(seq.seq_id, None)
 
     def reset_prefix_cache(self) -> None:
-        """Forget every cached prefix; running sequences keep their pages."""
+        """Forget every cached prefix; running sequences keep their pages and states."""
         self.blocks.forget_prefixes()
+        if self.states is not None:
+            self.states.forget()
 
     def _pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
+    def _first_visible(self, num_computed: int) -> int:
+        """The first page that a token at position num_computed sees, or any token after it."""
+        return 0 if self.window is None else max(0, num_computed - self.window + 1) // self.block_size
+
+    def _release_behind_window(self, held: _Holding, num_computed: int) -> None:
+        first = self._first_visible(num_computed)
+        if first > held.num_released:
+            behind = held.table[held.num_released : first]
+            held.table[held.num_released : first] = [0] * len(behind)
+            held.num_released = first
+            self.blocks.free(reversed(behind))
+
     def _hash_key(self, seq: Sequence) -> str | None:
         """Who may share with whom; None for sequences that share with nobody."""
-        if self.has_states:
-            return None  # pages alone do not hold what a recurrent layer remembers
         if self.enable_prefix_caching:
             return "" if seq.cache_salt is None else "salt:" + seq.cache_salt
         return "request:" + seq.request_id if seq.params.n > 1 else None
 
-    def _match(self, seq: Sequence) -> list[int]:
-        """Pages of the longest cached prefix, at most num_tokens - 1 tokens."""
+    def _match(self, seq: Sequence) -> tuple[_Hit, int | None]:
+        """The longest cached prefix, at most num_tokens - 1 tokens, and where a snapshot would
+        have made it longer."""
         if self._hash_key(seq) is None or seq.params.prompt_logprobs is not None:
-            return []  # prompt logprobs need every prompt token's hidden state
-        hits: list[int] = []
-        for i in range((seq.num_tokens - 1) // self.block_size):
-            block = self.blocks.lookup(self._hash_chain(seq, i + 1)[i])
+            return _Hit([]), None  # prompt logprobs need every prompt token's hidden state
+        pages = (seq.num_tokens - 1) // self.block_size
+        hashes = self._hash_chain(seq, pages)
+        found: list[int] = []
+        usable = best = 0
+        digest = None
+        run_start = 0  # of the pages found in a row
+        for i in range(pages):
+            block = self.blocks.lookup(hashes[i])
             if block is None:
-                break
-            hits.append(block)
-        return hits
+                if self.window is None:
+                    break
+                run_start = i + 1
+            found.append(block or 0)
+            end = i + 1
+            if block is None or run_start > self._first_visible(end * self.block_size):
+                continue  # a page within the window is gone
+            usable = end
+            if self.states is None:
+                best = end
+            elif end * self.block_size % self.state_grid == 0 and self.states.has(hashes[i]):
+                best, digest = end, hashes[i]
+        table = found[:best]
+        behind = min(best, self._first_visible(best * self.block_size))
+        table[:behind] = [0] * behind
+        junction = usable * self.block_size // self.state_grid * self.state_grid
+        return _Hit(table, digest), junction if self.states is not None else None
+
+    def _cut(self, seq: Sequence, start: int, limit: int, junction: int | None) -> int:
+        """Tokens from `start` to compute in one step: stateful sequences pause where their state is
+        captured, and on the grid while they are incomplete."""
+        end = min(seq.num_tokens, start + limit)
+        if self.states is None:
+            return end - start
+        stop = self._next_stop(seq, start, junction)
+        if stop is not None and stop <= end:
+            return stop - start
+        if end < seq.num_tokens and self.align_chunks:
+            end -= end % self.state_grid
+        return max(0, end - start)
+
+    def _next_stop(self, seq: Sequence, start: int, junction: int | None) -> int | None:
+        """The next position after `start` where the state is to be captured.
+
+        Prompts alone are captured: they will be asked for again, and a prompt's state is the one
+        that a cold start would compute, bit for bit.
+        """
+        if self._hash_key(seq) is None:
+            return None
+        last = (seq.num_prompt_tokens - 1) // self.state_grid * self.state_grid
+        interval = (start // self.snapshot_interval + 1) * self.snapshot_interval
+        stops = [p for p in (last, interval, junction) if p is not None and start < p <= last]
+        missing = [p for p in stops if self.states and not self.states.has(self._digest(seq, p))]
+        return min(missing, default=None)
+
+    def _digest(self, seq: Sequence, end: int) -> bytes:
+        """Of the first `end` tokens, whole pages."""
+        pages = end // self.block_size
+        return self._hash_chain(seq, pages)[pages - 1]
 
     def _hash_chain(self, seq: Sequence, count: int) -> list[bytes]:
         """Digests of the sequence's first `count` full pages, or more."""
@@ -148,14 +283,19 @@ class CacheManager:
         """live: every sequence that is waiting or running."""
         self.blocks.check_invariants()
         ids = {seq.seq_id for seq in live}
-        assert set(self._tables) <= ids and set(self._slots) <= ids and set(self._hashes) <= ids
+        assert set(self._held) <= ids and set(self._hashes) <= ids
         references: dict[int, int] = {}
         for seq in live:
             table = self.block_table(seq)
-            assert len(set(table)) == len(table), "a page twice in one table"
+            pages = [block for block in table if block]
+            assert len(set(pages)) == len(pages), "a page twice in one table"
             assert seq.num_cached <= seq.num_tokens and seq.num_computed <= len(table) * self.block_size
-            for block in table:
+            if table:
+                visible = self._first_visible(seq.num_computed)
+                assert 0 not in table[visible:], "a visible page was given back"
+            for block in pages:
                 references[block] = references.get(block, 0) + 1
         counted = {b: n for b, n in enumerate(self.blocks._references) if n}
         assert references == counted, "reference counts differ from the tables"
-        assert len(set(self._slots.values()) | set(self._free_slots)) == len(self._slots) + len(self._free_slots)
+        if self.states is not None:
+            self.states.check_invariants([held.slot for held in self._held.values()])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -45,20 +47,27 @@ class LLMEngine:
         *,
         vocab_size: int,
         eos_ids: list[int],
+        sampling_defaults: Mapping[str, Any] | None = None,
     ) -> None:
-        """config: resolved, with a max_model_len that the executor's pages hold. executor: loaded."""
+        """config: resolved, with a max_model_len that the executor's pages hold. executor: loaded.
+        sampling_defaults: arguments for the SamplingParams of requests that bring none."""
         self._executor: Executor | None = executor
         capacity = executor.capacity
+        assert config.max_model_len is not None and config.max_num_batched_tokens is not None
         cache = CacheManager(
             capacity.num_blocks,
             config.kvcache_block_size,
             num_slots=capacity.num_slots,
             enable_prefix_caching=config.enable_prefix_caching,
+            window=capacity.window,
+            state_grid=capacity.state_grid,
+            snapshot_interval=capacity.snapshot_interval,
+            align_chunks=config.max_num_batched_tokens >= config.max_num_seqs + capacity.state_grid,
         )
         self.config = config
         self.tokenizer = tokenizer
         self.stats = EngineStats()
-        assert config.max_model_len is not None and config.max_num_batched_tokens is not None
+        self.sampling_defaults = dict(sampling_defaults or {})
         self.scheduler = Scheduler(
             cache,
             max_num_batched_tokens=config.max_num_batched_tokens,

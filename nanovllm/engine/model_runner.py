@@ -10,7 +10,7 @@ import torch
 from nanovllm.attention.base import AttentionBackend, require_support, select_backend
 from nanovllm.batch import Batch
 from nanovllm.build_context import BuildContext
-from nanovllm.cache_spec import CachePlan, CacheSpec, PagedKVSpec, plan_cache
+from nanovllm.cache_spec import CachePlan, CacheSpec, PagedKVSpec, StateSpec, plan_cache
 from nanovllm.config import EngineConfig
 from nanovllm.engine.batch_builder import build_batch
 from nanovllm.engine.memory import cache_memory
@@ -68,7 +68,9 @@ class ModelRunner:
             backend=self._backend,
             with_states=self.cache_plan.num_slots > 0,
         )
+        self._copy_states([(s.resume_from, s.state_slot) for s in plan.sequences if s.resume_from])
         hidden = self._model(batch)  # [T, H]
+        self._copy_states([(s.state_slot, s.capture_to) for s in plan.sequences if s.capture_to])
         prompt_logprobs = self._prompt_logprobs(plan, batch, hidden)
         rows = [s.sample for s in plan.sequences if s.sample is not None]
         if not rows:
@@ -76,6 +78,13 @@ class ModelRunner:
         logits = self._model.compute_logits(hidden[batch.logits_rows])
         token_ids, logprobs = sample(logits, rows)
         return StepResult(token_ids, logprobs, prompt_logprobs)
+
+    def _copy_states(self, moves: list[tuple[int, int]]) -> None:
+        """Copy whole slots (from, to); all are read before any is written."""
+        if moves:
+            sources, targets = torch.tensor(moves, device=self._device).T
+            for state in self._states:
+                state.index_copy_(0, targets, state.index_select(0, sources))
 
     def _prompt_logprobs(self, plan: StepPlan, batch: Batch, hidden: torch.Tensor) -> dict[int, list[TokenLogprobs]]:
         found: dict[int, list[TokenLogprobs]] = {}
@@ -106,9 +115,14 @@ class ModelRunner:
             max_num_seqs=config.max_num_seqs,
             max_blocks=config.max_num_seqs * -(-config.max_model_len // self._block_size),
             num_blocks=config.num_kvcache_blocks,
+            snapshots=config.enable_prefix_caching,
         )
+        self._states: list[torch.Tensor] = []
         for layer, spec in zip(layers, specs, strict=True):
-            layer.bind(*self._cache_tensors(spec, plan))
+            tensors = self._cache_tensors(spec, plan)
+            layer.bind(*tensors)
+            if isinstance(spec, StateSpec):
+                self._states += tensors
         return plan
 
     def _cache_tensors(self, spec: CacheSpec, plan: CachePlan) -> list[torch.Tensor]:

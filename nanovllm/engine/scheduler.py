@@ -44,7 +44,7 @@ class Scheduler:
         max_model_len: int,
         policy: str = "fcfs",
     ) -> None:
-        assert max_num_seqs <= max_num_batched_tokens and max_model_len <= cache.max_tokens
+        assert max_num_seqs <= max_num_batched_tokens
         self.cache = cache
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_seqs = max_num_seqs
@@ -83,6 +83,7 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Plan one step; empty only when there is nothing to do."""
         planned: list[PlannedSequence] = []
+        self.cache.begin_step()
         preempted_before = self.num_preemptions
         budget = self._schedule_running(planned)
         if self.num_preemptions == preempted_before:  # else the victim would come straight back
@@ -128,7 +129,7 @@ class Scheduler:
             seq = self.running[i]
             decodes_left -= seq.num_uncomputed == 1
             # a long prompt leaves one token for each decode behind it
-            count = min(seq.num_uncomputed, budget - decodes_left)
+            count = self.cache.cut(seq, budget - decodes_left)
             if count > 0:
                 if not self._make_room(seq, count):
                     break  # seq was the last one and has been preempted itself
@@ -188,6 +189,8 @@ class Scheduler:
             start=start,
             block_table=self.cache.block_table(seq),
             state_slot=self.cache.state_slot(seq),
+            resume_from=self.cache.resume(seq),
+            capture_to=self.cache.capture(seq, count),
             sample=self._sample_row(seq) if end == seq.num_tokens else None,
             num_prompt_logprobs=seq.params.prompt_logprobs if wants_prompt_logprobs else None,
             prompt_targets=seq.token_ids[start + 1 : min(end + 1, seq.num_prompt_tokens)]

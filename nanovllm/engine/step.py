@@ -13,6 +13,9 @@ from nanovllm.sample_row import SampleRow, TokenLogprobs
 class PlannedSequence:
     """One sequence's part in a step: tokens [start, start + len(token_ids)) are computed.
 
+    state_slot: of the sequence's recurrent state, 0 for models without.
+    resume_from: slot to copy the state from before the step, capture_to: slot to copy it to
+        after the step; 0 for none.
     sample: None while the prompt is incomplete after this step.
     prompt_targets: for prompt logprobs: the tokens that rows start.. predict; may be shorter
         than token_ids (the last prompt token predicts output).
@@ -24,6 +27,8 @@ class PlannedSequence:
     block_table: list[int]
     state_slot: int
     sample: SampleRow | None
+    resume_from: int = 0
+    capture_to: int = 0
     num_prompt_logprobs: int | None = None
     prompt_targets: np.ndarray | None = None  # int32 [<= n]
 

@@ -105,9 +105,22 @@ def test_state_belongs_to_its_sequence(options):
 
 
 def test_states_are_counted_in_the_memory():
-    assert sum_engine(max_num_seqs=5)._executor.capacity.num_slots == 6
-    with pytest.raises(ConfigError, match="5 state slots"):
-        sum_engine(max_num_seqs=4, kvcache_memory=32)
+    assert sum_engine(max_num_seqs=5)._executor.capacity.num_slots == 11  # five run, five are snapshots
+    assert sum_engine(max_num_seqs=5, enable_prefix_caching=False)._executor.capacity.num_slots == 6
+    assert sum_engine(max_num_seqs=5, kvcache_memory=32)._executor.capacity.num_slots == 4
+    with pytest.raises(ConfigError, match="hold no sequence"):
+        sum_engine(max_num_seqs=4, kvcache_memory=15)
+
+
+def test_a_snapshot_carries_the_state():
+    engine = sum_engine(kvcache_block_size=8)
+    prompt = list(range(30))
+    for tail, cached in (([], 0), ([9, 9], 24), ([5], 24)):
+        request = engine.prepare(prompt + tail, SamplingParams(temperature=0, max_tokens=12))
+        engine.add(request)
+        output = run_all(engine)[request.request_id]
+        assert output["token_ids"] == expected(prompt + tail, 12)
+        assert output.num_cached_tokens == cached
 
 
 def test_host_memory_respects_the_control_group(tmp_path, monkeypatch):

@@ -181,6 +181,95 @@ def test_state_slots_belong_to_running_sequences():
         assert set(slots) <= {1, 2}
 
 
-def test_recurrent_models_do_not_take_pages_without_state():
-    engine, _ = mock_engine(num_slots=3, max_num_seqs=2)
-    assert [generate(engine, PROMPT).num_cached_tokens for _ in range(2)] == [0, 0]
+def starts(executor):
+    return [(s.start, s.num_tokens) for plan in executor.plans for s in plan.sequences if s.num_tokens > 1]
+
+
+def test_recurrent_models_resume_from_a_snapshot_at_the_prompts_end():
+    engine, executor = mock_engine(num_slots=3, max_num_seqs=2)
+    assert generate(engine, PROMPT[:30]).num_cached_tokens == 0
+    assert starts(executor) == [(0, 24), (24, 6)]  # it pauses where the state is captured
+    executor.plans.clear()
+    output = generate(engine, [*PROMPT[:30], 98, 99])
+    assert output.num_cached_tokens == 24
+    assert starts(executor) == [(24, 8)]
+    assert output["token_ids"] == naive_generate([*PROMPT[:30], 98, 99], 4, eos=None)
+
+
+def test_a_snapshot_is_taken_where_prompts_part():
+    """Two prompts share 16 tokens: the second one computes them again and captures their state,
+    the third one has it."""
+    engine, executor = mock_engine(num_slots=9, max_num_seqs=2)
+    shared = PROMPT[:19]
+    cached = [generate(engine, shared + [100 + i] * 20).num_cached_tokens for i in range(3)]
+    assert cached == [0, 0, 16]
+    rest = [(16, 8), (24, 8), (32, 7)]
+    assert starts(executor) == [(0, 24), *rest[1:], (0, 16), *rest, *rest]
+
+
+def test_long_prompts_are_captured_at_intervals():
+    engine, executor = mock_engine(num_slots=9, max_num_seqs=2)  # the mock's interval is 24
+    generate(engine, [*range(100)])
+    assert starts(executor) == [(0, 24), (24, 24), (48, 24), (72, 24), (96, 4)]
+    assert generate(engine, [*range(80)]).num_cached_tokens == 72
+
+
+def test_running_sequences_take_slots_from_snapshots():
+    engine, executor = mock_engine(num_slots=3, max_num_seqs=2)
+    for i in range(4):
+        generate(engine, [i] * 30)
+    requests = [engine.prepare([i] * 30, GREEDY) for i in (7, 3)]
+    for request in requests:
+        engine.add(request)
+    finished = run_all(engine)
+    assert [finished[r.request_id].num_cached_tokens for r in requests] == [0, 0]
+    assert max(len(plan.sequences) for plan in executor.plans) == 2
+
+
+def test_prompts_are_cut_on_the_grid_while_others_decode():
+    """A chunk that ended off the grid would change the sums of all that follow it."""
+    engine, executor = mock_engine(num_slots=9, max_num_seqs=4, max_num_batched_tokens=13)
+    engine.add(engine.prepare([1, 2], SamplingParams(max_tokens=40, ignore_eos=True)))
+    engine.add(engine.prepare([*range(50)], GREEDY))
+    run_all(engine)
+    assert all(start % 8 == 0 and (count % 8 == 0 or start == 48) for start, count in starts(executor)[1:])
+
+
+@pytest.mark.parametrize("reset", ["reset", "salt", "off"])
+def test_snapshots_are_not_found_where_pages_are_not(reset):
+    engine, _ = mock_engine(num_slots=9, max_num_seqs=4, enable_prefix_caching=reset != "off")
+    generate(engine, PROMPT)
+    if reset == "reset":
+        engine.scheduler.cache.reset_prefix_cache()
+    prompt = {"prompt_token_ids": PROMPT} | ({"cache_salt": "b"} if reset == "salt" else {})
+    assert generate(engine, prompt).num_cached_tokens == 0
+
+
+def test_siblings_of_a_recurrent_model_share_the_prompts_state():
+    engine, executor = mock_engine(num_slots=9, max_num_seqs=4, enable_prefix_caching=False)
+    output = generate(engine, PROMPT, SamplingParams(n=3, max_tokens=4, ignore_eos=True, seed=0))
+    assert starts(executor) == [(0, 24), (24, 8), (32, 8), (32, 8), (32, 8)]
+    for i, completion in enumerate(output.outputs):
+        assert completion.token_ids == naive_generate(PROMPT, 4, seed=i, eos=None)
+
+
+def test_pages_behind_the_window_are_given_back():
+    engine, executor = mock_engine(window=10, num_blocks=20, max_num_batched_tokens=32, max_num_seqs=1)
+    assert engine.config.max_model_len == 4096  # more than the 152 tokens of the pool
+    prompt = [i % 200 for i in range(500)]
+    output = generate(engine, prompt, SamplingParams(max_tokens=30, ignore_eos=True, seed=0))
+    assert output["token_ids"] == naive_generate(prompt, 30, eos=None)
+    held = [sum(block != 0 for block in s.block_table) for plan in executor.plans[-20:] for s in plan.sequences]
+    assert max(held) <= 3
+
+
+def test_a_windowed_prefix_needs_the_pages_of_its_window_alone():
+    engine, executor = mock_engine(window=10, num_blocks=12, max_num_batched_tokens=24, max_num_seqs=1)
+    prompt = [*range(200)]
+    generate(engine, prompt)
+    executor.plans.clear()
+    output = generate(engine, prompt, SamplingParams(max_tokens=1, seed=0))
+    assert output.num_cached_tokens == 192
+    (only,) = executor.plans[0].sequences
+    assert [block == 0 for block in only.block_table] == [True] * 22 + [False] * 3
+    assert output["token_ids"] == naive_generate(prompt, 1, eos=None)

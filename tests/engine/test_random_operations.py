@@ -19,16 +19,18 @@ class EngineMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 6),
         budget=st.integers(6, 40),
         caching=st.booleans(),
-        num_slots=st.booleans(),
+        num_slots=st.sampled_from([0, 0, 1, 2, 3, 5, 12]),
+        window=st.sampled_from([None, None, 1, 5, 9, 16, 30]),
         policy=st.sampled_from(["fcfs", "priority"]),
     )
-    def start(self, num_blocks, max_num_seqs, budget, caching, num_slots, policy):
+    def start(self, num_blocks, max_num_seqs, budget, caching, num_slots, window, policy):
         self.engine, self.executor = mock_engine(
             num_blocks=num_blocks,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
             enable_prefix_caching=caching,
-            num_slots=max_num_seqs + 1 if num_slots else 0,
+            num_slots=num_slots + 1 if num_slots else 0,
+            window=window,
             scheduling_policy=policy,
         )
         self.unfinished = {}
