@@ -29,10 +29,10 @@ class _Group:
         """[B, 1, S, L]: minus infinity where a query may not look; shared by the layers."""
         key = (window, dtype)
         if key not in self.masks:
-            distance = (self.key_positions - self.positions[..., None]).unsqueeze(1)
-            hidden = distance > 0
+            keys, queries = self.key_positions, self.positions[:, None, :, None]
+            hidden = keys > queries  # [B, 1, S, L]
             if window is not None:
-                hidden |= distance <= -window
+                hidden |= keys <= queries - window
             self.masks[key] = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
         return self.masks[key]
 

@@ -15,6 +15,7 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 _gelu_tanh = functools.partial(F.gelu, approximate="tanh")
 _ACTIVATIONS: dict[str, Activation] = {
     "gelu": F.gelu,
+    "gelu_fast": _gelu_tanh,
     "gelu_new": _gelu_tanh,
     "gelu_pytorch_tanh": _gelu_tanh,
     "relu": F.relu,

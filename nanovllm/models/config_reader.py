@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from nanovllm.errors import ModelNotSupported
@@ -27,3 +28,18 @@ def refuse_unless(config: dict[str, Any], **only: Any) -> None:
         found = config.get(key)
         if found is not None and found != value:
             raise ModelNotSupported(f"config.json: {key}={found!r} is not supported, only {value!r}")
+
+
+def layer_windows(layer_types: Sequence[str], num_layers: int, window: int | None) -> tuple[int | None, ...]:
+    """How many tokens each layer's queries see (None: all), from HF's `layer_types`.
+
+    ModelNotSupported for other layers than full and sliding attention, and for a window that is missing.
+    """
+    kinds = {"full_attention": None, "sliding_attention": window}
+    if unknown := set(layer_types) - set(kinds):
+        raise ModelNotSupported(f"config.json: layer_types names {', '.join(sorted(unknown))}, not among {list(kinds)}")
+    if len(layer_types) != num_layers:
+        raise ModelNotSupported(f"config.json: layer_types names {len(layer_types)} layers of {num_layers}")
+    if "sliding_attention" in layer_types and (window is None or window < 1):
+        raise ModelNotSupported(f"config.json: sliding_attention layers need a sliding_window, got {window}")
+    return tuple(kinds[kind] for kind in layer_types)

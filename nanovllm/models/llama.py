@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -53,6 +54,26 @@ class LlamaConfig:
         )
 
 
+class DecoderConfig(Protocol):
+    """What the decoder layer and the model below read: families that differ in their attention
+    or MLP alone share these two."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def rms_norm_eps(self) -> float: ...
+
+    @property
+    def head_dim(self) -> int: ...
+
+    @property
+    def rope(self) -> RopeConfig: ...
+
+
 class LlamaAttention(nn.Module):
     def __init__(self, config: LlamaConfig, ctx: BuildContext) -> None:
         super().__init__()
@@ -71,10 +92,12 @@ class LlamaAttention(nn.Module):
 
 
 class LlamaDecoderLayer(nn.Module):
-    def __init__(self, config: LlamaConfig, ctx: BuildContext) -> None:
+    """Attention, then the MLP, each behind a norm and beside a residual."""
+
+    def __init__(self, self_attn: nn.Module, mlp: nn.Module, config: DecoderConfig, ctx: BuildContext) -> None:
         super().__init__()
-        self.self_attn = LlamaAttention(config, ctx)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, ctx, bias=config.mlp_bias)
+        self.self_attn = self_attn
+        self.mlp = mlp
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ctx)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ctx)
 
@@ -84,10 +107,10 @@ class LlamaDecoderLayer(nn.Module):
 
 
 class LlamaModel(nn.Module):
-    def __init__(self, config: LlamaConfig, ctx: BuildContext) -> None:
+    def __init__(self, layers: Iterable[nn.Module], config: DecoderConfig, ctx: BuildContext) -> None:
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, ctx)
-        self.layers = nn.ModuleList(LlamaDecoderLayer(config, ctx) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ctx)
         self.rotary_emb = RotaryEmbedding(config.head_dim, config.rope, ctx)
 
@@ -104,7 +127,16 @@ class LlamaForCausalLM(CausalLM):
 
     def __init__(self, config: LlamaConfig, ctx: BuildContext) -> None:
         super().__init__(config, ctx)
-        self.model = LlamaModel(config, ctx)
+        layers = (
+            LlamaDecoderLayer(
+                LlamaAttention(config, ctx),
+                GatedMLP(config.hidden_size, config.intermediate_size, ctx, bias=config.mlp_bias),
+                config,
+                ctx,
+            )
+            for _ in range(config.num_hidden_layers)
+        )
+        self.model = LlamaModel(layers, config, ctx)
         tied = self.model.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, ctx, tied=tied)
         self.weight_rules = [*LLAMA_RULES, *head_rules(config.tie_word_embeddings)]

@@ -43,15 +43,20 @@ def load_weights(model: nn.Module, tensors: Iterable[LazyTensor], rules: Sequenc
             for (name, shard), part in zip(destination.targets, destination.convert(tensor.load()), strict=True):
                 layer_name, _, parameter = name.rpartition(".")
                 layers[layer_name].load_weight(parameter, part, shard)
+    require_fit(list(dict.fromkeys(disk_name(name, shard, rules) for name, shard in missing)), unexpected, misshapen)
+    for layer in layers.values():
+        layer.finalize_weights()
+
+
+def require_fit(missing: list[str], unexpected: list[str], misshapen: list[str]) -> None:
+    """WeightError that names the tensors of each list, if there are any."""
     problems = [
-        _listing("missing", [disk_name(name, shard, rules) for name, shard in missing]),
+        _listing("missing", missing),
         _listing("unexpected", unexpected),
         _listing("misshapen", misshapen),
     ]
     if any(problems):
         raise WeightError("the weights do not fit the model: " + "; ".join(filter(None, problems)))
-    for layer in layers.values():
-        layer.finalize_weights()
 
 
 def fill_dummy_weights(model: nn.Module, seed: int = 0) -> None:

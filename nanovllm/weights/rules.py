@@ -31,11 +31,11 @@ class Rename:
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """The disk's module `part` is shard `shard` of our module `target` (q_proj of qkv_proj)."""
+    """The disk's module `part` is shard `shard` of our module `target` (q_proj of qkv_proj), or all of it (None)."""
 
     part: str
     target: str
-    shard: str
+    shard: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +71,28 @@ LLAMA_RULES: tuple[Rule, ...] = (
 def head_rules(tied: bool) -> tuple[Rule, ...]:
     """A head that is tied to the embedding may be on disk again."""
     return (Skip("lm_head.weight"),) if tied else ()
+
+
+def fused_expert_rules(moe: str, num_experts: int) -> tuple[Rule, ...]:
+    """For Granite's mixtures: all experts of module `moe` in `input_linear` [E, gate | up, H] and
+    `output_linear` [E, H, I], and the router in `router.layer`."""
+    halves = [(f"{moe}.experts.{e}.gate_up_proj", half) for e in range(num_experts) for half in ("gate", "up")]
+    return (
+        Pack(f"{moe}.router.layer", f"{moe}.gate", None),
+        Split(f"{moe}.input_linear", tuple(halves), lambda fused: [h for expert in fused for h in expert.chunk(2)]),
+        Split(f"{moe}.output_linear", tuple((f"{moe}.experts.{e}.down_proj", None) for e in range(num_experts)), tuple),
+    )
+
+
+def grouped_qkv_rule(part: str, num_kv_heads: int, head_dim: int) -> Split:
+    """For GPT-NeoX and Falcon: module `part` has its rows in groups, one a key/value head: the query
+    heads that read it, the key head, the value head."""
+
+    def cut(fused: torch.Tensor) -> Sequence[torch.Tensor]:
+        groups = fused.unflatten(0, (num_kv_heads, -1, head_dim))
+        return [heads.flatten(0, 2) for heads in (groups[:, :-2], groups[:, -2:-1], groups[:, -1:])]
+
+    return Split(part, ((part, "q"), (part, "k"), (part, "v")), cut)
 
 
 @dataclass(frozen=True, slots=True)

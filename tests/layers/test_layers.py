@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -21,7 +20,6 @@ from nanovllm.layers.linear import (
     RowParallelLinear,
 )
 from nanovllm.layers.mlp import GatedMLP
-from nanovllm.layers.rotary_embedding import RopeConfig, RotaryEmbedding, apply_rotary, inverse_frequencies
 
 CPU = torch.device("cpu")
 
@@ -252,118 +250,3 @@ def test_an_untied_head_has_its_own_weight():
     head.load_weight("weight", normal(48, 32), None)
     head.finalize_weights()
     torch.testing.assert_close(head(torch.eye(32)), normal(48, 32).T)
-
-
-# --- rotary embedding ----------------------------------------------------------------------
-
-LLAMA3 = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-SCALINGS = {
-    "default": {"rope_type": "default"},
-    "linear": {"rope_type": "linear", "factor": 4.0},
-    "llama3": {"rope_type": "llama3", **LLAMA3},
-}
-
-
-@pytest.mark.parametrize("theta", [10000.0, 500000.0])
-@pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
-def test_rotary_is_that_of_transformers(scaling, theta):
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
-
-    positions = torch.tensor([0, 1, 2, 63, 64, 100, 511])
-    hf_config = LlamaConfig(
-        hidden_size=128,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        rope_parameters={"rope_theta": theta, **scaling},
-    )
-    q, k = normal(1, 4, len(positions), 32), normal(1, 2, len(positions), 32, seed=1)
-    hf_cos, hf_sin = LlamaRotaryEmbedding(hf_config)(q, positions[None])
-    hf_q, hf_k = apply_rotary_pos_emb(q, k, hf_cos, hf_sin)
-
-    layer = RotaryEmbedding(32, RopeConfig(theta, scaling), context(max_model_len=512))
-    cos, sin = layer(positions)
-    assert cos.shape == (len(positions), 1, 16)
-    for x, wanted in ((q, hf_q), (k, hf_k)):
-        torch.testing.assert_close(apply_rotary(x[0].transpose(0, 1), cos, sin), wanted[0].transpose(0, 1))
-
-
-@pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
-def test_both_generations_of_config_read_alike(scaling):
-    new = RopeConfig.from_hf({"rope_parameters": {"rope_theta": 5e5, **scaling}})
-    old = RopeConfig.from_hf({"rope_theta": 5e5, "rope_scaling": scaling})
-    oldest = RopeConfig.from_hf(
-        {"rope_theta": 5e5, "rope_scaling": {("type" if k == "rope_type" else k): v for k, v in scaling.items()}}
-    )
-    assert new == old == oldest == RopeConfig(5e5, scaling)
-
-
-def test_absent_and_null_rope_keys_mean_plain_rope():
-    for config in ({}, {"rope_scaling": None}, {"rope_parameters": None, "rope_theta": None}):
-        assert RopeConfig.from_hf(config) == RopeConfig(10000.0, {"rope_type": "default"})
-    assert RopeConfig.from_hf({}, default_theta=1e6).theta == 1e6
-
-
-def test_reading_a_config_leaves_it_as_it_was():
-    config = {"rope_parameters": {"rope_theta": 5.0, "type": "linear", "factor": 2.0}}
-    first = RopeConfig.from_hf(config)
-    assert RopeConfig.from_hf(config) == first
-    assert config["rope_parameters"]["rope_theta"] == 5.0
-
-
-def test_factors_divide_the_frequencies():
-    plain = inverse_frequencies(8, RopeConfig(100.0, {"rope_type": "default"}))
-    factors = [1.0, 2.0, 4.0, 8.0]
-    scaled = inverse_frequencies(8, RopeConfig(100.0, {"rope_type": "factors", "factors": factors}))
-    torch.testing.assert_close(scaled * torch.tensor(factors), plain)
-
-
-def test_rotation_keeps_positions_relative_and_lengths():
-    layer = RotaryEmbedding(64, RopeConfig(10000.0, {"rope_type": "default"}), context())
-    q, k = normal(1, 1, 64), normal(1, 1, 64, seed=1)
-
-    def product(i: int, j: int) -> float:
-        rotated = [apply_rotary(x, *layer(torch.tensor([at]))) for x, at in ((q, i), (k, j))]
-        return float((rotated[0] * rotated[1]).sum())
-
-    assert product(7, 3) == pytest.approx(product(104, 100), abs=1e-3)
-    assert product(0, 0) == pytest.approx(float((q * k).sum()), abs=1e-5)
-    assert abs(product(7, 3) - product(7, 6)) > 1e-2
-
-
-def test_rotation_is_computed_in_fp32():
-    layer = RotaryEmbedding(16, RopeConfig(10000.0, {"rope_type": "default"}), context())
-    cos, sin = layer(torch.tensor([97]))
-    assert cos.dtype == sin.dtype == torch.float32
-    x = normal(1, 2, 16).bfloat16()
-    out = apply_rotary(x, cos, sin)
-    assert out.dtype == torch.bfloat16
-    assert torch.equal(out, apply_rotary(x.float(), cos, sin).bfloat16())
-
-
-@pytest.mark.parametrize("kind", ["yarn", "dynamic", "longrope"])
-def test_other_scalings_are_refused_by_name(kind):
-    with pytest.raises(ModelNotSupported, match=kind):
-        RotaryEmbedding(16, RopeConfig(10000.0, {"rope_type": kind, "factor": 2.0}), context())
-
-
-def test_tables_cover_every_position():
-    layer = RotaryEmbedding(16, RopeConfig(10000.0, {"rope_type": "default"}), context(max_model_len=37))
-    cos, _ = layer(torch.tensor([36]))
-    wanted = np.cos(36 * 10000.0 ** -(np.arange(0, 16, 2) / 16))
-    np.testing.assert_allclose(cos[0, 0], wanted, atol=1e-5)
-
-
-def test_incomplete_rope_scaling_is_a_typed_error():
-    for scaling in (
-        {"rope_type": "linear"},
-        {"rope_type": "llama3", "factor": 8.0},
-        {"rope_type": "linear", "factor": "x"},
-    ):
-        with pytest.raises(ModelNotSupported, match="incomplete"):
-            inverse_frequencies(16, RopeConfig(1e4, scaling))

@@ -1,0 +1,93 @@
+"""Mistral, Mistral Nemo and Ministral (Jiang et al. 2023): Llama with sliding-window attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from nanovllm.batch import Batch
+from nanovllm.build_context import BuildContext
+from nanovllm.layers.attention import Attention
+from nanovllm.layers.embed_head import ParallelLMHead
+from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.mlp import GatedMLP
+from nanovllm.layers.rotary_embedding import RopeConfig, apply_rotary
+from nanovllm.models.base import CausalLM
+from nanovllm.models.config_reader import layer_windows, read_config, refuse_unless
+from nanovllm.models.llama import LlamaDecoderLayer, LlamaModel
+from nanovllm.weights.rules import LLAMA_RULES, head_rules
+
+
+@dataclass(frozen=True)
+class MistralConfig:
+    """Hugging Face's keys and defaults. windows: of each layer."""
+
+    num_key_value_heads: int
+    head_dim: int
+    rope: RopeConfig
+    windows: tuple[int | None, ...]
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    max_position_embeddings: int = 131072
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> MistralConfig:
+        refuse_unless(config, hidden_act="silu")
+        heads = config.get("num_attention_heads") or cls.num_attention_heads
+        hidden = config.get("hidden_size") or cls.hidden_size
+        layers = config.get("num_hidden_layers") or cls.num_hidden_layers
+        window = config.get("sliding_window", 4096)  # absent is 4096, null is none
+        kinds = ["full_attention" if window is None else "sliding_attention"] * layers
+        return read_config(
+            cls,
+            config,
+            num_key_value_heads=config.get("num_key_value_heads", 8) or heads,
+            head_dim=config.get("head_dim") or hidden // heads,  # Nemo has its own
+            rope=RopeConfig.from_hf(config),
+            windows=layer_windows(config.get("layer_types") or kinds, layers, window),  # Ministral has layer_types
+        )
+
+
+class MistralAttention(nn.Module):
+    def __init__(self, config: MistralConfig, window: int | None, ctx: BuildContext) -> None:
+        super().__init__()
+        heads, kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.num_heads, self.num_kv_heads = heads // ctx.tp.size, kv_heads // ctx.tp.size
+        self.qkv_proj = QKVParallelLinear(config.hidden_size, heads, kv_heads, self.head_dim, ctx)
+        self.o_proj = RowParallelLinear(heads * self.head_dim, config.hidden_size, ctx)
+        scale = self.head_dim**-0.5
+        self.attn = Attention(self.num_heads, self.num_kv_heads, self.head_dim, ctx, scale=scale, window=window)
+
+    def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], batch: Batch) -> torch.Tensor:
+        heads = self.qkv_proj(x).unflatten(1, (-1, self.head_dim))  # [T, H + 2 KH, D]
+        qk, v = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
+        q, k = apply_rotary(qk, *rope).split((self.num_heads, self.num_kv_heads), dim=1)
+        return self.o_proj(self.attn(q, k, v, batch))
+
+
+class MistralForCausalLM(CausalLM):
+    config_class = MistralConfig
+
+    def __init__(self, config: MistralConfig, ctx: BuildContext) -> None:
+        super().__init__(config, ctx)
+        layers = (
+            LlamaDecoderLayer(
+                MistralAttention(config, window, ctx),
+                GatedMLP(config.hidden_size, config.intermediate_size, ctx),
+                config,
+                ctx,
+            )
+            for window in config.windows
+        )
+        self.model = LlamaModel(layers, config, ctx)
+        tied = self.model.embed_tokens if config.tie_word_embeddings else None
+        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, ctx, tied=tied)
+        self.weight_rules = [*LLAMA_RULES, *head_rules(config.tie_word_embeddings)]

@@ -1,0 +1,27 @@
+"""Published sizes give the published number of parameters: a wrong default or a forgotten bias shows."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from published_sizes import PUBLISHED
+
+from nanovllm.attention.reference import ReferenceAttention
+from nanovllm.build_context import BuildContext
+from nanovllm.layers.weight_layer import WeightLayer
+from nanovllm.models.registry import model_class
+
+ROUNDED = ("mosaicml/mpt-30b", "tiiuae/falcon-11B", "tiiuae/falcon-180B", "ibm-granite/granite-4.0-h")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters(name):
+    architecture, config, published = PUBLISHED[name]
+    cls = model_class([architecture])
+    ctx = BuildContext(torch.device("meta"), torch.bfloat16, ReferenceAttention(), 64)
+    model = cls(cls.config_class.from_hf(config), ctx)
+    layers = (layer for layer in model.modules() if isinstance(layer, WeightLayer))
+    found = sum(math.prod(s) for layer in layers for shards in layer.expected_weights().values() for s in shards.values())
+    assert found == pytest.approx(published, rel=0.003 if name.startswith(ROUNDED) else 0)
