@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import byte_tokenizer
 
 ALIAS = "smollm2-135m"
 
@@ -48,6 +50,7 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "qwen2": {
         "architectures": ["Qwen2ForCausalLM"],
+        "rms_norm_eps": 0.01,
         "vocab_size": 131,
         "hidden_size": 60,
         "intermediate_size": 101,
@@ -67,6 +70,7 @@ TINY: dict[str, dict[str, Any]] = {
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "num_key_value_heads": 2, "head_dim": 24},
     "qwen3-window": {
         "architectures": ["Qwen3ForCausalLM"],
+        "rms_norm_eps": 0.01,
         "vocab_size": 131,
         "intermediate_size": 101,
         "num_attention_heads": 6,
@@ -79,6 +83,7 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "qwen3-moe": {
         "architectures": ["Qwen3MoeForCausalLM"],
+        "rms_norm_eps": 0.01,
         "model_type": "qwen3_moe",
         "vocab_size": 131,
         "intermediate_size": 101,
@@ -108,6 +113,7 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "mistral-window": {
         "architectures": ["MistralForCausalLM"],
+        "rms_norm_eps": 0.01,
         "vocab_size": 131,
         "hidden_size": 60,
         "intermediate_size": 101,
@@ -133,6 +139,7 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "mixtral": {
         "architectures": ["MixtralForCausalLM"],
+        "rms_norm_eps": 0.01,
         "vocab_size": 131,
         "hidden_size": 60,
         "intermediate_size": 44,
@@ -144,6 +151,7 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "granite": {
         "architectures": ["GraniteForCausalLM"],
+        "rms_norm_eps": 0.01,
         "vocab_size": 131,
         "hidden_size": 60,
         "intermediate_size": 101,
@@ -173,6 +181,7 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "granitemoe-shared": {
         "architectures": ["GraniteMoeSharedForCausalLM"],
+        "rms_norm_eps": 0.01,
         "intermediate_size": 44,
         "num_key_value_heads": 2,
         "attention_bias": True,
@@ -235,6 +244,7 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "gemma3": {
         "architectures": ["Gemma3ForCausalLM"],
+        "rms_norm_eps": 0.01,
         "model_type": "gemma3_text",
         "vocab_size": 131,
         "hidden_size": 60,
@@ -386,6 +396,21 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory):
         return made[family]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama over bytes, with tokenizer and chat template."""
+    path = tmp_path_factory.mktemp("chat")
+    make_tiny_model("llama", path, vocab_size=258, bos_token_id=256, eos_token_id=257)
+    byte_tokenizer().backend.save(str(path / "tokenizer.json"))
+    template = (
+        "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}bot: {% endif %}"
+    )
+    config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return path
 
 
 @pytest.fixture(scope="session")

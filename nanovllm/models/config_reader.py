@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from nanovllm.errors import ModelNotSupported
+from nanovllm.layers.rotary_embedding import RopeConfig
 
 T = TypeVar("T")
 
@@ -28,6 +29,16 @@ def refuse_unless(config: dict[str, Any], **only: Any) -> None:
         found = config.get(key)
         if found is not None and found != value:
             raise ModelNotSupported(f"config.json: {key}={found!r} is not supported, only {value!r}")
+
+
+def rope_fields(config: dict[str, Any], max_positions: int, default_theta: float = 10000.0) -> dict[str, Any]:
+    """`rope`, and `max_position_embeddings` as far as its scaling stretches that.
+
+    max_positions, default_theta: the family's defaults.
+    """
+    limit = config.get("max_position_embeddings") or max_positions
+    rope = RopeConfig.from_hf({**config, "max_position_embeddings": limit}, default_theta)
+    return {"rope": rope, "max_position_embeddings": rope.max_positions(limit)}
 
 
 def layer_windows(layer_types: Sequence[str], num_layers: int, window: int | None) -> tuple[int | None, ...]:

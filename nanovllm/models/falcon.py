@@ -25,7 +25,7 @@ from nanovllm.layers.layernorm import LayerNorm
 from nanovllm.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.rotary_embedding import RopeConfig, RotaryEmbedding, apply_rotary
 from nanovllm.models.base import CausalLM
-from nanovllm.models.config_reader import read_config, refuse_unless
+from nanovllm.models.config_reader import read_config, refuse_unless, rope_fields
 from nanovllm.weights.rules import Skip, grouped_qkv_rule, head_rules
 
 Rope = tuple[torch.Tensor, torch.Tensor] | None
@@ -88,9 +88,7 @@ class FalconConfig:
             num_ln_in_parallel_attn=norms,
             parallel_attn=new_decoder or config.get("parallel_attn", True),
             ffn_hidden_size=config.get("ffn_hidden_size") or 4 * (config.get("hidden_size") or cls.hidden_size),
-            rope=None
-            if config.get("alibi")
-            else RopeConfig.from_hf({"max_position_embeddings": cls.max_position_embeddings, **config}),
+            **({"rope": None} if config.get("alibi") else rope_fields(config, cls.max_position_embeddings)),
         )
 
 

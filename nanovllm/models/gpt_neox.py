@@ -18,7 +18,7 @@ from nanovllm.layers.layernorm import LayerNorm
 from nanovllm.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.rotary_embedding import RopeConfig, RotaryEmbedding, apply_rotary
 from nanovllm.models.base import CausalLM
-from nanovllm.models.config_reader import read_config
+from nanovllm.models.config_reader import read_config, rope_fields
 from nanovllm.weights.rules import Pack, Skip, grouped_qkv_rule
 
 
@@ -45,8 +45,7 @@ class GPTNeoXConfig:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> GPTNeoXConfig:
-        defaults = {"rotary_pct": 0.25, "max_position_embeddings": cls.max_position_embeddings}
-        return read_config(cls, config, rope=RopeConfig.from_hf({**defaults, **config}))
+        return read_config(cls, config, **rope_fields({"rotary_pct": 0.25, **config}, cls.max_position_embeddings))
 
 
 class GPTNeoXAttention(nn.Module):

@@ -18,7 +18,7 @@ from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.mlp import GatedMLP
 from nanovllm.layers.rotary_embedding import RopeConfig, RotaryEmbedding, apply_rotary
 from nanovllm.models.base import CausalLM
-from nanovllm.models.config_reader import read_config, refuse_unless
+from nanovllm.models.config_reader import read_config, refuse_unless, rope_fields
 from nanovllm.weights.rules import LLAMA_RULES, head_rules
 
 
@@ -54,7 +54,7 @@ class GraniteConfig:
             config,
             num_key_value_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or hidden // heads,
-            rope=RopeConfig.from_hf(config),
+            **rope_fields(config, cls.max_position_embeddings),
         )
 
 

@@ -16,7 +16,7 @@ from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.mlp import GatedMLP
 from nanovllm.layers.rotary_embedding import RopeConfig, apply_rotary
 from nanovllm.models.base import CausalLM
-from nanovllm.models.config_reader import layer_windows, read_config, refuse_unless
+from nanovllm.models.config_reader import layer_windows, read_config, refuse_unless, rope_fields
 from nanovllm.models.llama import LlamaDecoderLayer, LlamaModel
 from nanovllm.weights.rules import LLAMA_RULES, head_rules
 
@@ -51,7 +51,7 @@ class MistralConfig:
             config,
             num_key_value_heads=config.get("num_key_value_heads", 8) or heads,
             head_dim=config.get("head_dim") or hidden // heads,  # Nemo has its own
-            rope=RopeConfig.from_hf(config),
+            **rope_fields(config, cls.max_position_embeddings),
             windows=layer_windows(config.get("layer_types") or kinds, layers, window),  # Ministral has layer_types
         )
 

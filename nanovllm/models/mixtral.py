@@ -8,9 +8,8 @@ from typing import Any
 from nanovllm.build_context import BuildContext
 from nanovllm.layers.embed_head import ParallelLMHead
 from nanovllm.layers.moe import SparseMoE, softmax_top_k_renormalised
-from nanovllm.layers.rotary_embedding import RopeConfig
 from nanovllm.models.base import CausalLM
-from nanovllm.models.config_reader import layer_windows, read_config, refuse_unless
+from nanovllm.models.config_reader import layer_windows, read_config, refuse_unless, rope_fields
 from nanovllm.models.llama import LlamaDecoderLayer, LlamaModel
 from nanovllm.models.mistral import MistralAttention, MistralConfig
 from nanovllm.weights.rules import LLAMA_RULES, Pack, Rename, head_rules
@@ -37,7 +36,7 @@ class MixtralConfig(MistralConfig):
             config,
             num_key_value_heads=config.get("num_key_value_heads", 8) or heads,
             head_dim=config.get("head_dim") or hidden // heads,
-            rope=RopeConfig.from_hf(config, default_theta=1e6),
+            **rope_fields(config, cls.max_position_embeddings, 1e6),
             windows=layer_windows(kinds, layers, window),
         )
 

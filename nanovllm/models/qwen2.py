@@ -16,7 +16,7 @@ from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.mlp import GatedMLP
 from nanovllm.layers.rotary_embedding import RopeConfig, apply_rotary
 from nanovllm.models.base import CausalLM
-from nanovllm.models.config_reader import layer_windows, read_config, refuse_unless
+from nanovllm.models.config_reader import layer_windows, read_config, refuse_unless, rope_fields
 from nanovllm.models.llama import LlamaDecoderLayer, LlamaModel
 from nanovllm.weights.rules import LLAMA_RULES, head_rules
 
@@ -48,7 +48,7 @@ class Qwen2Config:
             config,
             num_key_value_heads=config.get("num_key_value_heads", 32) or heads,
             head_dim=config.get("head_dim") or hidden // heads,
-            rope=RopeConfig.from_hf(config),
+            **rope_fields(config, cls.max_position_embeddings),
             windows=qwen_windows(config, config.get("num_hidden_layers") or cls.num_hidden_layers),
         )
 

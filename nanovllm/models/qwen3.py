@@ -17,7 +17,7 @@ from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.mlp import GatedMLP
 from nanovllm.layers.rotary_embedding import RopeConfig, apply_rotary
 from nanovllm.models.base import CausalLM
-from nanovllm.models.config_reader import read_config, refuse_unless
+from nanovllm.models.config_reader import read_config, refuse_unless, rope_fields
 from nanovllm.models.llama import LlamaDecoderLayer, LlamaModel
 from nanovllm.models.qwen2 import qwen_windows
 from nanovllm.weights.rules import LLAMA_RULES, head_rules
@@ -49,7 +49,7 @@ class Qwen3Config:
             cls,
             config,
             num_key_value_heads=config.get("num_key_value_heads", 32) or heads,
-            rope=RopeConfig.from_hf(config),
+            **rope_fields(config, cls.max_position_embeddings),
             windows=qwen_windows(config, config.get("num_hidden_layers") or cls.num_hidden_layers),
         )
 

@@ -11,9 +11,8 @@ from nanovllm.build_context import BuildContext
 from nanovllm.layers.embed_head import ParallelLMHead
 from nanovllm.layers.mlp import GatedMLP
 from nanovllm.layers.moe import SparseMoE, softmax_top_k, softmax_top_k_renormalised
-from nanovllm.layers.rotary_embedding import RopeConfig
 from nanovllm.models.base import CausalLM
-from nanovllm.models.config_reader import layer_windows, read_config, refuse_unless
+from nanovllm.models.config_reader import layer_windows, read_config, refuse_unless, rope_fields
 from nanovllm.models.llama import LlamaDecoderLayer, LlamaModel
 from nanovllm.models.qwen3 import Qwen3Attention, Qwen3Config
 from nanovllm.weights.rules import LLAMA_RULES, head_rules
@@ -50,7 +49,7 @@ class Qwen3MoeConfig(Qwen3Config):
             config,
             num_key_value_heads=config.get("num_key_value_heads", 4) or heads,
             head_dim=config.get("head_dim") or hidden // heads,
-            rope=RopeConfig.from_hf(config),
+            **rope_fields(config, cls.max_position_embeddings),
             windows=layer_windows(kinds, layers, window),
             num_experts=config.get("num_experts", config.get("num_local_experts", cls.num_experts)),
             mlp_only_layers=tuple(config.get("mlp_only_layers") or ()),

@@ -45,8 +45,8 @@ def test_each_missing_unexpected_and_misshapen_tensor_is_named(family):
     for i, tensor in enumerate(tensors):
         others = tensors[:i] + tensors[i + 1 :]
         assert problem(others) == f"1 missing: {known_as(tensor.name)}"
-        shape = (tensor.shape[0] + 1, *tensor.shape[1:])
-        wrong = LazyTensor(tensor.name, shape, lambda shape=shape: torch.zeros(shape))
-        assert problem([wrong, *others]).startswith(f"1 misshapen: {tensor.name} (is {shape}, should ")
+        for shape in ((tensor.shape[0] + 1, *tensor.shape[1:]), ()):
+            wrong = LazyTensor(tensor.name, shape, lambda shape=shape: torch.zeros(shape))
+            assert problem([wrong, *others]).startswith(f"1 misshapen: {tensor.name} (is {shape}, should ")
     for name in ("stray.weight", tensors[0].name):  # the second is there twice
         assert problem([*tensors, LazyTensor(name, (2,), lambda: torch.zeros(2))]) == f"1 unexpected: {name}"

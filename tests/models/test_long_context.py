@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from conftest import make_tiny_model
 from test_parity import TINY_TOLERANCE, Reference, all_logits
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.models.llama import LlamaConfig
 
 TRAINED, STRETCHED = 64, 160
 FACTORS = {"short_factor": [1.0 + i / 8 for i in range(8)], "long_factor": [1.0 + i for i in range(8)]}
@@ -46,19 +44,6 @@ SCALINGS = {
     "longrope": ({**FACTORS, "original_max_position_embeddings": TRAINED}, STRETCHED),
     "proportional": ({"factor": 2.5, "partial_rotary_factor": 0.5}, STRETCHED),
 }
-
-
-@pytest.fixture(autouse=True)
-def stretched_limit(monkeypatch):
-    """The family takes as many positions as its RoPE is scaled for."""
-    read = LlamaConfig.from_hf
-
-    def from_hf(config):
-        found = read(config)
-        limit = found.rope.max_positions(config["max_position_embeddings"])
-        return dataclasses.replace(found, max_position_embeddings=limit)
-
-    monkeypatch.setattr(LlamaConfig, "from_hf", from_hf)
 
 
 def rope_of(name: str) -> dict[str, Any]:

@@ -23,5 +23,7 @@ def test_parameters(name):
     ctx = BuildContext(torch.device("meta"), torch.bfloat16, ReferenceAttention(), 64)
     model = cls(cls.config_class.from_hf(config), ctx)
     layers = (layer for layer in model.modules() if isinstance(layer, WeightLayer))
-    found = sum(math.prod(s) for layer in layers for shards in layer.expected_weights().values() for s in shards.values())
+    found = sum(
+        math.prod(s) for layer in layers for shards in layer.expected_weights().values() for s in shards.values()
+    )
     assert found == pytest.approx(published, rel=0.003 if name.startswith(ROUNDED) else 0)

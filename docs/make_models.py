@@ -1,0 +1,147 @@
+"""Write docs/models.md: run the tests that prove each family, and lay out what they said.
+
+    python docs/make_models.py
+
+Takes some minutes. Exit code 1 if a test failed; the table shows which.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "models")]
+
+from conftest import TINY  # noqa: E402
+from published_sizes import PUBLISHED  # noqa: E402
+
+from nanovllm.config import EngineConfig  # noqa: E402
+from nanovllm.engine.memory_plan import footprint  # noqa: E402
+from nanovllm.models.registry import model_class, supported_architectures  # noqa: E402
+
+PARITY = "tests/models/test_parity.py"
+FORMATS = "tests/models/test_formats.py"
+FEATURES = {  # column: (test, its parameter beside the variant)
+    "logits": ("test_all_logits_of_tiny_models", None),
+    "batched": ("test_greedy_text_of_tiny_models", "batched"),
+    "alone": ("test_greedy_text_of_tiny_models", "alone"),
+    "chunked": ("test_greedy_text_of_tiny_models", "chunked"),
+    "preempted": ("test_greedy_text_of_tiny_models", "preempted"),
+    "no prefix cache": ("test_greedy_text_of_tiny_models", "uncached"),
+    "reference attention": ("test_greedy_text_of_tiny_models", "reference"),
+    "logprobs": ("test_prompt_logprobs_are_the_log_softmax_of_the_logits", None),
+    "seeds": ("test_seeded_text_is_the_same_alone_and_in_any_batch", None),
+}
+FILES = {
+    "safetensors": ("test_every_format_gives_the_same_weights", "safetensors-sharded"),
+    ".bin": ("test_every_format_gives_the_same_weights", "bin"),
+    ".bin sharded": ("test_every_format_gives_the_same_weights", "bin-sharded"),
+    "GGUF": ("test_every_format_gives_the_same_weights", "gguf"),
+}
+HEAD = """\
+# Models
+
+This page is written by `python docs/make_models.py` from what the tests said.
+
+## Architectures
+
+The name is the one in config.json's `architectures`. `nanovllm models` prints this list.
+
+"""
+PARITY_HEAD = """
+## Parity with transformers
+
+One row a variant, a small random model with odd sizes whose norms, biases and multipliers are random too
+(`TINY` in [tests/conftest.py](../tests/conftest.py)). *logits*: every logit of prompts of 1 to 94 tokens is within
+2e-5 of transformers' in fp32. The next columns: greedy text equals transformers', batched, alone, in chunks of 13
+tokens, preempted for want of pages, without prefix cache, and with the reference attention on large pages; each one a
+second time from cached prefixes. *logprobs*: prompt and output logprobs are those of transformers. *seeds*:
+sampled text is the same alone and in any batch.
+
+To repeat a row: `pytest tests/models/test_parity.py -k VARIANT`; for a model of your own: `nanovllm parity MODEL`.
+
+"""
+FORMATS_HEAD = """
+## File formats
+
+Each format gives the same parameters, bit for bit, as the safetensors file that transformers wrote. GGUF is the
+layout of llama.cpp for that architecture; a dash stands where llama.cpp has none or it is not read yet.
+
+To repeat a row: `pytest tests/models/test_formats.py -k VARIANT`.
+
+"""
+MEMORY_HEAD = """
+## Memory
+
+What published sizes take in bfloat16: weights (a tied head counts once), keys and values of one token, recurrent state
+of one sequence. `nanovllm plan MODEL --memory 8GiB` says what fits beside them.
+
+| model | parameters | weights | KV a token | state a sequence |
+|---|---|---|---|---|
+"""
+
+
+def main() -> int:
+    results = run_tests()
+    text = HEAD + architectures() + PARITY_HEAD + matrix(results, FEATURES) + FORMATS_HEAD + matrix(results, FILES)
+    (ROOT / "docs" / "models.md").write_text(text + MEMORY_HEAD + memory_rows(), encoding="utf-8")
+    return 0 if all(results.values()) else 1
+
+
+def run_tests() -> dict[str, bool]:
+    """{test with its parameters: passed}; skipped ones are left out."""
+    with tempfile.NamedTemporaryFile(suffix=".xml") as report:
+        command = [sys.executable, "-m", "pytest", "--no-cov", "-q", f"--junitxml={report.name}", PARITY, FORMATS]
+        subprocess.run(command, cwd=ROOT)
+        cases = ElementTree.parse(report.name).iter("testcase")
+        return {
+            case.attrib["name"]: case.find("failure") is None and case.find("error") is None
+            for case in cases
+            if case.find("skipped") is None
+        }
+
+
+def architectures() -> str:
+    rows = ["| architecture | file |", "|---|---|"]
+    for name in supported_architectures():
+        module = model_class([name]).__module__
+        rows.append(f"| {name} | [{module.split('.')[-1]}.py](../{module.replace('.', '/')}.py) |")
+    return "\n".join(rows) + "\n"
+
+
+def matrix(results: dict[str, bool], columns: dict[str, tuple[str, str | None]]) -> str:
+    signs = {True: "✓", False: "✗", None: "–"}
+    rows = [f"| variant | architecture | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    for variant, config in TINY.items():
+        names = (f"{test}[{variant}{f'-{option}' if option else ''}]" for test, option in columns.values())
+        cells = " | ".join(signs[results.get(name)] for name in names)
+        rows.append(f"| {variant} | {config['architectures'][0]} | {cells} |")
+    return "\n".join(rows) + "\n"
+
+
+def memory_rows() -> str:
+    rows = []
+    for name, (architecture, config, parameters) in PUBLISHED.items():
+        cls = model_class([architecture])
+        model_config = cls.config_class.from_hf(config)
+        options = {"dtype": "bfloat16", "device": "cpu", "max_model_len": 64}
+        engine = EngineConfig.from_options(name, options).resolve(
+            checkpoint_dtype="bfloat16", max_positions=model_config.max_position_embeddings, cuda=False
+        )
+        model = footprint(cls, model_config, engine)
+        kv, state = model.kv_bytes_per_token / 2**10, model.state_bytes / 2**20
+        weights = parameters * torch.bfloat16.itemsize / 2**30
+        rows.append(
+            f"| {name} | {parameters / 1e9:.3g} B | {weights:.3g} GiB | {kv:g} KiB | {f'{state:.3g} MiB' if state else '–'} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
