@@ -4,6 +4,7 @@
     python bench.py --preset batch32 --engine nanovllm,hf
     python bench.py --engine nanovllm,vllm --python vllm=/path/to/venv/bin/python
     python bench.py --model DIR_WITH_CONFIG_JSON --load-format dummy --num-seqs 8
+    python bench.py --preset load --model FILE_OR_DIR
 
 N sequences of random tokens, with random input and output lengths (seeded), run greedily to
 their full length. Each engine lives in a process of its own; they take turns, `--rounds` times,
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import platform
 import random
@@ -39,6 +41,12 @@ from nanovllm import LLM, SamplingParams
 llm = LLM(sys.argv[1])
 print(next(llm.stream("The capital of France is", SamplingParams(temperature=0))), flush=True)
 """
+LOAD = """
+import sys
+from nanovllm import LLM
+LLM(sys.argv[1], dtype=sys.argv[2], load_format=sys.argv[3], max_model_len=64, max_num_seqs=1,
+    kvcache_memory="64MiB", skip_tokenizer_init=True)
+"""
 
 
 def main() -> None:
@@ -47,6 +55,8 @@ def main() -> None:
         return serve(args)
     if args.preset == "startup":
         return bench_startup(args)
+    if args.preset == "load":
+        return bench_load(args)
     if args.preset == "pool":
         return bench_pool(args)
     return bench_engines(args)
@@ -54,8 +64,9 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=[*PRESETS, "startup", "pool"], help="startup: seconds from python to the "
-                        "first token; pool: page pools of 1,000 and 1,000,000 pages")  # fmt: skip
+    parser.add_argument("--preset", choices=[*PRESETS, "startup", "load", "pool"], help="startup: seconds from python "
+                        "to the first token; load: peak memory of loading a model (Linux); pool: page pools of 1,000 "
+                        "and 1,000,000 pages")  # fmt: skip
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--load-format", default="auto", help="dummy: random weights for a config.json")
     parser.add_argument("--dtype", default="bfloat16")
@@ -304,8 +315,7 @@ def export_to_hf(checkpoint: object, dtype: str, folder: Path) -> None:
     kind = getattr(torch, dtype)
     save_file({t.name: t.load().to(kind).contiguous() for t in checkpoint.tensors()}, folder / "model.safetensors",
               metadata={"format": "pt"})  # fmt: skip
-    model_type = checkpoint.config["architectures"][0].removesuffix("ForCausalLM").lower()
-    config = checkpoint.config | {"model_type": model_type, "dtype": dtype, "hidden_act": "silu"}
+    config = checkpoint.config | {"dtype": dtype, "hidden_act": "silu"}
     config["eos_token_id"] = (config["eos_token_id"] or [None])[0]
     (folder / "config.json").write_text(json.dumps(config))
 
@@ -389,7 +399,7 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-# --- start-up and the page pool -----------------------------------------------------------------
+# --- start-up, loading and the page pool --------------------------------------------------------
 
 
 def bench_startup(args: argparse.Namespace) -> None:
@@ -404,6 +414,42 @@ def bench_startup(args: argparse.Namespace) -> None:
     median = statistics.median(seconds[1:])
     print(f"from `python` to the first token of {args.model}: {median:.2f} s (median of {args.rounds})")
     print_json(args, seconds=median)
+
+
+def bench_load(args: argparse.Namespace) -> None:
+    """Peak memory of a process that loads the model, with hardly any cache.
+
+    Anonymous memory is what the process owns; pages of mapped files come on top of it in the
+    total, and go back to the system when it needs them.
+    """
+    from nanovllm.weights.checkpoint import open_checkpoint
+    from nanovllm.weights.hub import resolve_model
+
+    path = resolve_model(args.model)
+    elements = sum(math.prod(tensor.shape) for tensor in open_checkpoint(path, args.load_format).tensors())
+    size = elements * (4 if args.dtype == "float32" else 2)
+    runs = [peak_memory([sys.executable, "-c", LOAD, str(path), args.dtype, args.load_format])
+            for _ in range(args.rounds)]  # fmt: skip
+    found = {key: max(run[key] for run in runs) for key in ("anonymous", "total")}
+    seconds = statistics.median(run["seconds"] for run in runs)
+    print(f"{args.model}, {args.dtype}: weights of {size / 2**30:.2f} GiB; peak {found['anonymous'] / 2**30:.2f} GiB "
+          f"anonymous, {found['total'] / 2**30:.2f} GiB with mapped files; {seconds:.1f} s")  # fmt: skip
+    print_json(args, model_bytes=size, peak_bytes=found, seconds=seconds)
+
+
+def peak_memory(command: list[str]) -> dict[str, float]:
+    """Bytes and seconds of a process: the kernel keeps the peak of the total, its parts are sampled."""
+    start, peaks = time.perf_counter(), {"RssAnon": 0, "VmHWM": 0}
+    with subprocess.Popen(command) as process:
+        while process.poll() is None:
+            for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+                key, _, value = line.partition(":")
+                if key in peaks:
+                    peaks[key] = max(peaks[key], int(value.split()[0]) * 1024)
+            time.sleep(0.005)
+    if process.returncode:
+        raise SystemExit(f"loading ended with status {process.returncode}")
+    return {"anonymous": peaks["RssAnon"], "total": peaks["VmHWM"], "seconds": time.perf_counter() - start}
 
 
 def bench_pool(args: argparse.Namespace) -> None:

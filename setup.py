@@ -2,8 +2,9 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+TRANSFORMERS = ["transformers>=5.0", "accelerate>=1.0"]  # it needs accelerate to read GGUF files
 TEST = [
-    "accelerate>=1.0",  # transformers needs it to read GGUF files, our oracle for them
+    *TRANSFORMERS,
     "hypothesis>=6.100",
     "import-linter>=2.1",
     "mypy>=1.11",
@@ -11,7 +12,6 @@ TEST = [
     "pytest-cov>=5.0",
     "pytest-timeout>=2.3",
     "ruff>=0.8",
-    "transformers>=5.0",
     "types-psutil",
     "types-tqdm",
 ]
@@ -41,5 +41,6 @@ setup(
         "tqdm>=4.66",
         "xxhash>=3.4",
     ],
-    extras_require={"test": TEST, "dev": TEST, "gpu": GPU},
+    extras_require={"test": TEST, "dev": TEST, "gpu": GPU, "transformers": TRANSFORMERS},
+    entry_points={"console_scripts": ["nanovllm = nanovllm.cli.main:main"]},
 )

@@ -12,7 +12,8 @@ from typing import Any
 from nanovllm.errors import ConfigError
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "load_format": ("auto", "safetensors", "gguf", "dummy"),
+    "model_impl": ("auto", "nanovllm", "transformers"),
+    "load_format": ("auto", "safetensors", "pt", "gguf", "dummy"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "device": ("auto", "cpu", "cuda"),
     "attention_backend": ("auto", "cpu", "reference"),
@@ -31,7 +32,11 @@ class EngineConfig:
     tokenizer: a directory, file or repository id to take the tokenizer from instead.
     skip_tokenizer_init: no tokenizer; prompts are token ids and `text` stays empty.
     trust_remote_code: always False here; models that need their own code are refused.
-    load_format: "auto" by the files; "dummy" fills seeded random weights (benchmarks).
+    model_impl: whose modules run the model: "nanovllm" those of a file here or of a plugin,
+        "transformers" Hugging Face's, "auto" the first where there is one.
+    model_plugin: a Python file with a model of your own (docs/adding-a-model.md).
+    load_format: "auto" by the files, safetensors before PyTorch's pickles ("pt"); "dummy" fills
+        seeded random weights (benchmarks).
     dtype: "auto" is the checkpoint's own; quantised GGUF and float16 run as bfloat16 on CPU.
     device: "auto" is cuda where torch sees one.
     seed: of the engine's own stream, from which requests without a seed draw theirs;
@@ -61,6 +66,8 @@ class EngineConfig:
     tokenizer: str | None = None
     skip_tokenizer_init: bool = False
     trust_remote_code: bool = False
+    model_impl: str = "auto"
+    model_plugin: str | None = None
     load_format: str = "auto"
     dtype: str = "auto"
     device: str = "auto"
@@ -138,6 +145,8 @@ class EngineConfig:
         override = self.override_generation_config
         if override is not None and not isinstance(override, dict):
             raise ConfigError(f"override_generation_config={override!r} must be a dict of sampling parameters")
+        if self.model_plugin is not None and self.model_impl == "transformers":
+            raise ConfigError("set model_plugin or model_impl='transformers', not both")
         if self.kvcache_memory is not None:
             parse_bytes("kvcache_memory", self.kvcache_memory)
             if self.num_kvcache_blocks is not None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
+from torch import nn
 from tqdm import tqdm
 
 from nanovllm.config import EngineConfig
@@ -19,6 +20,7 @@ from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.tokenizer.tokenizer import Message, Tokenizer
 
+T = TypeVar("T")
 Params = SamplingParams | Sequence[SamplingParams] | None
 
 
@@ -130,6 +132,10 @@ class LLM:
             raise RequestError("stream yields the text of one completion: it needs n=1 and detokenize=True")
         self.get_tokenizer()
         return self._stream(self._engine.prepare(prompt, params))
+
+    def apply_model(self, function: Callable[[nn.Module], T]) -> list[T]:
+        """What `function` says of the model, on each rank: for looking, hooking and measuring."""
+        return self._engine.apply_model(function)
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes; running requests are not touched."""

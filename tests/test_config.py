@@ -45,7 +45,7 @@ def test_from_options_passes_values_on():
 COUNTS = [0, -1, 1.5, "16", True]
 REFUSED = {
     "model": ["", None, 5],
-    "load_format": ["pt", None],
+    "load_format": ["bin", None],
     "dtype": ["float64", "half", None],
     "device": ["cuda:0", "tpu"],
     "attention_backend": ["flash"],
@@ -63,6 +63,8 @@ REFUSED = {
     "enforce_eager": ["yes", None, 1],
     "enable_prefix_caching": ["no", None, 0],
     "skip_tokenizer_init": ["no", 1],
+    "generation_config": ["", None, 5],
+    "override_generation_config": [[], "{}", 1],
 }
 
 

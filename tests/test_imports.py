@@ -21,7 +21,13 @@ def test_every_module_imports():
 
 
 def test_nothing_of_an_extra_and_nothing_slow_is_imported():
-    loaded = set(run("import nanovllm, sys; print(*sys.modules)").split())
+    loaded = set(run("from nanovllm import LLM; import sys; print(*sys.modules)").split())
     unwanted = {"transformers", "triton", "flash_attn", "ray", "fastapi", "huggingface_hub", "gguf", "jinja2"}
     assert not loaded & unwanted
     assert "torch" in loaded
+
+
+def test_torch_comes_with_llm_alone():
+    loaded = set(run("import nanovllm, sys; nanovllm.SamplingParams(); print(*sys.modules)").split())
+    assert not loaded & {"torch", "numpy", "nanovllm.llm"}
+    assert run("import nanovllm; print(nanovllm.LLM.__name__)") == "LLM\n"

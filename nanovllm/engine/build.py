@@ -14,6 +14,7 @@ from nanovllm.engine.executor import InProcessExecutor
 from nanovllm.engine.generation_config import generation_defaults
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import ConfigError
+from nanovllm.models.base import CausalLM, ModelConfig
 from nanovllm.models.registry import model_class
 from nanovllm.tokenizer.tokenizer import Tokenizer
 from nanovllm.weights.checkpoint import Checkpoint, open_checkpoint
@@ -25,8 +26,7 @@ logger = logging.getLogger(__name__)
 def build_engine(asked: EngineConfig) -> LLMEngine:
     """Raises ConfigError, ModelNotFound, ModelNotSupported or WeightError."""
     checkpoint = open_checkpoint(resolve_model(asked.model, asked.revision), asked.load_format)
-    cls = model_class(checkpoint.config.get("architectures") or [])
-    model_config = cls.config_class.from_hf(checkpoint.config)
+    cls, model_config = find_model(asked, checkpoint)
     config = asked.resolve(
         checkpoint_dtype=checkpoint.dtype,
         max_positions=model_config.max_position_embeddings,
@@ -35,14 +35,31 @@ def build_engine(asked: EngineConfig) -> LLMEngine:
     tokenizer = _load_tokenizer(asked, checkpoint)
     defaults = generation_defaults(asked, checkpoint)
     executor = InProcessExecutor(config, cls, model_config, checkpoint)
+    fitted = fit_model_len(config, executor.capacity, asked.max_model_len)
+    if fitted != config:
+        logger.warning(
+            "max_model_len is %d, not the model's %d: the cache memory holds no more",
+            fitted.max_model_len,
+            config.max_model_len,
+        )
     return LLMEngine(
-        fit_model_len(config, executor.capacity, asked.max_model_len),
+        fitted,
         tokenizer,
         executor,
         vocab_size=model_config.vocab_size,
         eos_ids=_eos_ids(defaults.eos_ids, checkpoint, tokenizer),
         sampling_defaults=defaults.sampling,
     )
+
+
+def find_model(asked: EngineConfig, checkpoint: Checkpoint) -> tuple[type[CausalLM], ModelConfig]:
+    """The class that runs a checkpoint, and its sizes; ConfigError or ModelNotSupported."""
+    cls = model_class(
+        checkpoint.config.get("architectures") or [], model_impl=asked.model_impl, model_plugin=asked.model_plugin
+    )
+    if asked.model_impl == "transformers" and checkpoint.path.is_file():
+        raise ConfigError(f"model_impl='transformers' reads Hugging Face directories, not {checkpoint.path.name}")
+    return cls, cls.read_config(checkpoint.config)
 
 
 def fit_model_len(config: EngineConfig, capacity: CachePlan, asked: int | None) -> EngineConfig:
@@ -59,9 +76,6 @@ def fit_model_len(config: EngineConfig, capacity: CachePlan, asked: int | None) 
             f"max_model_len={asked} does not fit: the cache memory holds {held} tokens. Give it more "
             "(kvcache_memory, num_kvcache_blocks or gpu_memory_utilization), or lower max_model_len"
         )
-    logger.warning(
-        "max_model_len is %d, not the model's %d: the cache memory holds no more", held, config.max_model_len
-    )
     return dataclasses.replace(config, max_model_len=held)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from nanovllm.cache_spec import CachePlan
 from nanovllm.config import EngineConfig
@@ -12,15 +13,20 @@ from nanovllm.engine.step import StepPlan, StepResult
 from nanovllm.models.base import CausalLM, ModelConfig
 from nanovllm.weights.checkpoint import Checkpoint
 
+T = TypeVar("T")
+
 
 class Executor(Protocol):
     """capacity: what every rank can hold. submit: one step; the future carries its result or the
-    rank's exception. close: releases models, caches and processes; harmless when repeated."""
+    rank's exception. apply_model: every rank's answer to a function of its model. close: releases
+    models, caches and processes; harmless when repeated."""
 
     @property
     def capacity(self) -> CachePlan: ...
 
     def submit(self, plan: StepPlan) -> Future[StepResult]: ...
+
+    def apply_model(self, function: Callable[[CausalLM], T]) -> list[T]: ...
 
     def close(self) -> None: ...
 
@@ -43,6 +49,10 @@ class InProcessExecutor:
         future: Future[StepResult] = Future()
         future.set_result(self._runner.execute(plan))
         return future
+
+    def apply_model(self, function: Callable[[CausalLM], T]) -> list[T]:
+        assert self._runner is not None, "closed"
+        return [function(self._runner.model)]
 
     def close(self) -> None:
         self._runner = None

@@ -8,8 +8,9 @@ from typing import Any
 
 from nanovllm.config import EngineConfig
 from nanovllm.errors import ConfigError, RequestError
+from nanovllm.json_file import read_json
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.weights.checkpoint import Checkpoint, read_json
+from nanovllm.weights.checkpoint import Checkpoint
 
 _FILE = "generation_config.json"
 # as vLLM: do_sample and everything else in the file say nothing about the defaults
@@ -57,7 +58,7 @@ def _file_in(folder: str) -> Path:
     file = Path(folder).expanduser() / _FILE
     if not file.is_file():
         raise ConfigError(
-            f"generation_config={folder!r} must be 'auto', 'vllm', or a folder that holds a {_FILE}; {file} is not there"
+            f"generation_config={folder!r} must be 'auto', 'vllm', or a folder with a {_FILE}; {file} does not exist"
         )
     return file
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from nanovllm.errors import EngineClosed, RequestError
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.tokenizer.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -130,6 +132,10 @@ class LLMEngine:
             self.scheduler.finish(seq, "stop", stop)
         self._count(updates)
         return outputs
+
+    def apply_model(self, function: Callable[[Any], T]) -> list[T]:
+        """What `function` says of the model, on each rank; vLLM's name. For looking and measuring."""
+        return self._open().apply_model(function)
 
     def close(self) -> None:
         """Release the model and its caches; harmless when repeated."""

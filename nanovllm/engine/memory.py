@@ -1,12 +1,14 @@
-"""How much memory the caches may take on this machine."""
+"""How much memory the caches may take on this machine, and what they make of it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 import torch
 
+from nanovllm.cache_spec import CachePlan, CacheSpec, plan_cache
 from nanovllm.config import EngineConfig, parse_bytes
 from nanovllm.errors import ConfigError
 
@@ -25,6 +27,20 @@ def cache_memory(config: EngineConfig, device: torch.device) -> int:
     if asked > free:
         raise ConfigError(f"kvcache_memory={config.kvcache_memory!r} is more than the {free:,} bytes that are free")
     return asked
+
+
+def size_caches(specs: Sequence[CacheSpec], memory: int, config: EngineConfig) -> CachePlan:
+    """Divide `memory` bytes among the caches of one rank's layers. config: resolved."""
+    assert config.max_model_len is not None
+    return plan_cache(
+        specs,
+        memory,
+        block_size=config.kvcache_block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_blocks=config.max_num_seqs * -(-config.max_model_len // config.kvcache_block_size),
+        num_blocks=config.num_kvcache_blocks,
+        snapshots=config.enable_prefix_caching,
+    )
 
 
 def free_host_memory() -> int:

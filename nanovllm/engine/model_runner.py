@@ -10,17 +10,16 @@ import torch
 from nanovllm.attention.base import AttentionBackend, require_support, select_backend
 from nanovllm.batch import Batch
 from nanovllm.build_context import BuildContext
-from nanovllm.cache_spec import CachePlan, CacheSpec, PagedKVSpec, StateSpec, plan_cache
+from nanovllm.cache_spec import CachePlan, CacheSpec, PagedKVSpec, StateSpec
 from nanovllm.config import EngineConfig
 from nanovllm.engine.batch_builder import build_batch
-from nanovllm.engine.memory import cache_memory
+from nanovllm.engine.memory import cache_memory, size_caches
 from nanovllm.engine.step import StepPlan, StepResult
 from nanovllm.layers.attention import CachedLayer
 from nanovllm.layers.sampler import sample, token_logprobs
 from nanovllm.models.base import CausalLM, ModelConfig
 from nanovllm.sample_row import TokenLogprobs
 from nanovllm.weights.checkpoint import Checkpoint
-from nanovllm.weights.loader import fill_dummy_weights, load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +42,9 @@ class ModelRunner:
         ctx = BuildContext(self._device, dtype, self._backend, config.max_model_len)
         self._model = model_class(model_config, ctx)
         if config.load_format == "dummy":
-            fill_dummy_weights(self._model, config.seed or 0)
+            self._model.load_dummy(config.seed or 0)
         else:
-            load_weights(self._model, checkpoint.tensors(), self._model.weight_rules)
+            self._model.load(checkpoint)
         self.cache_plan = self._create_caches(config)
         logger.info(
             "%s on %s in %s, attention %s, %d pages of %d tokens (%.2f GiB)",
@@ -57,6 +56,10 @@ class ModelRunner:
             self._block_size,
             self.cache_plan.num_bytes / 2**30,
         )
+
+    @property
+    def model(self) -> CausalLM:
+        return self._model
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -102,21 +105,12 @@ class ModelRunner:
 
     def _create_caches(self, config: EngineConfig) -> CachePlan:
         """Size the caches of all layers together, allocate and bind them."""
-        assert config.max_model_len is not None
         layers = [m for m in self._model.modules() if isinstance(m, CachedLayer)]
         specs = [layer.cache_spec for layer in layers]
         for spec in specs:
             if isinstance(spec, PagedKVSpec):
                 require_support(self._backend, self._device, spec, self._block_size)
-        plan = plan_cache(
-            specs,
-            cache_memory(config, self._device),
-            block_size=self._block_size,
-            max_num_seqs=config.max_num_seqs,
-            max_blocks=config.max_num_seqs * -(-config.max_model_len // self._block_size),
-            num_blocks=config.num_kvcache_blocks,
-            snapshots=config.enable_prefix_caching,
-        )
+        plan = size_caches(specs, cache_memory(config, self._device), config)
         self._states: list[torch.Tensor] = []
         for layer, spec in zip(layers, specs, strict=True):
             tensors = self._cache_tensors(spec, plan)

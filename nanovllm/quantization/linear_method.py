@@ -48,7 +48,7 @@ class UnquantizedLinearMethod:
         layer.weight[rows].copy_(tensor)
 
     def finalize(self, layer: LinearWeights) -> None:
-        layer.packed = _can_pack(layer.weight)
+        layer.packed = packs(layer.weight.device, layer.weight.dtype)
         if layer.packed:
             packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
             layer.weight = nn.Parameter(packed, requires_grad=False)
@@ -61,10 +61,11 @@ class UnquantizedLinearMethod:
         return F.linear(x, layer.weight, bias)
 
 
-def _can_pack(weight: torch.Tensor) -> bool:
+def packs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether plain weights are packed here: a linear layer then has one of its own, even if it is tied."""
     return (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.bfloat16
+        device.type == "cpu"
+        and dtype == torch.bfloat16
         and torch.backends.mkldnn.is_available()
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )

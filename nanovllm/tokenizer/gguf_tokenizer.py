@@ -27,8 +27,23 @@ _LLAMA3 = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_CUTS: dict[str, str | None] = {"gpt-2": None, "llama-bpe": _LLAMA3, "qwen2": _QWEN2}
-_SINGLE_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
+_TEKKEN = (  # Mistral Nemo
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_CUTS: dict[str, str | None] = {
+    "gpt-2": None,
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "dbrx": _LLAMA3,  # Granite 4
+    "qwen2": _QWEN2,
+    "tekken": _TEKKEN,
+}
+_SINGLE_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell"}  # refact: Granite 3
+# These take a word that is a token without merging it, and begin a text with BOS.
+_WHOLE_WORDS = {"llama-bpe", "llama3", "llama-v3", "tekken"}
 
 
 def tokenizer_from_gguf(metadata: dict[str, Any]) -> Tokenizer:
@@ -55,22 +70,28 @@ def _byte_level_bpe(metadata: dict[str, Any]) -> Backend:
     vocab = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
     # a merge is two tokens and a space; a token itself never holds a plain space
     merges = [(left, right) for left, _, right in (m.partition(" ") for m in metadata["tokenizer.ggml.merges"])]
-    backend = Backend(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
-    if pre in _SINGLE_DIGITS:
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
-    elif pre in _CUTS:
-        backend.pre_tokenizer = _cut_then_bytes(_CUTS[pre])
-    else:
-        raise ModelNotSupported(
-            f"GGUF pre-tokenizer {pre!r} is not supported; supported: {', '.join(sorted({*_CUTS, *_SINGLE_DIGITS}))}. "
-            "Give tokenizer=... or set skip_tokenizer_init=True"
-        )
+    backend = Backend(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in _WHOLE_WORDS))
+    backend.pre_tokenizer = _pre_tokenizer(pre)
     if pre == "qwen2":
         backend.normalizer = normalizers.NFC()
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+def _pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)  # after GPT-2's cuts
+    if pre in _CUTS:
+        return _cut_then_bytes(_CUTS[pre])
+    if pre in _SINGLE_DIGITS:
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), to_bytes])
+    if pre == "falcon":
+        digits = [pre_tokenizers.Digits(), pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), behavior="isolated")]
+        return pre_tokenizers.Sequence([pre_tokenizers.Punctuation(behavior="contiguous"), to_bytes, *digits])
+    known = sorted({*_CUTS, *_SINGLE_DIGITS, "falcon"})
+    raise ModelNotSupported(
+        f"GGUF pre-tokenizer {pre!r} is not supported; supported: {', '.join(known)}. "
+        "Give tokenizer=... or set skip_tokenizer_init=True"
+    )
 
 
 def _cut_then_bytes(pattern: str | None) -> pre_tokenizers.PreTokenizer:
@@ -133,8 +154,8 @@ def _token_of(metadata: dict[str, Any], tokens: list[str], name: str) -> str | N
 
 
 def _add_bos_eos(backend: Backend, metadata: dict[str, Any], bos: str | None, eos: str | None) -> None:
-    """Frame encoded text as the file asks; SentencePiece and Llama 3 models default to BOS."""
-    bos_default = metadata["tokenizer.ggml.model"] == "llama" or metadata.get("tokenizer.ggml.pre") == "llama-bpe"
+    """Frame encoded text as the file asks; SentencePiece, Llama 3 and Nemo models default to BOS."""
+    bos_default = metadata["tokenizer.ggml.model"] == "llama" or metadata.get("tokenizer.ggml.pre") in _WHOLE_WORDS
     first = bos if metadata.get("tokenizer.ggml.add_bos_token", bos_default) else None
     last = eos if metadata.get("tokenizer.ggml.add_eos_token", False) else None
     frame = [token for token in (first, last) if token is not None]

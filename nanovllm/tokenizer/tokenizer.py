@@ -11,10 +11,12 @@ from typing import Any
 import tokenizers
 
 from nanovllm.errors import ModelNotFound, ModelNotSupported, RequestError
+from nanovllm.json_file import read_json
 
 Message = Mapping[str, Any]
 """One turn of a conversation: {"role": ..., "content": ...}."""
 
+_GPT2_END = "<|endoftext|>"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -42,19 +44,15 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, path: Path) -> Tokenizer:
-        """Read tokenizer.json and, where they exist, tokenizer_config.json and the chat template."""
-        file = path / "tokenizer.json"
-        if not file.is_file():
-            raise ModelNotFound(
-                f"{file} does not exist. Save it with transformers: "
-                "AutoTokenizer.from_pretrained(...).save_pretrained(...), give tokenizer=..., "
-                "or set skip_tokenizer_init=True and pass token ids"
-            )
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception
-            raise ModelNotSupported(f"{file} is not a tokenizer that this version reads: {error}") from error
-        config = _read_json(path / "tokenizer_config.json")
+        """Read tokenizer.json, or GPT-2's vocab.json and merges.txt, and where they exist
+        tokenizer_config.json and the chat template."""
+        settings = path / "tokenizer_config.json"
+        config = read_json(settings) if settings.is_file() else {}
+        if not (path / "tokenizer.json").is_file() and (path / "vocab.json").is_file():
+            config = {"bos_token": _GPT2_END, "eos_token": _GPT2_END} | config
+            backend = _gpt2_backend(path, config)
+        else:
+            backend = _read_backend(path / "tokenizer.json")
         template = path / "chat_template.jinja"
         return cls(
             backend,
@@ -177,16 +175,37 @@ def _bytes_rule(decoder: Any) -> Any:
     )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_backend(file: Path) -> tokenizers.Tokenizer:
     if not file.is_file():
-        return {}
+        raise ModelNotFound(
+            f"{file} does not exist. Save it with transformers: "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...), give tokenizer=..., "
+            "or set skip_tokenizer_init=True and pass token ids"
+        )
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelNotFound(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelNotFound(f"{file} is not a JSON object")
-    return content
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise ModelNotSupported(f"{file} is not a tokenizer that this version reads: {error}") from error
+
+
+def _gpt2_backend(path: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
+    """From the files that came before tokenizer.json. Other classes read the same files in other ways."""
+    kind = config.get("tokenizer_class") or "GPT2Tokenizer"
+    if kind not in ("GPT2Tokenizer", "GPT2TokenizerFast") or config.get("add_bos_token"):
+        raise ModelNotSupported(
+            f"{path} has no tokenizer.json, and the vocab.json of a {kind} (add_bos_token="
+            f"{config.get('add_bos_token', False)}) cannot be read without it; save it with transformers"
+        )
+    try:
+        model = tokenizers.models.BPE.from_file(str(path / "vocab.json"), str(path / "merges.txt"))
+    except Exception as error:  # the library raises bare Exception
+        raise ModelNotSupported(f"{path}: vocab.json and merges.txt are no tokenizer: {error}") from error
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=bool(config.get("add_prefix_space")))
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    special = {_token_text(config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    backend.add_special_tokens([token for token in special if token and backend.token_to_id(token) is not None])
+    return backend
 
 
 def _token_text(token: Any) -> str | None:

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import functools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from safetensors import SafetensorError, safe_open
-
 from nanovllm.errors import ConfigError, ModelNotFound, ModelNotSupported, WeightError
+from nanovllm.json_file import read_json
 from nanovllm.tokenizer.tokenizer import Tokenizer
 from nanovllm.weights.gguf import GGUFCheckpoint
+from nanovllm.weights.shards import read_shard
 from nanovllm.weights.tensor_source import LazyTensor
+
+# by load_format: the name of a single file, and the pattern of several without an index. Other files
+# may hold the same weights again (consolidated.safetensors), or none (training_args.bin).
+_FILES = {
+    "safetensors": ("model.safetensors", "*.safetensors"),
+    "pt": ("pytorch_model.bin", "pytorch_model*.bin"),
+}
 
 
 class Checkpoint(Protocol):
     """config, generation_config: as in Hugging Face's JSON files, either generation.
-    dtype: "float32", "float16" or "bfloat16", of the weights on disk."""
+    dtype: "float32", "float16" or "bfloat16", of the weights on disk. load_format: as asked for."""
 
     path: Path
+    load_format: str
     config: dict[str, Any]
     generation_config: dict[str, Any]
     dtype: str
@@ -35,18 +41,23 @@ def open_checkpoint(path: Path, load_format: str = "auto") -> Checkpoint:
     is_gguf = path.is_file() and path.suffix == ".gguf"
     if load_format == "gguf" and not is_gguf:
         raise ConfigError(f"load_format='gguf' needs a .gguf file, got {path}")
-    if load_format == "safetensors" and is_gguf:
-        raise ConfigError(f"load_format='safetensors' needs a directory, got {path}")
-    return GGUFCheckpoint(path) if is_gguf else HFCheckpoint(path)
+    if load_format in _FILES and is_gguf:
+        raise ConfigError(f"load_format={load_format!r} needs a directory, got {path}")
+    return GGUFCheckpoint(path) if is_gguf else HFCheckpoint(path, load_format)
 
 
 class HFCheckpoint:
-    """A directory with config.json and safetensors, single or sharded."""
+    """A directory with config.json and weights, single or sharded: safetensors, or else `.bin` files.
 
-    def __init__(self, path: Path) -> None:
+    load_format: "safetensors" or "pt" takes only these.
+    """
+
+    def __init__(self, path: Path, load_format: str = "auto") -> None:
         if not (path / "config.json").is_file():
             raise ModelNotFound(f"{path} holds no config.json; give a model directory or a .gguf file")
         self.path = path
+        self.load_format = load_format
+        self._formats = {load_format: _FILES[load_format]} if load_format in _FILES else _FILES
         self.config = read_json(path / "config.json")
         generation = path / "generation_config.json"
         self.generation_config = read_json(generation) if generation.is_file() else {}
@@ -61,42 +72,48 @@ class HFCheckpoint:
         return Tokenizer.from_directory(self.path)
 
     def tensors(self) -> Iterator[LazyTensor]:
-        for file in self._weight_files():
-            try:
-                shard = safe_open(file, framework="pt")  # open for as long as a tensor refers to it
-                for name in shard.keys():  # noqa: SIM118 - not a dict
-                    shape = tuple(shard.get_slice(name).get_shape())
-                    yield LazyTensor(name, shape, functools.partial(shard.get_tensor, name))
-            except SafetensorError as error:
-                raise WeightError(f"{file} is damaged ({error}); fetch it again") from error
+        """WeightError for files and tensors that are damaged, missing or there twice."""
+        weight_map, names = self._weight_files()
+        found: dict[str, str] = {}
+        for file in names:
+            for tensor in read_shard(self.path / file):
+                if tensor.name in found:
+                    raise WeightError(f"{self.path}: {tensor.name} is in {found[tensor.name]} and again in {file}")
+                found[tensor.name] = file
+                yield tensor
+            lost = [name for name, place in weight_map.items() if place == file and found.get(name) != file]
+            if lost:
+                raise WeightError(f"{self.path / file} lacks {', '.join(lost)}, named in the index; fetch it again")
 
-    def _weight_files(self) -> list[Path]:
-        index = self.path / "model.safetensors.index.json"
-        if index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-                raise WeightError(f"{index} holds no weight_map of tensors to files; fetch it again")
-            names = sorted(set(weight_map.values()))
-            if any(Path(name).name != name for name in names):
-                raise WeightError(f"{index} names files outside its directory")
-        else:
-            # other files may hold the same weights again (consolidated.safetensors, model.fp16.safetensors)
-            whole = self.path / "model.safetensors"
-            files = [whole] if whole.is_file() else self.path.glob("*.safetensors")
-            names = sorted(file.name for file in files)
-        missing = [name for name in names if not (self.path / name).is_file()]
-        if missing:
-            raise WeightError(f"{self.path} lacks {', '.join(missing)}, named in its index; fetch it again")
-        if not names:
-            raise WeightError(f"{self.path} holds no *.safetensors file; convert the weights to safetensors")
-        return [self.path / name for name in names]
+    def _weight_files(self) -> tuple[dict[str, str], list[str]]:
+        """({tensor: file} where there is an index, the files of the first format that is there)."""
+        for whole, pattern in self._formats.values():
+            weight_map = _read_index(self.path / f"{whole}.index.json")
+            if weight_map:
+                names = sorted(set(weight_map.values()))
+            elif (self.path / whole).is_file():
+                names = [whole]
+            else:
+                names = sorted(file.name for file in self.path.glob(pattern))
+            missing = [name for name in names if not (self.path / name).is_file()]
+            if missing:
+                raise WeightError(f"{self.path} lacks {', '.join(missing)}, named in its index; fetch it again")
+            if names:
+                return weight_map, names
+        patterns = " or ".join(pattern for _, pattern in self._formats.values())
+        raise WeightError(
+            f"{self.path} holds no {patterns} file; fetch it again, or convert the weights to safetensors"
+        )
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelNotFound(f"cannot read {file}: {error}") from error
-    if not isinstance(values, dict):
-        raise ModelNotFound(f"{file} holds no JSON object; fetch it again")
-    return values
+def _read_index(index: Path) -> dict[str, str]:
+    """{tensor: file} of an index; empty if there is none. Names must be files beside it."""
+    if not index.is_file():
+        return {}
+    weight_map = read_json(index).get("weight_map")
+    if not (isinstance(weight_map, dict) and weight_map and all(isinstance(v, str) for v in weight_map.values())):
+        raise WeightError(f"{index} holds no weight_map of tensors to files; fetch it again")
+    for name in weight_map.values():
+        if Path(name).name != name or "\\" in name or ":" in name or name == "..":
+            raise WeightError(f"{index} names {name!r}, outside its directory")
+    return weight_map

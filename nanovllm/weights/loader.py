@@ -77,7 +77,7 @@ def _shapes_after(convert: Convert, shape: tuple[int, ...]) -> list[tuple[int, .
     """Shapes that a conversion gives, found out without data; empty if it cannot take this one."""
     try:
         return [tuple(part.shape) for part in convert(torch.empty(shape, device="meta"))]
-    except RuntimeError:
+    except (RuntimeError, TypeError):  # the second from a loop over a scalar
         return []
 
 

@@ -89,7 +89,7 @@ def test_smollm2_special_tokens(smollm2: Tokenizer, peer: Any):
     assert smollm2.chat_template == peer.chat_template
 
 
-# ---- byte-level BPE: gpt-2, llama-bpe, qwen2, smollm
+# ---- byte-level BPE
 
 PATTERNS = {  # from the models' own tokenizer.json
     "gpt-2": r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
@@ -97,7 +97,11 @@ PATTERNS = {  # from the models' own tokenizer.json
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
     "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "tekken": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
+PATTERNS["dbrx"] = PATTERNS["llama-bpe"]  # cl100k's, as Granite 4 has it
 CUT_TEXTS = st.lists(
     st.sampled_from(
         [*" \n\r\t\u00a0\u3000'.,-_(é世aZ\u017f1\u0663½", "'s", "'LL", "123", "  ", "\r\n", "\U0001f600", "e\u0301"]
@@ -136,6 +140,25 @@ def test_cuts_same_as_regex(pre: str, text: str):
 _CUTTERS = {pre: tokenizer_from_gguf(byte_level(pre)) for pre in PATTERNS}
 
 
+def falcon_cuts(text: str) -> list[str]:
+    """Punctuation, GPT-2's rule, runs of digits, and three digits each from the left; in byte spelling,
+    where the bytes of some characters are digits like \u00b2."""
+    cuts = []
+    for run in regex.findall(r"[\p{P}$+<=>^`|~]+|[^\p{P}$+<=>^`|~]+", text):
+        for word in (m[0] for m in regex.finditer(PATTERNS["gpt-2"], run)):
+            spelled = "".join(BYTE_SPELLING[b] for b in word.encode())
+            for _, group in itertools.groupby(spelled, str.isnumeric):
+                cuts += regex.findall(r"[0-9]{3}|(?:(?![0-9]{3}).)+", "".join(group), regex.S)
+    return cuts
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=CUT_TEXTS | st.text("a 1234\u00bd\u0663.,'s$\n", max_size=12))
+def test_falcon_cuts(text: str):
+    backend = tokenizer_from_gguf(byte_level("falcon")).backend
+    assert [cut for cut, _ in backend.pre_tokenizer.pre_tokenize_str(text)] == falcon_cuts(text)
+
+
 @pytest.mark.parametrize(
     ("pre", "expected"),
     [
@@ -144,6 +167,10 @@ _CUTTERS = {pre: tokenizer_from_gguf(byte_level(pre)) for pre in PATTERNS}
         ("llama-bpe", ["123", "4"]),
         ("qwen2", ["1", "2", "3", "4"]),
         ("smollm", ["1", "2", "3", "4"]),
+        ("refact", ["1", "2", "3", "4"]),
+        ("dbrx", ["123", "4"]),
+        ("falcon", ["123", "4"]),
+        ("tekken", ["1", "2", "3", "4"]),
     ],
 )
 def test_digits_join_as_far_as_the_pre_tokenizer_lets_them(pre: str | None, expected: list[str]):
@@ -155,11 +182,12 @@ def test_merges_apply_in_their_order():
     assert words(byte_level(merges=("a b", "b c", "bc d")), "abcd") == ["ab", "c", "d"]
 
 
-def test_llama_bpe_takes_a_whole_word_that_no_merge_makes():
-    """ignore_merges of Llama 3's tokenizer.json."""
+@pytest.mark.parametrize("pre", ["llama-bpe", "llama3", "llama-v3", "tekken"])
+def test_a_whole_word_that_no_merge_makes(pre: str):
+    """ignore_merges of Llama 3's and Nemo's tokenizer.json."""
     extra = {"abcd": NORMAL}
-    assert words(byte_level("llama-bpe", ("a b",), extra), "abcd") == ["abcd"]
-    assert words(byte_level("qwen2", ("a b",), extra), "abcd") == ["ab", "c", "d"]
+    assert words(byte_level(pre, ("a b",), extra), "abcd") == ["abcd"]
+    assert words(byte_level("dbrx", ("a b",), extra), "abcd") == ["ab", "c", "d"]
 
 
 def test_qwen2_composes_characters():
@@ -188,14 +216,16 @@ MERGED = [
 ]
 
 
-def sentencepiece(scores: dict[str, float], **keys: Any) -> dict[str, Any]:
-    """Metadata of a "llama" tokenizer: <unk> <s> </s>, 256 bytes, then scored pieces."""
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *scores]
+def sentencepiece(scores: dict[str, float], extra: dict[str, int] | None = None, **keys: Any) -> dict[str, Any]:
+    """Metadata of a "llama" tokenizer: <unk> <s> </s>, 256 bytes, scored pieces, `extra` with their types."""
+    extra = extra or {}
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *scores, *extra]
+    types = [UNKNOWN, CONTROL, CONTROL] + [BYTE] * 256 + [NORMAL] * len(scores)
     metadata = {
         "model": "llama",
         "tokens": tokens,
-        "scores": [0.0] * 259 + list(scores.values()),
-        "token_type": [UNKNOWN, CONTROL, CONTROL] + [BYTE] * 256 + [NORMAL] * len(scores),
+        "scores": [0.0] * 259 + list(scores.values()) + [0.0] * len(extra),
+        "token_type": types + list(extra.values()),
         "bos_token_id": 1,
         "eos_token_id": 2,
         "unknown_token_id": 0,
@@ -247,6 +277,26 @@ def test_sentencepiece_without_a_space_prefix(text: str):
     assert tokenizer.decode(ids) == text
 
 
+GEMMA = {"<start_of_turn>": CONTROL, "\n": USER_DEFINED, "\n\n": USER_DEFINED, "  ": USER_DEFINED, "   ": USER_DEFINED}
+
+
+@settings(max_examples=150, deadline=None)
+@given(texts=st.lists(st.sampled_from([*"helo \nwab", "  ", "   ", "hello", "<start_of_turn>"]), max_size=12))
+def test_gemmas_own_pieces_go_first(texts: list[str]):
+    """Line breaks and runs of spaces, which the converter writes as they are in text, are cut out
+    longest first, before any pair is joined."""
+    text = "".join(texts)
+    metadata = sentencepiece(ranked(MERGED), GEMMA, add_space_prefix=False)
+    ids = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+    expected = []
+    for part in regex.split(r"(<start_of_turn>|   |  |\n\n|\n)", text):
+        expected += [ids[part]] if part in GEMMA else naive_sentencepiece(metadata, part, space_prefix=False)
+    tokenizer = tokenizer_from_gguf(metadata)
+    assert tokenizer.encode(text, add_special_tokens=False) == expected
+    assert tokenizer.decode(expected, skip_special_tokens=False) == text
+    assert b"".join(map(tokenizer.token_bytes, expected)) == text.encode()
+
+
 def test_sentencepiece_falls_back_to_bytes():
     tokenizer = tokenizer_from_gguf(sentencepiece(ranked(MERGED)))
     ids = tokenizer.encode("h\U0001f600\n", add_special_tokens=False)
@@ -264,6 +314,8 @@ def test_sentencepiece_falls_back_to_bytes():
         (sentencepiece(ranked(MERGED), add_bos_token=True, add_eos_token=True), True, True),
         (sentencepiece(ranked(MERGED), add_bos_token=False, add_eos_token=True), False, True),
         (byte_level("llama-bpe", extra={"<s>": CONTROL, "</s>": CONTROL}), True, False),
+        (byte_level("tekken", extra={"<s>": CONTROL, "</s>": CONTROL}), True, False),
+        (byte_level("dbrx", extra={"<s>": CONTROL, "</s>": CONTROL}), False, False),
         (byte_level("qwen2", extra={"<s>": CONTROL, "</s>": CONTROL}), False, False),
         (byte_level("qwen2", extra={"<s>": CONTROL, "</s>": CONTROL}, add_bos_token=True), True, False),
         (byte_level("gpt-2", extra={"<s>": CONTROL, "</s>": CONTROL}, add_eos_token=True), False, True),
@@ -306,5 +358,5 @@ def test_unknown_model(model: str | None):
 
 
 def test_unknown_pre_tokenizer_names_those_that_work():
-    with pytest.raises(ModelNotSupported, match=r"'deepseek-llm' is not supported.*gpt-2, llama-bpe, qwen2"):
+    with pytest.raises(ModelNotSupported, match=r"'deepseek-llm' is not supported.*falcon, gpt-2, llama-bpe,"):
         tokenizer_from_gguf(byte_level("deepseek-llm"))

@@ -98,6 +98,56 @@ def test_missing_tokenizer_json_says_what_to_do(tmp_path: Path):
         Tokenizer.from_directory(tmp_path)
 
 
+@pytest.fixture
+def gpt2_folder(tmp_path: Path) -> Path:
+    """As GPT-2's repository was before there was a tokenizer.json."""
+    merges = ["h e", "l l", "\u0120 he", "he ll", "hell o", "1 2", "\u0120 w"]
+    tokens = [*sorted(BYTES), *(m.replace(" ", "") for m in merges), "<|endoftext|>"]
+    (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8")
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize("config", [None, {}, {"add_prefix_space": True, "tokenizer_class": "GPT2Tokenizer"}])
+def test_gpt2s_own_files(gpt2_folder: Path, config: Any):
+    """As transformers reads them, with one token for both ends."""
+    from transformers import GPT2Tokenizer
+
+    if config is not None:
+        (gpt2_folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer, peer = Tokenizer.from_directory(gpt2_folder), GPT2Tokenizer.from_pretrained(gpt2_folder)
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|endoftext|>", "<|endoftext|>")
+    assert tokenizer.eos_token_id == peer.eos_token_id == 263
+    assert tokenizer.special_ids == {263}
+    for text in ("hello hello", " he'll \n\n 1212 é\U0001f600", "a<|endoftext|>b", ""):
+        ids = tokenizer.encode(text)
+        assert ids == peer(text)["input_ids"]
+        assert tokenizer.decode(ids, skip_special_tokens=False) == peer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.parametrize("config", [{"tokenizer_class": "Qwen2Tokenizer"}, {"add_bos_token": True}], ids=str)
+def test_the_same_files_of_other_tokenizers(gpt2_folder: Path, config: Any):
+    """Qwen 2's are named the same and cut text otherwise."""
+    (gpt2_folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelNotSupported, match=r"no tokenizer\.json.*save it with transformers"):
+        Tokenizer.from_directory(gpt2_folder)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
+def test_damaged_files_of_gpt2(gpt2_folder: Path, name: str):
+    (gpt2_folder / name).write_bytes(b"\xff{")
+    with pytest.raises(ModelNotSupported, match=r"vocab\.json and merges\.txt are no tokenizer"):
+        Tokenizer.from_directory(gpt2_folder)
+    if name == "merges.txt":
+        (gpt2_folder / name).unlink()
+        with pytest.raises(ModelNotSupported, match="are no tokenizer"):
+            Tokenizer.from_directory(gpt2_folder)
+
+
+def test_tokenizer_json_goes_before_gpt2s_files(folder: Any, gpt2_folder: Path):
+    assert Tokenizer.from_directory(folder()).vocab_size == 259
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"model": {"type": "Unheard"}}'])
 def test_unreadable_tokenizer_json(tmp_path: Path, content: str):
     (tmp_path / "tokenizer.json").write_text(content)

@@ -338,23 +338,33 @@ def test_two_processes_at_once_download_once(pip: FakePip, cache: Path, tmp_path
 
 
 class FakeHub:
-    """Stands for `snapshot_download`: raises `error`, or returns the folder; keeps its arguments."""
+    """Stands for `snapshot_download`: raises `error`, or writes what the repository `holds` and was
+    asked for into the folder; keeps its arguments."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.error: BaseException | None = None
+        self.holds = ["config.json", "model.safetensors"]
         self.asked: list[tuple[str, dict[str, Any]]] = []
 
     def __call__(self, repo_id: str, **options: Any) -> str:
         self.asked.append((repo_id, options))
         if self.error is not None:
             raise self.error
+        for name in filter_repo_objects(self.holds, allow_patterns=options["allow_patterns"]):
+            (self.folder / name).parent.mkdir(exist_ok=True)
+            (self.folder / name).touch()
         return str(self.folder)
+
+    @property
+    def fetched(self) -> set[str]:
+        return {str(file.relative_to(self.folder)) for file in self.folder.rglob("*") if file.is_file()}
 
 
 @pytest.fixture
 def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
-    fake = FakeHub(tmp_path)
+    fake = FakeHub(tmp_path / "snapshot")
+    fake.folder.mkdir()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fake)
     return fake
 
@@ -370,35 +380,55 @@ def test_repository_is_fetched(remote: FakeHub, name: str):
     assert asked == name and options["revision"] == "v2"
 
 
-def test_only_needed_files_are_asked_for(remote: FakeHub):
-    needed = [
-        "chat_template.jinja",
-        "config.json",
-        "generation_config.json",
-        "model-00001-of-00002.safetensors",
-        "model-00002-of-00002.safetensors",
-        "model.safetensors",
-        "model.safetensors.index.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    ]
-    others = [
-        ".gitattributes",
-        "README.md",
-        "consolidated.safetensors",
-        "flax_model.msgpack",
-        "model.gguf",
-        "onnx/model.onnx",
-        "original/consolidated.00.pth",
-        "original/params.json",
-        "pytorch_model-00001-of-00002.bin",
-        "runs/config.json",
-        "tokenizer.model",
-        "training_args.bin",
-    ]
+NEEDED = [
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+]
+SAFETENSORS = [
+    "model-00001-of-00002.safetensors",
+    "model-00002-of-00002.safetensors",
+    "model.safetensors",
+    "model.safetensors.index.json",
+]
+PICKLED = ["pytorch_model-00001-of-00002.bin", "pytorch_model.bin", "pytorch_model.bin.index.json"]
+OTHERS = [
+    ".gitattributes",
+    "README.md",
+    "consolidated.00.pth",
+    "flax_model.msgpack",
+    "model.gguf",
+    "onnx/model.onnx",
+    "original/consolidated.00.pth",
+    "original/params.json",
+    "runs/config.json",
+    "tokenizer.model",
+    "training_args.bin",
+]
+
+
+def test_only_needed_files_are_fetched(remote: FakeHub):
+    remote.holds = NEEDED + SAFETENSORS + PICKLED + OTHERS + ["consolidated.safetensors"]
     resolve_model("org/model")
-    patterns = remote.asked[0][1]["allow_patterns"]
-    assert list(filter_repo_objects(needed + others, allow_patterns=patterns)) == needed
+    assert remote.fetched == {*NEEDED, *SAFETENSORS}
+    assert len(remote.asked) == 1
+
+
+def test_pickles_are_fetched_where_there_is_nothing_else(remote: FakeHub):
+    remote.holds = NEEDED + PICKLED + OTHERS
+    resolve_model("org/model", revision="v2")
+    assert remote.fetched == {*NEEDED, *PICKLED}
+    assert [options["revision"] for _, options in remote.asked] == ["v2", "v2"]
+
+
+def test_no_weights_are_fetched_for_a_config_alone(remote: FakeHub):
+    remote.holds = NEEDED + PICKLED
+    resolve_model("org/model", files=("config.json",))
+    assert remote.fetched == {"config.json"}
 
 
 @pytest.mark.parametrize(

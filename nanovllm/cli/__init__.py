@@ -1,0 +1,1 @@
+"""The command `nanovllm`: what its subcommands need is imported when they run."""
