@@ -299,6 +299,7 @@ def test_a_truncated_pickle_is_named(pickled, size, zipped):
         read_all(pickled)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @settings(deadline=None, max_examples=150)
 @given(zipped=st.booleans(), at=st.integers(0, 10**6), value=st.integers(0, 255))
 def test_damaged_pickles_raise_our_errors_alone(tmp_path_factory, zipped, at, value):
