@@ -2,7 +2,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TRANSFORMERS = ["transformers>=5.0", "accelerate>=1.0"]  # it needs accelerate to read GGUF files
+TRANSFORMERS = ["transformers>=5.6", "accelerate>=1.0"]  # it needs accelerate for GPUs and GGUF files
 TEST = [
     *TRANSFORMERS,
     "hypothesis>=6.100",

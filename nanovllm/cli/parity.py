@@ -15,6 +15,8 @@ from torch import nn
 from nanovllm.cli.options import engine_options
 from nanovllm.cli.reference import Reference, save_random_model
 from nanovllm.cli.trace import Divergence, Trace, compare_traces, first_divergence, num_settled, recording
+from nanovllm.config import EngineConfig
+from nanovllm.engine.build import find_model
 from nanovllm.errors import ConfigError, ModelNotFound
 from nanovllm.llm import LLM
 from nanovllm.models.base import CausalLM
@@ -39,9 +41,12 @@ def run(args: argparse.Namespace) -> int:
         options = engine_options(args)
         revision = options.pop("revision", None)
         path = Path(folder) if args.random is not None else resolve_model(args.model, revision)
-        prompts = _prompts(open_checkpoint(path), args.prompt)
+        checkpoint = open_checkpoint(path)
+        prompts = _prompts(checkpoint, args.prompt)
+        options |= {"dtype": args.dtype, "max_model_len": _length(prompts, args.max_tokens)}
+        _require_room(EngineConfig.from_options(str(path), options), checkpoint)
         expected = _reference_side(path, prompts, args)
-        found = _our_side(path, prompts, expected, options | {"dtype": args.dtype}, args.layers)
+        found = _our_side(path, prompts, expected, options, args.layers)
     return _report(prompts, expected, found, tolerance)
 
 
@@ -89,6 +94,23 @@ def _longest(prompts: list[Prompt]) -> int:
     return max(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
 
 
+def _length(prompts: list[Prompt], max_tokens: int) -> int:
+    """Of the longest prompt with its text and the token that the engine adds to have its logits."""
+    return len(prompts[_longest(prompts)].token_ids) + max_tokens + 1
+
+
+def _require_room(config: EngineConfig, checkpoint: Checkpoint) -> None:
+    """Refuse what we cannot run before the reference is loaded."""
+    _, model_config = find_model(config, checkpoint)
+    positions = model_config.max_position_embeddings
+    assert config.max_model_len is not None
+    if config.max_model_len > positions:
+        raise ConfigError(
+            f"the longest prompt with its text takes {config.max_model_len} tokens of {positions} positions; "
+            "lower --max-tokens or give shorter prompts"
+        )
+
+
 def _reference_side(path: Path, prompts: list[Prompt], args: argparse.Namespace) -> Expected:
     device = getattr(args, "engine_device", "auto")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -108,7 +130,7 @@ def _our_side(path: Path, prompts: list[Prompt], expected: Expected, options: di
     """Greedy text through the engine, page by page; then every text in one pass, with its logits."""
     count = len(expected.greedy[0])
     whole = [p.token_ids + tokens for p, tokens in zip(prompts, expected.greedy, strict=True)]
-    budget = max(2048, *map(len, whole))
+    budget = max(2048, options["max_model_len"])
     options = {"skip_tokenizer_init": True, "enable_prefix_caching": False, "enforce_eager": True, **options}
     with LLM(str(path), max_num_batched_tokens=budget, **options) as llm:
         params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
@@ -186,7 +208,7 @@ def _report_modules(modules: list[Divergence], tolerance: float, good: bool) -> 
     if not any(m.is_block for m in modules):
         print("\nthe layers of this model have other names here, and cannot be compared one by one\n")
         return
-    print("\ndifferences of outputs, as shares of the largest value:")
+    print("\ndifferences of outputs, as shares of a token's largest value:")
     settled = num_settled(modules, tolerance)
     for i, m in enumerate(modules):
         if m.is_block or m.module.count(".") < 2:  # the model's layers and what stands beside them

@@ -16,7 +16,7 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys(("num_experts", "num_local_experts"), 5),
     "num_experts_per_tok": 2,
     "sliding_window": 20,  # shorter than the prompts, or it would not be seen
-    "original_max_position_embeddings": 64,
+    "original_max_position_embeddings": 256,  # longer than the prompts: beyond it some scalings change
     "mamba_n_heads": 8,
     "mamba_d_head": 16,
     "mamba_d_state": 16,

@@ -30,7 +30,7 @@ Trace = dict[str, Call]
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """Largest differences of a module's input and output, as shares of their largest values.
+    """Largest differences of a module's input and output, as shares of a token's largest value.
 
     given: 0 where the inputs cannot be compared.
     """
@@ -173,4 +173,6 @@ def _is_float(value: Any) -> bool:
 def _difference(expected: torch.Tensor | None, found: torch.Tensor | None) -> float:
     if expected is None or found is None or expected.shape != found.shape:
         return 0.0
-    return ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
+    # token by token: first tokens can be a thousand times larger than the others, and would hide them
+    scale = expected.abs().amax(dim=1).clamp_min(1e-30)
+    return ((found - expected).abs().amax(dim=1) / scale).max().item()

@@ -134,8 +134,15 @@ def _block(
     index, held = index[:, chunks.history :], held[:, chunks.history :]
     rows = chunks.begin[sequence] + held.clamp(min=0)
     filled = (index >= 0) & (index < count[sequence])
-    parts = (taps, rows, filled, filled.flatten().nonzero().squeeze(1), rows[filled])
-    return CellBlock(*(part.to(device) for part in parts), states, widths)
+    return CellBlock(
+        taps=taps.to(device),
+        rows=rows.to(device),
+        filled=filled.to(device),
+        sources=filled.flatten().nonzero().squeeze(1).to(device),
+        targets=rows[filled].to(device),
+        states=states,
+        widths=widths,
+    )
 
 
 def _ranges(widths: list[int]) -> list[tuple[int, int]]:

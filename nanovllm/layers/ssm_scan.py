@@ -33,31 +33,52 @@ def scan_cells(
     widths: the first widths[0] cells continue the first widths[0] states, the next widths[1] cells
     follow these, and so on; never increasing.
     """
-    (num_cells, size, heads, head_dim), groups = x.shape, B.shape[2]
+    num_cells, size, heads, _ = x.shape
+    B, C = B.transpose(1, 2), C.transpose(1, 2)  # [N, K, G, S]
     decays = (dt * A).exp_().transpose(1, 2).contiguous()  # [N, H, G] of each token's step
     within = decay_products(decays.view(-1, size)).view(num_cells, heads, size, size)
     from_entry = decays[..., :1] * within[..., 0]  # [N, H, G]
-    to_exit = (within[..., -1, :].transpose(1, 2) * dt)[..., None]  # [N, G, H, 1]
-    columns = (x * to_exit).view(num_cells, size, groups, -1).permute(0, 2, 3, 1)  # [N, K, H / K * P, G]
-    B, C = B.transpose(1, 2), C.transpose(1, 2)  # [N, K, G, S]
+    added = x * (within[..., -1, :].transpose(1, 2) * dt)[..., None]  # what of x is left at the cell's end
+    y = _carry(added, from_entry, B, C, states, widths)
+    return y.add_(_attend(x, dt, within, B, C)).addcmul_(x, D[:, None])
 
+
+def _attend(x: torch.Tensor, dt: torch.Tensor, within: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> torch.Tensor:
+    """What tokens take from those before them in their cell, and from themselves; `within` is overwritten."""
+    (num_cells, groups, size, _), (heads, head_dim) = B.shape, x.shape[2:]
     scores = torch.bmm(C.flatten(0, 1), B.flatten(0, 1).mT).view(num_cells, groups, 1, size, size)
     weights = within.view(num_cells, groups, -1, size, size).mul_(scores).view(-1, size, size)
-    inputs = torch.mul(x.transpose(1, 2), dt.transpose(1, 2)[..., None], out=x.new_empty(num_cells, heads, size, head_dim))
-    attended = torch.bmm(weights, inputs.view(-1, size, head_dim)).view_as(inputs)
+    inputs = x.new_empty(num_cells, heads, size, head_dim)
+    torch.mul(x.transpose(1, 2), dt.transpose(1, 2)[..., None], out=inputs)
+    return torch.bmm(weights, inputs.view(-1, size, head_dim)).view_as(inputs).transpose(1, 2)
 
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+
+def _carry(
+    added: torch.Tensor,  # [N, G, H, P]
+    from_entry: torch.Tensor,  # [N, H, G] decay from before the cell to after each token's step
+    B: torch.Tensor,  # [N, K, G, S]
+    C: torch.Tensor,  # [N, K, G, S]
+    states: torch.Tensor,
+    widths: Sequence[int],
+) -> torch.Tensor:
+    """What tokens take from before their cell; and the states move on, cell by cell."""
+    num_cells, groups, size, state_size = B.shape
+    by_group = (groups, -1, added.shape[-1])  # of heads
+    columns = added.view(num_cells, size, groups, -1).permute(0, 2, 3, 1).flatten(0, 1)  # [N * K, H / K * P, G]
+    y = torch.empty_like(added)
     first = 0
     for width in widths:
-        cells = slice(first, first + width)
-        state = states[:width].view(width * groups, -1, states.shape[-1])  # [width * K, H / K * P, S]
-        carried = torch.bmm(C[cells].flatten(0, 1), state.mT).view(width, groups, size, -1, head_dim)
-        entry = from_entry[cells].view(width, groups, -1, size, 1).transpose(2, 3)
-        torch.mul(carried.transpose(1, 2), entry.transpose(1, 2), out=y[cells].unflatten(2, (groups, -1)))
+        cells, parts = slice(first, first + width), slice(first * groups, (first + width) * groups)
+        state = states[:width].view(width * groups, -1, state_size)  # [width * K, H / K * P, S]
+        taken = torch.bmm(C[cells].flatten(0, 1), state.mT).view(width, groups, size, -1).transpose(1, 2)
+        decay = from_entry[cells].transpose(1, 2)[..., None]  # [width, G, H, 1]
+        torch.mul(
+            taken.unflatten(3, by_group[1:]), decay.unflatten(2, by_group[:2]), out=y[cells].unflatten(2, by_group[:2])
+        )
         states[:width].mul_(from_entry[cells, :, -1, None, None])
-        state.baddbmm_(columns[cells].flatten(0, 1), B[cells].flatten(0, 1))
+        state.baddbmm_(columns[parts], B[cells].flatten(0, 1))
         first += width
-    return y.add_(attended.transpose(1, 2)).addcmul_(x, D[:, None])
+    return y
 
 
 def decay_products(decays: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +24,8 @@ from nanovllm.models.base import CausalLM
 from nanovllm.models.config_reader import read_config, refuse_unless, rope_fields
 from nanovllm.weights.rules import LLAMA_RULES, Pack, Rule, Split, fused_expert_rules, head_rules
 
-_LAYER_TYPES = {  # both generations of config.json
-    "mamba": "mamba",
-    "linear_attention": "mamba",
-    "attention": "attention",
-    "full_attention": "attention",
-}
+# both generations of config.json
+_LAYER_TYPES = {"mamba": "mamba", "linear_attention": "mamba", "attention": "attention", "full_attention": "attention"}
 Rope = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -84,6 +79,9 @@ class GraniteHybridConfig:
                 f"config.json: {mamba_heads} Mamba heads of {mamba_head_dim} do not make up {inner}, "
                 "which is hidden_size * mamba_expand"
             )
+        groups = config.get("mamba_n_groups") or cls.mamba_n_groups
+        if mamba_heads % groups:
+            raise ModelNotSupported(f"config.json: {groups} groups do not divide {mamba_heads} Mamba heads")
         return read_config(
             cls,
             config,
@@ -196,11 +194,7 @@ class GraniteMoeHybridForCausalLM(CausalLM):
         tied = self.model.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, ctx, tied=tied)
         self._logits_scaling = config.logits_scaling
-        self.weight_rules = [
-            *_weight_rules(config),
-            *LLAMA_RULES,
-            *head_rules(config.tie_word_embeddings),
-        ]
+        self.weight_rules = [*_weight_rules(config), *LLAMA_RULES, *head_rules(config.tie_word_embeddings)]
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return super().compute_logits(hidden) / self._logits_scaling
@@ -208,17 +202,11 @@ class GraniteMoeHybridForCausalLM(CausalLM):
 
 def _weight_rules(config: GraniteHybridConfig) -> list[Rule]:
     shards = config.mamba.in_proj_shards
+    in_proj = tuple(("mamba.in_proj", name) for name in shards)
+    halves = (("shared_mlp.gate_up_proj", "gate"), ("shared_mlp.gate_up_proj", "up"))
     return [
-        Split(
-            "mamba.in_proj",
-            tuple(("mamba.in_proj", name) for name in shards),
-            functools.partial(torch.split, split_size_or_sections=list(shards.values())),
-        ),
-        Split(
-            "shared_mlp.input_linear",
-            (("shared_mlp.gate_up_proj", "gate"), ("shared_mlp.gate_up_proj", "up")),
-            lambda fused: fused.chunk(2),
-        ),
+        Split("mamba.in_proj", in_proj, lambda fused: fused.split(list(shards.values()))),
+        Split("shared_mlp.input_linear", halves, lambda fused: fused.chunk(2)),
         Pack("shared_mlp.output_linear", "shared_mlp.down_proj", None),
         *fused_expert_rules("block_sparse_moe", config.num_local_experts),
     ]

@@ -70,7 +70,7 @@ def model_class(
                 f"architecture {named} is not supported with model_impl='nanovllm'; supported: "
                 f"{', '.join(supported_architectures())}"
             )
-        logger.warning("no file here runs %s: trying transformers' modules, which are slower", named)
+        logger.warning("no file here runs %s: trying transformers' modules", named)
     return _load(_FALLBACK, "the fallback")
 
 

@@ -27,6 +27,7 @@ TRACE = "nanovllm_trace"
 Attend = Callable[..., torch.Tensor]
 """(module, q [1, H, T, D], k [1, KH, T, D], v [1, KH, T, DV], mask, **options) -> [1, T, H, DV]."""
 
+_OLDEST = (5, 6)  # tried with this one, 5.15 and 5.23
 _TRACED_TOKENS = 3
 # what modules pass along and no attention function reads
 _UNREAD = frozenset({"position_ids", "cache_position", "output_attentions", "use_cache"})
@@ -40,7 +41,7 @@ def import_transformers() -> Any:
         raise ModelNotSupported(
             "this model has no file here and needs transformers' modules: pip install 'nanovllm[transformers]'"
         ) from error
-    if int(transformers.__version__.partition(".")[0]) < 5:
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < _OLDEST:
         raise ModelNotSupported(
             f"transformers {transformers.__version__} is too old: pip install --upgrade 'nanovllm[transformers]'"
         )

@@ -208,13 +208,16 @@ class _Output(tuple):
         return None
 
 
+def _ropes(hf: Any) -> list[dict[str, Any]]:
+    """transformers' rope_parameters: one for all layers, or one for each layer type, which may be None."""
+    found = getattr(hf, "rope_parameters", None) or {}
+    return [rope for rope in ([found] if "rope_type" in found else found.values()) if rope]
+
+
 def _with_fixed_rope(hf: Any, max_model_len: int) -> Any:
     """A copy of transformers' config in which no frequency depends on the length of the day."""
     hf = copy.deepcopy(hf)
-    found = getattr(hf, "rope_parameters", None) or {}
-    for rope in [found] if "rope_type" in found else found.values():  # one for all layers, or by layer type
-        if rope is None:
-            continue
+    for rope in _ropes(hf):
         if rope["rope_type"] == "dynamic":
             rope["rope_type"] = "default"  # which it is up to max_position_embeddings
         if rope["rope_type"] == "longrope":
@@ -226,6 +229,10 @@ def _with_fixed_rope(hf: Any, max_model_len: int) -> Any:
 def _traced(hf_config: Any, dtype: torch.dtype) -> tuple[Any, dict[str, AttentionSpec]]:
     """The model on the meta device, and what its attention modules ask for; ModelNotSupported with the reason."""
     transformers = import_transformers()
+    hf_config = copy.deepcopy(hf_config)
+    for rope in _ropes(hf_config):
+        if rope["rope_type"] == "longrope":
+            rope["rope_type"] = "default"  # of the same shape, and does not look at the positions
     cls = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)]
     if cls._is_stateful:
         raise ModelNotSupported("it keeps a recurrent state")

@@ -129,6 +129,13 @@ def test_a_mistake_in_decoding_alone_is_seen_in_the_text(parity, tiny_model, mon
     assert "then a gap of" in out
 
 
+def test_positions_that_do_not_suffice_are_refused_first(parity, tiny_model, monkeypatch):
+    monkeypatch.setattr("nanovllm.cli.parity.Reference", lambda *args: pytest.fail("loaded"))
+    status, out = parity(tiny_model("llama"), "--max-tokens", "500")
+    assert status == 2
+    assert "541 tokens of 512 positions; lower --max-tokens" in out
+
+
 def test_layers_of_other_names_are_not_compared(parity):
     """The fallback is made of transformers' own modules."""
     status, out = parity("--random", "llama", "--layers", "--model-impl", "transformers", "--max-tokens", "2")

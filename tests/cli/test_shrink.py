@@ -25,7 +25,7 @@ def test_sizes_shrink_and_choices_stay():
     small = shrink_config(LLAMA31)
     assert small["hidden_size"] == 64
     assert (small["num_attention_heads"], small["num_key_value_heads"], small["num_hidden_layers"]) == (4, 2, 3)
-    assert small["rope_scaling"] == {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}
+    assert small["rope_scaling"] == {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 256}
     assert (small["bos_token_id"], small["eos_token_id"]) == (0, 1)
     assert (small["tie_word_embeddings"], small["dtype"]) == (False, "float32")
     assert "torch_dtype" not in small

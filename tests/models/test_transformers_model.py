@@ -17,9 +17,13 @@ from safetensors.torch import load_file, save_file
 from test_parity import GREEDY, TINY_TOLERANCE, Reference, all_logits, prompts_for
 
 from nanovllm import LLM, ConfigError, ModelNotSupported, SamplingParams, WeightError
+from nanovllm.attention.reference import ReferenceAttention
+from nanovllm.build_context import BuildContext
 from nanovllm.cache_spec import PagedKVSpec
 from nanovllm.config import EngineConfig
+from nanovllm.distributed.group import TPGroup
 from nanovllm.engine.memory_plan import footprint
+from nanovllm.models import transformers_attention as seam
 from nanovllm.models.transformers_model import TransformersConfig, TransformersForCausalLM
 
 SIZES = {
@@ -218,7 +222,7 @@ def config_file(path: Path, kind: str, **options: Any) -> Path:
         ),
         ("mamba", {}, "MambaForCausalLM .* layers of type linear_attention keep"),
         ("rwkv", {"attention_hidden_size": 64, "context_length": 64}, "RwkvForCausalLM .* it keeps a recurrent state"),
-        ("lfm3", {"layer_types": ["conv", "full_attention", "conv"]}, "Lfm3ForCausalLM .* layers of type conv keep"),
+        ("lfm2", {"layer_types": ["conv", "full_attention", "conv"]}, "Lfm2ForCausalLM .* layers of type conv keep"),
         ("bart", {"is_encoder_decoder": True}, "BartForCausalLM .* it belongs to an encoder"),
         ("t5", {}, "Other .* has no such causal LM for model_type 't5'"),
         ("bloom", {}, "BloomForCausalLM .* its attention is code of its own"),
@@ -260,8 +264,6 @@ def test_what_cannot_run_is_refused_with_the_reason(tmp_path, kind, options, tol
 )
 def test_an_option_that_attention_does_not_honour(monkeypatch, tmp_path, change, told):
     """None of it may be ignored."""
-    from nanovllm.models import transformers_attention as seam
-
     hand_over = seam._hand_over
     monkeypatch.setattr(seam, "_hand_over", lambda *args, **options: hand_over(*args, **{**options, **change}))
     with pytest.raises(ModelNotSupported, match=told):
@@ -278,8 +280,6 @@ def test_an_option_that_attention_does_not_honour(monkeypatch, tmp_path, change,
     ],
 )
 def test_a_mask_that_is_no_window(monkeypatch, tmp_path, mask, told):
-    from nanovllm.models import transformers_attention as seam
-
     rows = seam._last_mask_rows
     monkeypatch.setattr(seam, "_last_mask_rows", lambda **given: rows(**{**given, "mask_function": mask}))
     path = config_file(tmp_path, "llama")
@@ -381,9 +381,6 @@ def test_memory_is_planned_before_loading(olmo2):
 def test_several_ranks_are_refused(olmo2):
     read = TransformersConfig.from_hf(json.loads((olmo2 / "config.json").read_text()))
     config = EngineConfig(str(olmo2), device="cpu").resolve(checkpoint_dtype="float32", max_positions=512, cuda=False)
-    from nanovllm.attention.reference import ReferenceAttention
-    from nanovllm.build_context import BuildContext
-    from nanovllm.distributed.group import TPGroup
 
     ctx = BuildContext(torch.device("cpu"), torch.float32, ReferenceAttention(), config.max_model_len, TPGroup(0, 2))
     with pytest.raises(ConfigError, match="set tensor_parallel_size=1"):
