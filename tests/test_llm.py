@@ -226,7 +226,7 @@ def test_cache_memory_is_what_was_asked_for(model):
         ({"architectures": ["MambaForCausalLM"]}, ModelNotSupported, "MambaForCausalLM .*LlamaForCausalLM"),
         ({"architectures": None}, ModelNotSupported, "none named"),
         ({"hidden_act": "gelu"}, ModelNotSupported, "hidden_act='gelu'"),
-        ({"rope_parameters": {"rope_type": "su", "rope_theta": 1e4}}, ModelNotSupported, "'su'"),
+        ({"rope_parameters": {"rope_type": "ntk", "rope_theta": 1e4}}, ModelNotSupported, "'ntk'"),
     ],
 )
 def test_unsupported_models(model, tmp_path, change, error, message):
