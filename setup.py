@@ -1,6 +1,8 @@
+import platform
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 TRANSFORMERS = ["transformers>=5.6", "accelerate>=1.0"]  # it needs accelerate for GPUs and GGUF files
 TEST = [
@@ -17,6 +19,38 @@ TEST = [
 ]
 GPU = ["triton>=3.6; sys_platform == 'linux'", "flash-attn>=2.6; sys_platform == 'linux'"]
 
+CSRC = Path("nanovllm/csrc")
+AVX2 = ["-mavx2", "-mfma"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
+# one source, compiled for each instruction set; the library chooses when it is loaded
+LEVELS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+
+
+class BuildNative(build_ext):
+    """A shared library with a plain C interface, loaded by ctypes: no Python headers, no Python symbols."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split("."))) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        x86 = platform.machine() in ("x86_64", "AMD64")
+        objects: list[str] = []
+        for source in ext.sources:
+            flags = LEVELS.get(Path(source).stem.removeprefix("level_"), []) if x86 else []
+            flags = ["-std=c++17", "-O3", "-fopenmp", *flags]
+            objects += self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=flags)
+        self.compiler.link_shared_object(objects, str(target), extra_postargs=["-fopenmp"], target_lang="c++")
+
+
+NATIVE = Extension(
+    "nanovllm.csrc.libnanovllm",
+    sources=sorted(str(path) for path in CSRC.glob("*.cpp")),
+    depends=sorted(str(path) for path in CSRC.glob("*.h")),
+    optional=True,  # without a compiler torch's kernels run
+)
+
 setup(
     name="nanovllm",
     version="0.1.0",
@@ -27,6 +61,8 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["nanovllm", "nanovllm.*"]),
     package_data={"nanovllm": ["py.typed"]},
+    ext_modules=[NATIVE],
+    cmdclass={"build_ext": BuildNative},
     install_requires=[
         "torch>=2.11",
         "numpy>=1.26",

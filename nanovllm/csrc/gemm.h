@@ -1,0 +1,308 @@
+// Linear layers: rows times a packed weight.
+//
+// A tile of H rows and NR panels is summed over the whole of k in registers, one product after the
+// other, so every element of y is one chain of additions whatever H and NR are. That is what makes
+// a row's bits independent of its company; do not split k between threads or accumulators.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <new>
+#include <utility>
+
+#include "kernels.h"
+#include "vec.h"
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+using namespace nanovllm;
+
+constexpr int P = PANEL / WIDTH;  // vectors a panel
+constexpr int STEP_BYTES = 64;    // of a panel: 16 pairs of bfloat16, or 16 floats
+constexpr int BLOCK = 32;         // steps of a row that lie together in the copy of x
+constexpr int64_t SCRATCH_BYTES = 256 << 10;  // of that copy: to stay in the second-level cache
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// --- the weights' formats: how a row of x is copied, and one step of the sum -------------------
+
+#if defined(__AVX512BF16__)
+struct Bf16Weight {  // two products a lane and instruction; x rounded to pairs of bfloat16
+    using Element = uint32_t;
+    static constexpr int PER_STEP = 1, K_PER_STEP = 2, MAX_ROWS = 14, WIDE_ROWS = 6;
+
+    template <int N>
+    static inline void step(V* acc, const V* w, const Element* x) {
+        const __m512bh pair = (__m512bh)_mm512_set1_epi32(*x);
+#pragma GCC unroll 8
+        for (int j = 0; j < N; ++j) acc[j] = (V)_mm512_dpbf16_ps((__m512)acc[j], (__m512bh)w[j], pair);
+    }
+
+    static void copy(const float* x, Element* to, int64_t count) {
+        uint16_t* out = (uint16_t*)to;
+        int64_t i = 0;
+        for (; i + WIDTH <= count; i += WIDTH) store_bf16(out + i, load(x + i));
+        if (i < count) {
+            uint16_t rest[WIDTH];
+            store_bf16(rest, load_part(x + i, count - i));
+            memcpy(out + i, rest, (count - i + 1) / 2 * sizeof(Element));  // an odd k gets a zero
+        }
+    }
+
+    static void copy(const uint16_t* x, Element* to, int64_t count) {
+        to[(count - 1) / 2] = 0;
+        memcpy(to, x, count * sizeof(uint16_t));
+    }
+};
+#else
+struct Bf16Weight {  // widened to float step by step; x rounded the same way
+    using Element = float;
+    static constexpr int PER_STEP = 2, K_PER_STEP = 2;
+    static constexpr int MAX_ROWS = WIDTH == 16 ? 12 : 4, WIDE_ROWS = 0;
+
+    template <int N>
+    static inline void step(V* acc, const V* w, const Element* x) {
+#pragma GCC unroll 8
+        for (int j = 0; j < N; ++j) {
+            acc[j] += (V)((U)w[j] << 16) * x[0];
+            acc[j] += (V)((U)w[j] & 0xffff0000u) * x[1];
+        }
+    }
+
+    static void copy(const float* x, Element* to, int64_t count) {
+        int64_t i = 0;
+        for (; i + WIDTH <= count; i += WIDTH) store(to + i, round_to_bf16(load(x + i)));
+        if (i < count) store_part(to + i, round_to_bf16(load_part(x + i, count - i)), count - i);
+        if (count % 2) to[count] = 0;
+    }
+
+    static void copy(const uint16_t* x, Element* to, int64_t count) {
+        for (int64_t i = 0; i < count; ++i) {
+            const uint32_t bits = (uint32_t)x[i] << 16;
+            memcpy(to + i, &bits, sizeof bits);
+        }
+        if (count % 2) to[count] = 0;
+    }
+};
+#endif
+
+struct F32Weight {
+    using Element = float;
+    static constexpr int PER_STEP = 1, K_PER_STEP = 1;
+    static constexpr int MAX_ROWS = WIDTH == 16 ? 14 : 6, WIDE_ROWS = WIDTH == 16 ? 6 : 0;
+
+    template <int N>
+    static inline void step(V* acc, const V* w, const Element* x) {
+#pragma GCC unroll 8
+        for (int j = 0; j < N; ++j) acc[j] += w[j] * *x;
+    }
+
+    static void copy(const float* x, Element* to, int64_t count) { memcpy(to, x, count * sizeof(float)); }
+    static void copy(const uint16_t*, Element*, int64_t) {}  // library.cpp refuses the combination
+};
+
+// --- a tile --------------------------------------------------------------------------------------
+
+// x: [blocks][rows][BLOCK steps], so that all rows are read at constant offsets from one pointer.
+// panel: bytes from one panel to the next; ahead: bytes to the next tile of the weight.
+template <class W, int ROWS, int PANELS>
+void tile(const typename W::Element* x, const char* w, int64_t steps, int64_t panel, int64_t ahead, float* out) {
+    constexpr int N = PANELS * P;
+    V acc[ROWS][N] = {};
+    for (; steps > 0; steps -= BLOCK, x += ROWS * BLOCK * W::PER_STEP) {
+        const int64_t count = std::min<int64_t>(steps, BLOCK);
+        for (int64_t s = 0; s < count; ++s, w += STEP_BYTES) {
+            V b[N];
+#pragma GCC unroll 8
+            for (int j = 0; j < N; ++j) b[j] = load(w + j / P * panel + j % P * sizeof(V));
+            // with few rows the hardware's own prefetching keeps up, and these would only cost slots
+            if constexpr (ROWS > 4)
+#pragma GCC unroll 8
+                for (int j = 0; j < PANELS; ++j) __builtin_prefetch(w + j * panel + ahead, 0, 2);
+#pragma GCC unroll 16
+            for (int i = 0; i < ROWS; ++i) W::template step<N>(acc[i], b, x + (i * BLOCK + s) * W::PER_STEP);
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 8
+        for (int j = 0; j < N; ++j) store(out + (i * N + j) * WIDTH, acc[i][j]);
+}
+
+template <class W>
+using Tile = void (*)(const typename W::Element*, const char*, int64_t, int64_t, int64_t, float*);
+
+// The tile function for each number of rows from 1.
+template <class W, int PANELS, int... I>
+constexpr Tile<W> pick_tile(int rows, std::integer_sequence<int, I...>) {
+    constexpr Tile<W> tiles[] = {tile<W, I + 1, PANELS>...};
+    return tiles[rows - 1];
+}
+
+// Two panels in one tile where registers allow it, else one after the other.
+template <class W>
+void two_panels(int rows, const typename W::Element* x, const char* w, int64_t steps, int64_t panel, int64_t ahead,
+                float* out) {
+    constexpr auto all = std::make_integer_sequence<int, W::MAX_ROWS>();
+    if constexpr (WIDTH == 16) {
+        pick_tile<W, 2>(rows, all)(x, w, steps, panel, ahead, out);
+    } else {
+        float half[2][W::MAX_ROWS][PANEL];
+        for (int j = 0; j < 2; ++j) pick_tile<W, 1>(rows, all)(x, w + j * panel, steps, panel, ahead, half[j][0]);
+        for (int i = 0; i < rows; ++i)
+            for (int j = 0; j < 2; ++j) memcpy(out + (2 * i + j) * PANEL, half[j][i], sizeof half[j][i]);
+    }
+}
+
+// --- what happens to the sums ----------------------------------------------------------------------
+
+inline V activate(Activation gate, V x) {
+    switch (gate) {
+        case Activation::SILU:
+            return x / (1.0f + exp(-x));
+        case Activation::GELU:
+            for (int i = 0; i < WIDTH; ++i) x[i] *= 0.5f * (1.0f + std::erf(x[i] * 0.70710678f));
+            return x;
+        case Activation::GELU_TANH:
+            return 0.5f * x * (1.0f + tanh(0.79788456f * (x + 0.044715f * x * x * x)));
+        case Activation::RELU:
+            return x < 0.0f ? V{} : x;
+        default:
+            return x;
+    }
+}
+
+inline void add_bias(float* values, const float* bias, int64_t width) {
+    if (bias != nullptr)
+        for (int64_t l = 0; l < width; ++l) values[l] += bias[l];
+}
+
+// One row's 16 (or fewer) results of a panel.
+inline void store_panel(const Linear& g, int64_t row, int64_t column, int64_t width, const float* values) {
+    if (g.y_bf16) {
+        uint16_t rounded[PANEL];
+        for (int l = 0; l < PANEL; l += WIDTH) store_bf16(rounded + l, load(values + l));
+        memcpy((uint16_t*)g.y + row * g.ldy + column, rounded, width * sizeof(uint16_t));
+    } else {
+        memcpy((float*)g.y + row * g.ldy + column, values, width * sizeof(float));
+    }
+}
+
+// sums: [rows][panels][16]
+inline void finish(const Linear& g, float* sums, int64_t row, int rows, int64_t first_panel, int panels) {
+    const int stride = g.gate == Activation::NONE ? 1 : 2;
+    for (int i = 0; i < rows; ++i) {
+        for (int j = 0; j < panels; j += stride) {
+            const int64_t column = (first_panel + j) / stride * PANEL;
+            const int64_t width = std::min<int64_t>(PANEL, g.n - column);
+            if (width <= 0) break;
+            float* values = sums + (i * panels + j) * PANEL;
+            add_bias(values, g.bias ? g.bias + column : nullptr, width);
+            if (stride == 2) {
+                float* up = values + PANEL;
+                add_bias(up, g.bias ? g.bias + g.n + column : nullptr, width);
+                for (int l = 0; l < PANEL; l += WIDTH) store(values + l, activate(g.gate, load(values + l)) * load(up + l));
+            }
+            if (width == PANEL)
+                store_panel(g, row + i, column, PANEL, values);  // memcpy of a constant size
+            else
+                store_panel(g, row + i, column, width, values);
+        }
+    }
+}
+
+// --- a thread's share --------------------------------------------------------------------------------
+
+class Scratch {  // of one thread; grows, and is kept for the next call
+public:
+    ~Scratch() { std::free(data_); }
+    void* get(size_t bytes) {
+        if (bytes > size_) {
+            std::free(data_);
+            size_ = (bytes + 4095) / 4096 * 4096;
+            data_ = std::aligned_alloc(64, size_);
+            if (data_ == nullptr) throw std::bad_alloc();
+        }
+        return data_;
+    }
+
+private:
+    void* data_ = nullptr;
+    size_t size_ = 0;
+};
+
+template <class W>
+void copy_row(const Linear& g, int64_t row, typename W::Element* to, int64_t block_stride) {
+    constexpr int64_t width = BLOCK * W::K_PER_STEP;
+    for (int64_t k = 0; k < g.k; k += width, to += block_stride) {
+        const int64_t count = std::min(width, g.k - k);
+        if (g.x_bf16)
+            W::copy((const uint16_t*)g.x + row * g.ldx + k, to, count);
+        else
+            W::copy((const float*)g.x + row * g.ldx + k, to, count);
+    }
+}
+
+// Rows [m0, m1) times pairs of panels [pair0, pair1).
+template <class W>
+void part(const Linear& g, int64_t m0, int64_t m1, int64_t pair0, int64_t pair1) {
+    using Element = typename W::Element;
+    const int64_t steps = divide_up(g.k, W::K_PER_STEP), panel = steps * STEP_BYTES;
+    const int64_t row_elements = divide_up(steps, BLOCK) * BLOCK * W::PER_STEP;
+    const int64_t held = SCRATCH_BYTES / (row_elements * (int64_t)sizeof(Element));
+    const int64_t most = std::max<int64_t>(1, held / W::MAX_ROWS) * W::MAX_ROWS;
+    static thread_local Scratch scratch;
+    Element* x = (Element*)scratch.get(std::min(most, m1 - m0) * row_elements * sizeof(Element));
+    alignas(64) float sums[W::MAX_ROWS * 2 * PANEL + W::WIDE_ROWS * 4 * PANEL];
+    for (int64_t m = m0; m < m1; m += most) {
+        const int64_t rows = std::min(most, m1 - m), tiles = divide_up(rows, W::MAX_ROWS);
+        // tiles of equal height: a low one waits for its few sums instead of computing
+        auto start = [&](int64_t t) { return t * rows / tiles; };
+        for (int64_t t = 0; t < tiles; ++t)
+            for (int64_t r = start(t); r < start(t + 1); ++r)
+                copy_row<W>(g, m + r, x + start(t) * row_elements + (r - start(t)) * BLOCK * W::PER_STEP,
+                            (start(t + 1) - start(t)) * BLOCK * W::PER_STEP);
+        for (int64_t pair = pair0; pair < pair1;) {
+            const char* w = (const char*)g.weight + 2 * pair * panel;
+            if constexpr (W::WIDE_ROWS > 0) {
+                if (rows <= W::WIDE_ROWS && pair + 2 <= pair1) {
+                    constexpr auto all = std::make_integer_sequence<int, W::WIDE_ROWS>();
+                    pick_tile<W, 4>(rows, all)(x, w, steps, panel, 4 * panel, sums);
+                    finish(g, sums, m, rows, 2 * pair, 4);
+                    pair += 2;
+                    continue;
+                }
+            }
+            for (int64_t t = 0; t < tiles; ++t) {
+                const int height = start(t + 1) - start(t);
+                // the first tile of rows fetches the next panels, the others find these in the cache
+                two_panels<W>(height, x + start(t) * row_elements, w, steps, panel, t == 0 ? 2 * panel : 0, sums);
+                finish(g, sums, m + start(t), height, 2 * pair, 2);
+            }
+            pair += 1;
+        }
+    }
+}
+
+// Few rows: threads share the panels. Many: they share the rows, so that each is copied once.
+template <class W>
+void linear(const Linear& g, int threads) {
+    const int64_t columns = g.gate == Activation::NONE ? g.n : 2 * divide_up(g.n, PANEL) * PANEL;
+    const int64_t pairs = divide_up(columns, 2 * PANEL);
+    const int64_t by_rows = std::clamp<int64_t>(g.m / 64, 1, threads);
+    const int64_t by_panels = std::min<int64_t>(threads / by_rows, pairs);
+    const int count = by_rows * by_panels;
+    auto share = [&](int64_t i) {
+        const int64_t r = i / by_panels, p = i % by_panels;
+        part<W>(g, r * g.m / by_rows, (r + 1) * g.m / by_rows, p * pairs / by_panels, (p + 1) * pairs / by_panels);
+    };
+    if (count == 1) return share(0);
+#pragma omp parallel for num_threads(count) schedule(static, 1)
+    for (int i = 0; i < count; ++i) share(i);
+}
+
+}  // namespace

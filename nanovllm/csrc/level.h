@@ -1,0 +1,13 @@
+// One level: every kernel, compiled for the instruction set that the including file is compiled for.
+#pragma once
+
+#include "gemm.h"
+#include "rows.h"
+
+namespace {
+
+constexpr Kernels table(const char* name) {
+    return {name, linear<Bf16Weight>, linear<F32Weight>, rms_norm, layer_norm, rope};
+}
+
+}  // namespace

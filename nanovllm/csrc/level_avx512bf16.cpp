@@ -1,0 +1,11 @@
+// Compiled with this instruction set switched on (setup.py); without it there is no such level.
+#if defined(__AVX512BF16__)
+#include "level.h"
+
+static const Kernels kernels = table("avx512bf16");
+const Kernels* const nanovllm::avx512bf16_kernels = &kernels;
+#else
+#include "kernels.h"
+
+const nanovllm::Kernels* const nanovllm::avx512bf16_kernels = nullptr;
+#endif

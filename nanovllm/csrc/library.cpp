@@ -1,0 +1,98 @@
+// The library's C interface, and the choice of a level. Nobody here owns memory: callers pass pointers.
+#include <algorithm>
+#include <cstring>
+
+#include "kernels.h"
+
+using namespace nanovllm;
+
+namespace {
+
+const Kernels* supported(int level) {
+#if defined(__x86_64__)
+    switch (level) {
+        case 3:
+            return __builtin_cpu_supports("avx512bf16") ? avx512bf16_kernels : nullptr;
+        case 2:
+            return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")
+                       ? avx512_kernels
+                       : nullptr;
+        case 1:
+            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? avx2_kernels : nullptr;
+    }
+#endif
+    return level == 0 ? generic_kernels : nullptr;
+}
+
+const Kernels* best() {
+    for (int level = 3; level > 0; --level)
+        if (const Kernels* found = supported(level)) return found;
+    return generic_kernels;
+}
+
+const Kernels* active = best();
+
+}  // namespace
+
+extern "C" {
+
+// Raised whenever a function below changes; ops/library.py must agree.
+int nv_abi() { return 1; }
+
+const char* nv_level() { return active->name; }
+
+// 0, or -1 if this processor or this build has no such level. Not while kernels run.
+int nv_set_level(const char* name) {
+    for (int level = 0; level < 4; ++level) {
+        const Kernels* found = supported(level);
+        if (found != nullptr && std::strcmp(found->name, name) == 0) {
+            active = found;
+            return 0;
+        }
+    }
+    return -1;
+}
+
+// A weight [n][k] of `size`-byte elements (2 or 4) into panels first, first + step, ... of `packed`,
+// whose panels hold ceil(k * size / 4) steps of 16 words.
+void nv_pack(const void* weight, void* packed, int64_t n, int64_t k, int size, int64_t first, int64_t step,
+             int threads) {
+    const int64_t row = k * size, words = (row + 3) / 4;
+#pragma omp parallel for num_threads(threads)
+    for (int64_t p = 0; p < (n + PANEL - 1) / PANEL; ++p) {
+        uint32_t* to = (uint32_t*)packed + (first + p * step) * words * PANEL;
+        const int64_t rows = std::min<int64_t>(PANEL, n - p * PANEL);
+        if (rows < PANEL) std::memset(to, 0, words * PANEL * sizeof(uint32_t));
+        const char* from = (const char*)weight + p * PANEL * row;
+        for (int64_t w = 0; w < words; ++w)
+            for (int64_t r = 0; r < rows; ++r) {
+                uint32_t word = 0;
+                std::memcpy(&word, from + r * row + w * 4, std::min<int64_t>(4, row - w * 4));
+                to[w * PANEL + r] = word;
+            }
+    }
+}
+
+// weight_bf16: which of the two packed formats. A float weight takes float rows only.
+void nv_linear(const void* x, int64_t ldx, int x_bf16, const void* weight, int weight_bf16, const float* bias, void* y,
+               int64_t ldy, int y_bf16, int64_t m, int64_t n, int64_t k, int gate, int threads) {
+    const Linear call = {x, ldx, x_bf16 != 0, weight, bias, y, ldy, y_bf16 != 0, m, n, k, (Activation)gate};
+    (weight_bf16 ? active->linear_bf16 : active->linear_f32)(call, threads);
+}
+
+void nv_rms_norm(const float* x, int64_t outer, int64_t inner, int64_t outer_stride, int64_t inner_stride, int64_t size,
+                 const float* weight, float eps, float* y, int threads) {
+    active->rms_norm({x, outer, inner, outer_stride, inner_stride, size, y}, weight, eps, threads);
+}
+
+void nv_layer_norm(const float* x, int64_t outer, int64_t inner, int64_t outer_stride, int64_t inner_stride,
+                   int64_t size, const float* weight, const float* bias, float eps, float* y, int threads) {
+    active->layer_norm({x, outer, inner, outer_stride, inner_stride, size, y}, weight, bias, eps, threads);
+}
+
+void nv_rope(const float* x, int64_t outer, int64_t inner, int64_t outer_stride, int64_t inner_stride, int64_t size,
+             const float* cos, const float* sin, int64_t half, float* y, int threads) {
+    active->rope({x, outer, inner, outer_stride, inner_stride, size, y}, cos, sin, half, threads);
+}
+}

@@ -1,0 +1,90 @@
+// Vectors of the compiler's own (GCC and Clang), as wide as the level's registers.
+//
+// Everything here lies in an unnamed namespace: each level has its own copy, and the linker must
+// not replace one level's by another's.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#define NV_WIDTH 16
+#elif defined(__AVX2__)
+#define NV_WIDTH 8
+#else
+#define NV_WIDTH 4
+#endif
+
+namespace {
+
+constexpr int WIDTH = NV_WIDTH;
+typedef float V __attribute__((vector_size(4 * NV_WIDTH)));
+typedef uint32_t U __attribute__((vector_size(4 * NV_WIDTH)));
+typedef int32_t I __attribute__((vector_size(4 * NV_WIDTH)));
+typedef uint16_t H __attribute__((vector_size(2 * NV_WIDTH)));
+
+inline V load(const void* p) {
+    V v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+inline void store(void* p, V v) { memcpy(p, &v, sizeof v); }
+
+inline V load_part(const float* p, int64_t count) {  // zeros behind
+    V v = {};
+    memcpy(&v, p, count * sizeof(float));
+    return v;
+}
+
+inline void store_part(float* p, V v, int64_t count) { memcpy(p, &v, count * sizeof(float)); }
+
+inline V splat(float x) { return x - V{}; }  // not x + 0: that would lose the sign of -0
+
+// The upper half of each float, rounded to nearest, ties to even; NaN stays NaN.
+inline U bf16_bits(V v) {
+    const U bits = (U)v;
+    const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return v == v ? rounded : (bits >> 16) | 0x40u;
+}
+
+inline V round_to_bf16(V v) { return (V)(bf16_bits(v) << 16); }
+
+inline void store_bf16(uint16_t* p, V v) {
+    const H h = __builtin_convertvector(bf16_bits(v), H);
+    memcpy(p, &h, sizeof h);
+}
+
+inline V load_bf16(const uint16_t* p) {
+    H h;
+    memcpy(&h, p, sizeof h);
+    return (V)(__builtin_convertvector(h, U) << 16);
+}
+
+inline float sum(V v) {  // always in the same order
+    float total = v[0];
+    for (int i = 1; i < WIDTH; ++i) total += v[i];
+    return total;
+}
+
+// e^x to 2 ulp: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (coefficients of Cephes' expf).
+inline V exp(V x) {
+    x = x < -87.0f ? splat(-87.0f) : x;
+    x = x > 88.0f ? splat(88.0f) : x;
+    const V magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    const V n = (x * 1.44269504f + magic) - magic;
+    const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    V p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const I exponent = (__builtin_convertvector(n, I) + 127) << 23;
+    return p * (V)exponent;
+}
+
+inline V tanh(V x) { return 1.0f - 2.0f / (exp(2.0f * x) + 1.0f); }
+
+}  // namespace
