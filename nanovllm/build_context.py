@@ -8,13 +8,17 @@ import torch
 
 from nanovllm.attention.base import AttentionBackend
 from nanovllm.distributed.group import TPGroup
+from nanovllm.ops.base import Ops
+from nanovllm.ops.torch_ops import TorchOps
 
 
 @dataclass(frozen=True, slots=True)
 class BuildContext:
     """Construction-time twin of Batch: given to every model and layer constructor.
 
+    dtype: of weights and cached keys and values.
     max_model_len: positions that rotary tables must cover.
+    ops: the kernels that layers compute with.
     """
 
     device: torch.device
@@ -22,3 +26,9 @@ class BuildContext:
     attention: AttentionBackend
     max_model_len: int
     tp: TPGroup = field(default_factory=TPGroup)
+    ops: Ops = field(default_factory=TorchOps)
+
+    @property
+    def hidden_dtype(self) -> torch.dtype:
+        """Of what flows between layers."""
+        return self.ops.hidden_dtype(self.dtype)

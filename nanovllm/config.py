@@ -17,6 +17,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "device": ("auto", "cpu", "cuda"),
     "attention_backend": ("auto", "cpu", "reference"),
+    "kernels": ("auto", "native", "torch"),
     "scheduling_policy": ("fcfs", "priority"),
 }
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -54,6 +55,8 @@ class EngineConfig:
     enforce_eager: never replay a recorded step. Every step of this version runs eagerly.
     enable_prefix_caching: reuse the pages of equal prefixes.
     attention_backend: "auto", or the name of one.
+    kernels: whose linear layers, norms and rotations: "native" this package's own for CPUs, "torch"
+        torch's, "auto" the first wherever they can run.
     scheduling_policy: "fcfs", or "priority" (lower values first).
     generation_config: where sampling parameters come from if a request brings none: "auto" is
         the checkpoint's generation_config.json, "vllm" is SamplingParams(), else a folder that
@@ -83,6 +86,7 @@ class EngineConfig:
     enforce_eager: bool = False
     enable_prefix_caching: bool = True
     attention_backend: str = "auto"
+    kernels: str = "auto"
     scheduling_policy: str = "fcfs"
     generation_config: str = "auto"
     override_generation_config: dict[str, Any] | None = None

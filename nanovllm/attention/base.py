@@ -48,6 +48,7 @@ class AttentionBackend(Protocol):
         window: int | None = None,
         alibi: Alibi | None = None,
     ) -> torch.Tensor:  # [T, H, D]
+        """q, k and v may be wider floats than the cache; so may the result."""
         ...
 
 

@@ -87,6 +87,7 @@ class CPUAttention:
         alibi: Alibi | None = None,
     ) -> torch.Tensor:
         slots = kv.flatten(1, 2)
+        q, k, v = (t.to(kv.dtype) for t in (q, k, v))
         slots[0].index_copy_(0, batch.slot_mapping, k)
         slots[1].index_copy_(0, batch.slot_mapping, v)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -38,7 +38,7 @@ class ReferenceAttention:
         alibi: Alibi | None = None,
     ) -> torch.Tensor:
         block_size, num_heads = kv.shape[2], q.shape[1]
-        kv.flatten(1, 2)[:, batch.slot_mapping] = torch.stack([k, v])
+        kv.flatten(1, 2)[:, batch.slot_mapping] = torch.stack([k, v]).to(kv.dtype)
         out = torch.empty_like(q)
         starts = batch.query_start.tolist()
         for b, seq_len in enumerate(batch.seq_lens.tolist()):

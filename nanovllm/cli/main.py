@@ -27,6 +27,7 @@ _PLAN_OPTIONS = (
     "max_num_seqs",
     "kvcache_block_size",
     "attention_backend",
+    "kernels",
     "enable_prefix_caching",
 )
 _PARITY_OPTIONS = (
@@ -35,6 +36,7 @@ _PARITY_OPTIONS = (
     "model_plugin",
     "device",
     "attention_backend",
+    "kernels",
     "kvcache_block_size",
     "kvcache_memory",
 )

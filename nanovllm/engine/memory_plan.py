@@ -20,7 +20,8 @@ from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.weight_layer import WeightLayer
 from nanovllm.models.base import CausalLM, ModelConfig
-from nanovllm.quantization.linear_method import LinearWeights, packs
+from nanovllm.ops.base import select_ops
+from nanovllm.quantization.linear_method import LinearWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +58,16 @@ def footprint(model_class: type[CausalLM], model_config: ModelConfig, config: En
     assert config.max_model_len is not None
     device, dtype = torch.device(config.device), getattr(torch, config.dtype)
     backend = select_backend(config.attention_backend, device, dtype)
-    model = model_class(model_config, BuildContext(torch.device("meta"), dtype, backend, config.max_model_len))
+    ops = select_ops(config.kernels, device, dtype)
+    model = model_class(model_config, BuildContext(torch.device("meta"), dtype, backend, config.max_model_len, ops=ops))
     group = TPGroup(0, tp)
     check_heads(model, group)
     replicated: Counter[str] = Counter()
     weights: dict[tuple[int, str], int] = {}  # by who owns them: tied ones count once
     for place, layer in model.named_modules():
         for name, parameter in layer.named_parameters(recurse=False):
-            own = name == "weight" and isinstance(layer, LinearWeights) and packs(device, dtype)
-            whole = parameter.numel() * parameter.itemsize
+            own = name == "weight" and isinstance(layer, LinearWeights) and layer.method.num_bytes(layer, device)
+            whole = own or parameter.numel() * parameter.itemsize
             share = _share(layer, name, whole, group, place)
             weights[(id(layer), name) if own else (id(parameter), "")] = share
             if tp > 1 and share == whole:

@@ -18,6 +18,7 @@ from nanovllm.engine.step import StepPlan, StepResult
 from nanovllm.layers.attention import CachedLayer
 from nanovllm.layers.sampler import sample, token_logprobs
 from nanovllm.models.base import CausalLM, ModelConfig
+from nanovllm.ops.base import select_ops
 from nanovllm.sample_row import TokenLogprobs
 from nanovllm.weights.checkpoint import Checkpoint
 
@@ -39,7 +40,8 @@ class ModelRunner:
         self._block_size = config.kvcache_block_size
         dtype: torch.dtype = getattr(torch, config.dtype)
         self._backend: AttentionBackend = select_backend(config.attention_backend, self._device, dtype)
-        ctx = BuildContext(self._device, dtype, self._backend, config.max_model_len)
+        ops = select_ops(config.kernels, self._device, dtype)
+        ctx = BuildContext(self._device, dtype, self._backend, config.max_model_len, ops=ops)
         self._model = model_class(model_config, ctx)
         if config.load_format == "dummy":
             self._model.load_dummy(config.seed or 0)
@@ -47,10 +49,11 @@ class ModelRunner:
             self._model.load(checkpoint)
         self.cache_plan = self._create_caches(config)
         logger.info(
-            "%s on %s in %s, attention %s, %d pages of %d tokens (%.2f GiB)",
+            "%s on %s in %s, kernels %s, attention %s, %d pages of %d tokens (%.2f GiB)",
             model_class.__name__,
             config.device,
             config.dtype,
+            ops.name,
             self._backend.name,
             self.cache_plan.num_blocks - 1,
             self._block_size,

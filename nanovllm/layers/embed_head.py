@@ -18,10 +18,11 @@ class VocabParallelEmbedding(WeightLayer):
     def __init__(self, vocab_size: int, hidden_size: int, ctx: BuildContext) -> None:
         super().__init__()
         assert ctx.tp.size == 1, "the configuration admits one rank"
+        self._hidden_dtype = ctx.hidden_dtype
         self.add_parameter("weight", (vocab_size, hidden_size), ctx.dtype, ctx.device)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return F.embedding(input_ids, self.weight)
+        return F.embedding(input_ids, self.weight).to(self._hidden_dtype)
 
 
 class ParallelLMHead(ColumnParallelLinear):

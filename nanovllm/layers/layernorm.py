@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from nanovllm.build_context import BuildContext
 from nanovllm.layers.weight_layer import WeightLayer
@@ -18,18 +17,18 @@ class RMSNorm(WeightLayer):
         super().__init__()
         self._size = (size,)
         self._eps = eps
-        self.add_parameter("weight", self._size, ctx.dtype, ctx.device)
+        self._ops = ctx.ops
+        self.add_parameter("weight", self._size, ctx.hidden_dtype, ctx.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., size]
-        return F.rms_norm(x, self._size, self.weight, self._eps)
+        return self._ops.rms_norm(x, self.weight, self._eps)
 
 
 class GemmaRMSNorm(RMSNorm):
     """Gemma's RMSNorm: the weight on disk is the difference from one; all in fp32."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., size]
-        normed = F.rms_norm(x.float(), self._size, None, self._eps)
-        return (normed * (1.0 + self.weight.float())).to(x.dtype)
+        return self._ops.rms_norm(x.float(), 1.0 + self.weight.float(), self._eps).to(x.dtype)
 
 
 class LayerNorm(WeightLayer):
@@ -42,10 +41,11 @@ class LayerNorm(WeightLayer):
         super().__init__()
         self._size = (size,)
         self._eps = eps
-        self.add_parameter("weight", self._size, ctx.dtype, ctx.device)
+        self._ops = ctx.ops
+        self.add_parameter("weight", self._size, ctx.hidden_dtype, ctx.device)
         self.register_parameter("bias", None)
         if bias:
-            self.add_parameter("bias", self._size, ctx.dtype, ctx.device)
+            self.add_parameter("bias", self._size, ctx.hidden_dtype, ctx.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., size]
-        return F.layer_norm(x, self._size, self.weight, self.bias, self._eps)
+        return self._ops.layer_norm(x, self.weight, self.bias, self._eps)

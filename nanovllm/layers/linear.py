@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from nanovllm.build_context import BuildContext
+from nanovllm.layers.activation import activation
 from nanovllm.layers.weight_layer import WeightLayer
-from nanovllm.quantization.linear_method import LinearMethod, LinearWeights, UnquantizedLinearMethod
+from nanovllm.quantization.linear_method import LinearWeights, UnquantizedLinearMethod
 
 
 class MergedColumnParallelLinear(WeightLayer, LinearWeights):
@@ -28,11 +29,11 @@ class MergedColumnParallelLinear(WeightLayer, LinearWeights):
             mine = ctx.tp.shard(rows, f"linear shard {name}")
             self._rows[name] = slice(total, total + mine)
             total += mine
-        self.method: LinearMethod = UnquantizedLinearMethod()
+        self.method = UnquantizedLinearMethod(ctx.ops)
         self.method.create(self, total, in_features, ctx.dtype, ctx.device)
         self.register_parameter("bias", None)
         if bias:
-            self.add_parameter("bias", (total,), ctx.dtype, ctx.device)
+            self.add_parameter("bias", (total,), ctx.hidden_dtype, ctx.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [T, in] -> [T, sum of this rank's rows]
         return self.method.apply(self, x, self.bias)
@@ -56,6 +57,18 @@ class MergedColumnParallelLinear(WeightLayer, LinearWeights):
 
     def finalize_weights(self) -> None:
         self.method.finalize(self)
+
+
+class GatedLinear(MergedColumnParallelLinear):
+    """act(gate(x)) * up(x), both projections in one matrix.
+
+    act: as config.json names it; ModelNotSupported if there is no such activation.
+    """
+
+    def __init__(self, in_features: int, out_features: int, ctx: BuildContext, *, bias: bool, act: str) -> None:
+        activation(act)
+        super().__init__(in_features, {"gate": out_features, "up": out_features}, ctx, bias=bias)
+        self.gate = act
 
 
 class ColumnParallelLinear(MergedColumnParallelLinear):

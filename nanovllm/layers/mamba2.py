@@ -75,7 +75,7 @@ class Mamba2(WeightLayer, CachedLayer):
                 (self._history, sizes.conv_size),
                 (sizes.num_heads, sizes.head_dim, sizes.state_size),
             ),
-            dtypes=(ctx.dtype, torch.float32),
+            dtypes=(ctx.hidden_dtype, torch.float32),
             grid=GRID,
         )
 

@@ -82,7 +82,7 @@ class Router(WeightLayer, LinearWeights):
 
     def __init__(self, hidden_size: int, num_experts: int, ctx: BuildContext) -> None:
         super().__init__()
-        self.method = UnquantizedLinearMethod()
+        self.method = UnquantizedLinearMethod(ctx.ops)
         self.method.create(self, num_experts, hidden_size, ctx.dtype, ctx.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

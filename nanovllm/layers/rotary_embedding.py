@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from nanovllm.build_context import BuildContext
 from nanovllm.errors import ModelNotSupported
+from nanovllm.ops.base import Ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,14 @@ class RopeConfig:
         return int(max_position_embeddings * _number(self.scaling, "factor"))
 
 
+class Rope(NamedTuple):
+    """A step's rotations: cos and sin [T, 1, dim / 2], and what rotates by them."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    ops: Ops
+
+
 class RotaryEmbedding(nn.Module):
     """cos and sin for positions below max_model_len, in fp32; pairs are (i, i + dim / 2).
 
@@ -84,22 +93,22 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, dim: int, config: RopeConfig, ctx: BuildContext) -> None:
         super().__init__()
+        self._ops = ctx.ops
         frequencies = inverse_frequencies(dim, config, ctx.max_model_len)
         angles = torch.outer(torch.arange(ctx.max_model_len).float(), frequencies)
         factor = attention_factor(config)
         self.register_buffer("cos", angles.cos().mul_(factor).to(ctx.device), persistent=False)
         self.register_buffer("sin", angles.sin().mul_(factor).to(ctx.device), persistent=False)
 
-    def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [T, 1, dim / 2] for positions [T]; once a step for all layers."""
-        return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+    def forward(self, positions: torch.Tensor) -> Rope:
+        """For positions [T]; once a step for all layers."""
+        return Rope(self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1), self._ops)
 
 
-def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, ops: Ops) -> torch.Tensor:
     """Rotate the first dimensions of heads x [T, H, D], twice as many as cos and sin are wide, and
     leave the rest; computed in fp32, returned in x's dtype."""
-    first, second, *rest = x.float().split(cos.shape[-1], dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, *rest), dim=-1).to(x.dtype)
+    return ops.rotate(x, cos, sin)
 
 
 def inverse_frequencies(dim: int, config: RopeConfig, max_model_len: int = 0) -> torch.Tensor:

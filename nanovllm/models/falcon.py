@@ -23,12 +23,10 @@ from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import LayerNorm
 from nanovllm.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
-from nanovllm.layers.rotary_embedding import RopeConfig, RotaryEmbedding, apply_rotary
+from nanovllm.layers.rotary_embedding import Rope, RopeConfig, RotaryEmbedding, apply_rotary
 from nanovllm.models.base import CausalLM
 from nanovllm.models.config_reader import read_config, refuse_unless, rope_fields
 from nanovllm.weights.rules import Skip, grouped_qkv_rule, head_rules
-
-Rope = tuple[torch.Tensor, torch.Tensor] | None
 
 # as the files of model type RefinedWebModel (7B, rw-1b) and RefinedWeb (40B) call them
 _OLD_KEYS = {
@@ -104,7 +102,7 @@ class FalconAttention(nn.Module):
             self.num_heads, self.num_kv_heads, self.head_dim, ctx, scale=self.head_dim**-0.5, alibi=alibi
         )
 
-    def forward(self, x: torch.Tensor, rope: Rope, batch: Batch) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rope: Rope | None, batch: Batch) -> torch.Tensor:
         heads = self.query_key_value(x).unflatten(1, (-1, self.head_dim))  # [T, H + 2 KH, D]
         qk, v = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
         if rope is not None:
@@ -141,7 +139,7 @@ class SequentialLayer(FalconDecoderLayer):
         self.input_layernorm = LayerNorm(config.hidden_size, config.layer_norm_epsilon, ctx)
         self.post_attention_layernorm = LayerNorm(config.hidden_size, config.layer_norm_epsilon, ctx)
 
-    def forward(self, x: torch.Tensor, rope: Rope, batch: Batch) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rope: Rope | None, batch: Batch) -> torch.Tensor:
         x = x + self.self_attention(self.input_layernorm(x), rope, batch)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -153,7 +151,7 @@ class OneNormLayer(FalconDecoderLayer):
         super().__init__(config, alibi, ctx)
         self.input_layernorm = LayerNorm(config.hidden_size, config.layer_norm_epsilon, ctx)
 
-    def forward(self, x: torch.Tensor, rope: Rope, batch: Batch) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rope: Rope | None, batch: Batch) -> torch.Tensor:
         normed = self.input_layernorm(x)
         return x + (self.mlp(normed) + self.self_attention(normed, rope, batch))
 
@@ -166,7 +164,7 @@ class TwoNormLayer(FalconDecoderLayer):
         self.ln_attn = LayerNorm(config.hidden_size, config.layer_norm_epsilon, ctx)
         self.ln_mlp = LayerNorm(config.hidden_size, config.layer_norm_epsilon, ctx)
 
-    def forward(self, x: torch.Tensor, rope: Rope, batch: Batch) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rope: Rope | None, batch: Batch) -> torch.Tensor:
         return x + (self.mlp(self.ln_mlp(x)) + self.self_attention(self.ln_attn(x), rope, batch))
 
 

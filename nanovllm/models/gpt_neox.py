@@ -16,7 +16,7 @@ from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import LayerNorm
 from nanovllm.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
-from nanovllm.layers.rotary_embedding import RopeConfig, RotaryEmbedding, apply_rotary
+from nanovllm.layers.rotary_embedding import Rope, RopeConfig, RotaryEmbedding, apply_rotary
 from nanovllm.models.base import CausalLM
 from nanovllm.models.config_reader import read_config, rope_fields
 from nanovllm.weights.rules import Pack, Skip, grouped_qkv_rule
@@ -58,7 +58,7 @@ class GPTNeoXAttention(nn.Module):
         self.num_heads = heads // ctx.tp.size
         self.attn = Attention(self.num_heads, self.num_heads, self.head_dim, ctx, scale=self.head_dim**-0.5)
 
-    def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], batch: Batch) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rope: Rope, batch: Batch) -> torch.Tensor:
         heads = self.query_key_value(x).unflatten(1, (-1, self.head_dim))  # [T, 3 H, D]
         qk, v = heads.split((2 * self.num_heads, self.num_heads), dim=1)
         q, k = apply_rotary(qk, *rope).chunk(2, dim=1)
@@ -85,7 +85,7 @@ class GPTNeoXLayer(nn.Module):
         self.attention = GPTNeoXAttention(config, ctx)
         self.mlp = GPTNeoXMLP(config, ctx)
 
-    def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], batch: Batch) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rope: Rope, batch: Batch) -> torch.Tensor:
         attended = self.attention(self.input_layernorm(x), rope, batch)
         if self.parallel:
             return self.mlp(self.post_attention_layernorm(x)) + attended + x

@@ -18,7 +18,7 @@ from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.mamba2 import Mamba2, Mamba2Sizes
 from nanovllm.layers.mlp import GatedMLP
 from nanovllm.layers.moe import SparseMoE, top_k_softmax
-from nanovllm.layers.rotary_embedding import RopeConfig, RotaryEmbedding, apply_rotary
+from nanovllm.layers.rotary_embedding import Rope, RopeConfig, RotaryEmbedding, apply_rotary
 from nanovllm.layers.ssm_plan import ScanPlan, plan_scan
 from nanovllm.models.base import CausalLM
 from nanovllm.models.config_reader import read_config, refuse_unless, rope_fields
@@ -26,7 +26,6 @@ from nanovllm.weights.rules import LLAMA_RULES, Pack, Rule, Split, fused_expert_
 
 # both generations of config.json
 _LAYER_TYPES = {"mamba": "mamba", "linear_attention": "mamba", "attention": "attention", "full_attention": "attention"}
-Rope = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from nanovllm.layers.embed_head import ParallelLMHead
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.mlp import GatedMLP
-from nanovllm.layers.rotary_embedding import RopeConfig, apply_rotary
+from nanovllm.layers.rotary_embedding import Rope, RopeConfig, apply_rotary
 from nanovllm.models.base import CausalLM
 from nanovllm.models.config_reader import read_config, refuse_unless, rope_fields
 from nanovllm.models.llama import LlamaDecoderLayer, LlamaModel
@@ -67,7 +67,7 @@ class Qwen3Attention(nn.Module):
         scale = self.head_dim**-0.5
         self.attn = Attention(self.num_heads, self.num_kv_heads, self.head_dim, ctx, scale=scale, window=window)
 
-    def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], batch: Batch) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rope: Rope, batch: Batch) -> torch.Tensor:
         heads = self.qkv_proj(x).unflatten(1, (-1, self.head_dim))  # [T, H + 2 KH, D]
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         q = apply_rotary(self.q_norm(q), *rope)  # the norm comes before the rotation

@@ -8,12 +8,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nanovllm.layers.activation import activation
+from nanovllm.ops.base import Ops
+
 
 class LinearWeights(nn.Module):
-    """What a linear layer lends to its method: a place for the weight in the method's form."""
+    """What a linear layer lends to its method: a place for the weight in the method's form.
+
+    rows: of the weight, whatever its form. gate: the activation of the weight's first half, if the
+    layer is a gated one.
+    """
 
     weight: torch.Tensor
+    method: LinearMethod
+    rows: int
     packed: bool
+    gate: str | None = None
 
 
 class LinearMethod(Protocol):
@@ -28,44 +38,52 @@ class LinearMethod(Protocol):
     def finalize(self, layer: LinearWeights) -> None:
         """Bring the complete weight into the form that `apply` wants."""
 
+    def num_bytes(self, layer: LinearWeights, device: torch.device) -> int | None:
+        """Of the weight's own memory once finalized there; None if it stays what `create` made, or a tied one."""
+        ...
+
     def apply(self, layer: LinearWeights, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x [T, cols] @ weight.T + bias -> [T, rows]."""
+        """x [T, cols] @ weight.T + bias -> [T, rows]; where gated, act(first half) * second half -> [T, rows / 2]."""
         ...
 
 
 class UnquantizedLinearMethod:
-    """The weight as it is; on CPUs that multiply bfloat16, packed once for oneDNN.
+    """The weight as it is, or packed once if the ops multiply faster so."""
 
-    Packing saves oneDNN from reordering the weight on every call: 1.6x at one row and 1.6x at
-    32 on a 576 x 3072 matrix (docs/benchmarks.md).
-    """
+    def __init__(self, ops: Ops) -> None:
+        self._ops = ops
 
     def create(self, layer: LinearWeights, rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> None:
         layer.weight = nn.Parameter(torch.empty(rows, cols, dtype=dtype, device=device), requires_grad=False)
-        layer.packed = False
+        layer.rows, layer.packed = rows, False
 
     def load(self, layer: LinearWeights, tensor: torch.Tensor, rows: slice) -> None:
         layer.weight[rows].copy_(tensor)
 
     def finalize(self, layer: LinearWeights) -> None:
-        layer.packed = packs(layer.weight.device, layer.weight.dtype)
+        weight = layer.weight.detach()
+        layer.packed = self._ops.packs(weight.device, weight.dtype)
         if layer.packed:
-            packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
-            layer.weight = nn.Parameter(packed, requires_grad=False)
+            layer.weight = nn.Parameter(self._ops.pack(weight, gated=self._fuses(layer)), requires_grad=False)
+
+    def num_bytes(self, layer: LinearWeights, device: torch.device) -> int | None:
+        (rows, cols), dtype = layer.weight.shape, layer.weight.dtype
+        if not self._ops.packs(device, dtype):
+            return None
+        return self._ops.packed_numel(rows, cols, dtype, gated=self._fuses(layer)) * dtype.itemsize
 
     def apply(self, layer: LinearWeights, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if layer.gate is None:
+            return self._apply(layer, x, bias)
+        if layer.packed and self._fuses(layer):
+            return self._ops.gated_linear(x, layer.weight, layer.rows, bias, layer.gate)
+        gate, up = self._apply(layer, x, bias).chunk(2, dim=-1)
+        return activation(layer.gate)(gate) * up
+
+    def _apply(self, layer: LinearWeights, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if layer.packed:
-            # oneDNN sums a single row in another order; as one of two it gets the bits it has in any batch
-            rows = x.expand(2, -1) if len(x) == 1 else x
-            return torch.ops.mkldnn._linear_pointwise(rows, layer.weight, bias, "none", [], "")[: len(x)]
+            return self._ops.linear(x, layer.weight, layer.rows, bias)
         return F.linear(x, layer.weight, bias)
 
-
-def packs(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether plain weights are packed here: a linear layer then has one of its own, even if it is tied."""
-    return (
-        device.type == "cpu"
-        and dtype == torch.bfloat16
-        and torch.backends.mkldnn.is_available()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    def _fuses(self, layer: LinearWeights) -> bool:
+        return layer.gate is not None and self._ops.gates(layer.gate)

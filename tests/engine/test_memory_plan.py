@@ -57,7 +57,7 @@ def test_nothing_is_allocated_for_a_plan(tmp_path):
     sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "vocab_size": 128256}
     sizes |= {"num_attention_heads": 64, "num_key_value_heads": 8, "max_position_embeddings": 8192}
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], **sizes}))
-    model, _ = planned(tmp_path, dtype="bfloat16")
+    model, _ = planned(tmp_path, dtype="bfloat16", kernels="torch")
     assert model.weights == 2 * 70_553_706_496
     assert model.kv_bytes_per_token == 2 * 80 * 8 * 128 * 2
 
@@ -65,7 +65,7 @@ def test_nothing_is_allocated_for_a_plan(tmp_path):
 def test_ranks_share_linear_layers_vocabulary_and_heads(tmp_path):
     """The vocabulary of 131 is padded to 132; norms are on every rank."""
     path = make_tiny_model("qwen2", tmp_path, intermediate_size=102)
-    (one, _), (third, config) = (planned(path, tp) for tp in (1, 3))
+    (one, _), (third, config) = (planned(path, tp, kernels="torch") for tp in (1, 3))
     hidden, layers = 60, 3
     norms = (2 * layers + 1) * hidden * 4
     assert (one.replicated, third.replicated) == ({}, {"RMSNorm": norms})

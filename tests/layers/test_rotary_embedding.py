@@ -159,12 +159,12 @@ def test_rotation_is_that_of_transformers_up_to_position_131071(scaling):
     hf_q, hf_k = modeling_llama.apply_rotary_pos_emb(q, k, hf_cos, hf_sin)
 
     layer = RotaryEmbedding(64, RopeConfig.from_hf(config), context(max_model_len=131072))
-    cos, sin = layer(positions)
+    cos, sin, ops = layer(positions)
     assert cos.shape == (len(positions), 1, 32)
     # dynamic: transformers raises the base in fp32 there, in the middle of a forward pass
     tolerance = 2e-2 if scaling["rope_type"] == "dynamic" else 2e-6
     for x, wanted in ((q, hf_q), (k, hf_k)):
-        out = apply_rotary(x[0].transpose(0, 1), cos, sin)
+        out = apply_rotary(x[0].transpose(0, 1), cos, sin, ops)
         torch.testing.assert_close(out, wanted[0].transpose(0, 1), rtol=0, atol=tolerance)
 
 
@@ -178,7 +178,7 @@ def test_scalings_by_length_are_those_of_a_sequence_of_max_model_len(kind, lengt
     config = {"max_position_embeddings": 256, "rope_parameters": {"rope_theta": 10000.0, **scaling}}
     rotary = modeling_llama.LlamaRotaryEmbedding(hf_llama(config, 16))
     wanted_cos, wanted_sin = rotary(torch.empty(0), torch.arange(length)[None])
-    cos, sin = RotaryEmbedding(16, RopeConfig.from_hf(config), context(length))(torch.arange(length))
+    cos, sin, _ = RotaryEmbedding(16, RopeConfig.from_hf(config), context(length))(torch.arange(length))
     torch.testing.assert_close(cos[:, 0], wanted_cos[0, :, :8], rtol=0, atol=1e-4)
     torch.testing.assert_close(sin[:, 0], wanted_sin[0, :, :8], rtol=0, atol=1e-4)
     short = inverse_frequencies(16, RopeConfig.from_hf(config))
@@ -367,10 +367,10 @@ def test_partial_rotation_is_that_of_gpt_neox(share, scaling):
     wanted = modeling_gpt_neox.apply_rotary_pos_emb(q, k, *cos_sin)
 
     rope = RopeConfig.from_hf(config)
-    cos, sin = RotaryEmbedding(rope.rotary_dim(80), rope, context(512))(positions)
+    cos, sin, ops = RotaryEmbedding(rope.rotary_dim(80), rope, context(512))(positions)
     assert cos.shape == (4, 1, int(80 * share) // 2)
     for x, rotated in zip((q, k), wanted, strict=True):
-        out = apply_rotary(x[0].transpose(0, 1), cos, sin)
+        out = apply_rotary(x[0].transpose(0, 1), cos, sin, ops)
         torch.testing.assert_close(out, rotated[0].transpose(0, 1), rtol=0, atol=1e-6)
         passed = slice(int(80 * share), None)
         assert torch.equal(out[..., passed], x[0].transpose(0, 1)[..., passed])
@@ -392,16 +392,16 @@ def test_rotation_keeps_positions_relative_and_lengths():
 @pytest.mark.parametrize("head_dim", [16, 24])
 def test_rotation_is_computed_in_fp32(head_dim):
     layer = RotaryEmbedding(16, PLAIN, context())
-    cos, sin = layer(torch.tensor([97]))
-    assert cos.dtype == sin.dtype == torch.float32
+    rope = layer(torch.tensor([97]))
+    assert rope.cos.dtype == rope.sin.dtype == torch.float32
     x = normal(1, 2, head_dim).bfloat16()
-    out = apply_rotary(x, cos, sin)
+    out = apply_rotary(x, *rope)
     assert out.dtype == torch.bfloat16
-    assert torch.equal(out, apply_rotary(x.float(), cos, sin).bfloat16())
+    assert torch.equal(out, apply_rotary(x.float(), *rope).bfloat16())
 
 
 def test_tables_cover_every_position():
     layer = RotaryEmbedding(16, PLAIN, context(max_model_len=37))
-    cos, _ = layer(torch.tensor([36]))
+    cos, _, _ = layer(torch.tensor([36]))
     wanted = np.cos(36 * 10000.0 ** -(np.arange(0, 16, 2) / 16))
     np.testing.assert_allclose(cos[0, 0], wanted, atol=1e-5)

@@ -1,0 +1,92 @@
+"""Ops: what layers compute with, and which maker's is taken."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Protocol
+
+import torch
+
+from nanovllm.errors import ConfigError
+from nanovllm.ops.library import Library, NativeUnavailable, load_library
+from nanovllm.ops.native import NativeOps
+from nanovllm.ops.torch_ops import TorchOps
+
+logger = logging.getLogger(__name__)
+
+
+class Ops(Protocol):
+    """One object serves all layers. What each gives does not depend on the other rows."""
+
+    name: str
+
+    def hidden_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Of what flows between layers, of norms' weights and of biases, where weights have `dtype`."""
+        ...
+
+    def packs(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether `linear` wants such weights packed; a linear layer then has one of its own."""
+        ...
+
+    def packed_numel(self, rows: int, cols: int, dtype: torch.dtype, *, gated: bool) -> int:
+        """Elements of such a weight once packed."""
+        ...
+
+    def gates(self, act: str) -> bool:
+        """Whether there is a `gated_linear` for this activation."""
+        ...
+
+    def pack(self, weight: torch.Tensor, *, gated: bool) -> torch.Tensor:
+        """[N, K] into the form that `linear` takes, or `gated_linear` where `gated`."""
+        ...
+
+    def linear(self, x: torch.Tensor, packed: torch.Tensor, rows: int, bias: torch.Tensor | None) -> torch.Tensor:
+        """x [T, K] @ weight.T + bias -> [T, rows]."""
+        ...
+
+    def gated_linear(
+        self, x: torch.Tensor, packed: torch.Tensor, rows: int, bias: torch.Tensor | None, act: str
+    ) -> torch.Tensor:
+        """The weight's and the bias's first half is the gate's: act(gate(x)) * up(x) -> [T, rows / 2]."""
+        ...
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """[..., size]; statistics in fp32."""
+        ...
+
+    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+        """[..., size]; statistics in fp32."""
+        ...
+
+    def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Heads x [T, H, D] by cos and sin [T, 1, R / 2], R <= D; computed in fp32, returned in x's dtype."""
+        ...
+
+
+def select_ops(name: str, device: torch.device, dtype: torch.dtype) -> Ops:
+    """The configured maker, or for "auto" the native one wherever it can run.
+
+    ConfigError if "native" cannot run. Where it only was not built, the log tells what is lost.
+    """
+    if name == "torch":
+        return TorchOps()
+    reason = NativeOps.unsupported_reason(device, dtype)
+    if reason is None:
+        library = _library_or_reason()
+        if isinstance(library, Library):
+            return NativeOps(library)
+        reason = library
+        if name == "auto":
+            logger.warning("%s; torch's kernels run instead, at about half the speed", reason)
+    if name == "native":
+        raise ConfigError(f"kernels='native': {reason}")
+    return TorchOps()
+
+
+@functools.cache
+def _library_or_reason() -> Library | str:
+    try:
+        return load_library()
+    except NativeUnavailable as error:
+        return str(error)

@@ -1,0 +1,76 @@
+"""The shared library of csrc/, loaded by ctypes when a model is first built on a CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+from typing import Any
+
+from nanovllm.errors import ConfigError
+
+_PATH = Path(__file__).parents[1] / "csrc" / "libnanovllm.so"
+_ABI = 1  # of csrc/library.cpp
+_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_ROWS = [_POINTER, _LONG, _LONG, _LONG, _LONG, _LONG]  # x, outer, inner, their strides, size
+_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "nv_abi": (_INT, []),
+    "nv_level": (ctypes.c_char_p, []),
+    "nv_set_level": (_INT, [ctypes.c_char_p]),
+    "nv_pack": (None, [_POINTER, _POINTER, _LONG, _LONG, _INT, _LONG, _LONG, _INT]),
+    "nv_linear": (
+        None,
+        [_POINTER, _LONG, _INT, _POINTER, _INT, _POINTER, _POINTER, _LONG, _INT, _LONG, _LONG, _LONG, _INT, _INT],
+    ),
+    "nv_rms_norm": (None, [*_ROWS, _POINTER, _FLOAT, _POINTER, _INT]),
+    "nv_layer_norm": (None, [*_ROWS, _POINTER, _POINTER, _FLOAT, _POINTER, _INT]),
+    "nv_rope": (None, [*_ROWS, _POINTER, _POINTER, _LONG, _POINTER, _INT]),
+}
+LEVELS = ("generic", "avx2", "avx512", "avx512bf16")
+
+
+class NativeUnavailable(Exception):
+    """Why there is no library; for the log."""
+
+
+class Library:
+    """The C functions, typed once: a call costs about a microsecond."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            library = ctypes.CDLL(str(path))
+            found = library.nv_abi()
+        except (OSError, AttributeError) as error:
+            raise NativeUnavailable(f"the native kernels in {path} do not load ({error})") from error
+        if found != _ABI:
+            raise NativeUnavailable(f"the native kernels in {path} are of another version; install again")
+        for name, (result, arguments) in _FUNCTIONS.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+        self.pack = library.nv_pack
+        self.linear = library.nv_linear
+        self.rms_norm = library.nv_rms_norm
+        self.layer_norm = library.nv_layer_norm
+        self.rope = library.nv_rope
+        self._level, self._set_level = library.nv_level, library.nv_set_level
+
+    @property
+    def level(self) -> str:
+        """The instruction set that is used."""
+        return self._level().decode()
+
+    def set_level(self, level: str) -> bool:
+        """For the whole process; False if this processor or build has no such level."""
+        return self._set_level(level.encode()) == 0
+
+
+def load_library() -> Library:
+    """NANOVLLM_ISA names the level; the processor's best without it. NativeUnavailable, or ConfigError
+    for a level that is not to be had."""
+    if not _PATH.exists():
+        raise NativeUnavailable("the native kernels were not built (a C++ compiler was missing at installation)")
+    library = Library(_PATH)
+    level = os.environ.get("NANOVLLM_ISA")
+    if level is not None and not library.set_level(level):
+        raise ConfigError(f"NANOVLLM_ISA={level!r}: not one of {', '.join(LEVELS)} that runs here")
+    return library

@@ -1,0 +1,130 @@
+"""Ops of csrc/: CPU kernels whose rows do not know of one another."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from nanovllm.ops.library import Library
+
+_PANEL = 16  # rows of a weight that lie side by side once packed; csrc/kernels.h
+_GATES = {"silu": 1, "swish": 1, "gelu": 2, "gelu_fast": 3, "gelu_new": 3, "gelu_pytorch_tanh": 3, "relu": 4}
+
+
+class NativeOps:
+    """The hidden stream is fp32; weights are bfloat16 or fp32. Rows that meet bfloat16 weights are rounded
+    inside. A row's bits depend neither on the other rows nor on their number, nor on the threads."""
+
+    name = "native"
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+
+    @staticmethod
+    def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type != "cpu":
+            return f"runs on the CPU, not on {device.type}"
+        return None if dtype in (torch.bfloat16, torch.float32) else f"has no kernels for {dtype}"
+
+    def hidden_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float32
+
+    def packs(self, device: torch.device, dtype: torch.dtype) -> bool:
+        return True
+
+    def packed_numel(self, rows: int, cols: int, dtype: torch.dtype, *, gated: bool) -> int:
+        return math.prod(_packed_shape(rows, cols, dtype, gated=gated))
+
+    def gates(self, act: str) -> bool:
+        return act in _GATES
+
+    def pack(self, weight: torch.Tensor, *, gated: bool) -> torch.Tensor:
+        rows, cols = weight.shape
+        packed = weight.new_zeros(_packed_shape(rows, cols, weight.dtype, gated=gated))
+        parts = weight.chunk(2) if gated else (weight,)
+        for i, part in enumerate(parts):
+            part = part.contiguous()
+            address, size = part.data_ptr(), part.itemsize
+            self._library.pack(address, packed.data_ptr(), *part.shape, size, i, len(parts), torch.get_num_threads())
+        return packed
+
+    def linear(self, x: torch.Tensor, packed: torch.Tensor, rows: int, bias: torch.Tensor | None) -> torch.Tensor:
+        return self._linear(x, packed, bias, torch.empty(len(x), rows), 0)
+
+    def gated_linear(
+        self, x: torch.Tensor, packed: torch.Tensor, rows: int, bias: torch.Tensor | None, act: str
+    ) -> torch.Tensor:
+        """Rounded to a bfloat16 weight's dtype, as the next linear layer would round it anyway."""
+        return self._linear(x, packed, bias, torch.empty(len(x), rows // 2, dtype=packed.dtype), _GATES[act])
+
+    def _linear(
+        self, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, gate: int
+    ) -> torch.Tensor:
+        if x.stride(1) != 1 or (x.dtype != torch.float32 and x.dtype != packed.dtype):
+            x = x.float().contiguous()
+        count, cols = x.shape
+        rows = out.shape[1]
+        self._library.linear(
+            x.data_ptr(),
+            x.stride(0),
+            x.dtype == torch.bfloat16,
+            packed.data_ptr(),
+            packed.dtype == torch.bfloat16,
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            rows,
+            out.dtype == torch.bfloat16,
+            count,
+            rows,
+            cols,
+            gate,
+            torch.get_num_threads(),
+        )
+        return out
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        x = _fp32_rows(x)
+        out = torch.empty(x.shape)
+        self._library.rms_norm(*_rows(x), weight.data_ptr(), eps, out.data_ptr(), torch.get_num_threads())
+        return out
+
+    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+        x = _fp32_rows(x)
+        out = torch.empty(x.shape)
+        offset = None if bias is None else bias.data_ptr()
+        self._library.layer_norm(*_rows(x), weight.data_ptr(), offset, eps, out.data_ptr(), torch.get_num_threads())
+        return out
+
+    def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        rows = _fp32_rows(x)
+        out = torch.empty(rows.shape)
+        half = cos.shape[-1]
+        cos, sin = cos.contiguous(), sin.contiguous()
+        self._library.rope(*_rows(rows), cos.data_ptr(), sin.data_ptr(), half, out.data_ptr(), torch.get_num_threads())
+        return out.to(x.dtype)
+
+
+def _packed_shape(rows: int, cols: int, dtype: torch.dtype, *, gated: bool) -> tuple[int, int, int, int]:
+    """[panels, steps, 16, columns a step]: zeros beyond the weight, an even number of panels; where gated,
+    panels of the gate and of the other half in turn."""
+    panels = -(-rows // (2 * _PANEL))  # of each half, or pairs of them
+    per_step = 4 // dtype.itemsize
+    return 2 * panels, -(-cols // per_step), _PANEL, per_step
+
+
+def _fp32_rows(x: torch.Tensor) -> torch.Tensor:
+    """As it is if the kernels can read it."""
+    if x.dtype == torch.float32 and x.dim() in (2, 3) and x.stride(-1) == 1:
+        return x
+    return x.float().contiguous()
+
+
+def _rows(x: torch.Tensor) -> tuple[int, int, int, int, int, int]:
+    """Address, outer and inner number of rows, their strides, size."""
+    if x.dim() == 2:
+        return x.data_ptr(), x.shape[0], 1, x.stride(0), 0, x.shape[1]
+    if x.dim() == 3:
+        return x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), x.stride(1), x.shape[2]
+    size = x.shape[-1]
+    return x.data_ptr(), x.numel() // size, 1, size, 0, size

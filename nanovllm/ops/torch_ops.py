@@ -1,0 +1,57 @@
+"""Ops of torch: any device and dtype, and the reference of the others."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+class TorchOps:
+    """The hidden stream has the weights' dtype. On CPUs that multiply bfloat16, weights are packed for oneDNN.
+
+    Packing saves oneDNN from reordering the weight on every call: 1.6x at one row and 1.6x at
+    32 on a 576 x 3072 matrix (docs/benchmarks.md).
+    """
+
+    name = "torch"
+
+    def hidden_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
+    def packs(self, device: torch.device, dtype: torch.dtype) -> bool:
+        return (
+            device.type == "cpu"
+            and dtype == torch.bfloat16
+            and torch.backends.mkldnn.is_available()
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        )
+
+    def packed_numel(self, rows: int, cols: int, dtype: torch.dtype, *, gated: bool) -> int:
+        return rows * cols
+
+    def gates(self, act: str) -> bool:
+        return False
+
+    def pack(self, weight: torch.Tensor, *, gated: bool) -> torch.Tensor:
+        assert not gated
+        return torch.ops.mkldnn._reorder_linear_weight(weight)
+
+    def linear(self, x: torch.Tensor, packed: torch.Tensor, rows: int, bias: torch.Tensor | None) -> torch.Tensor:
+        # oneDNN sums a single row in another order; as one of two it gets the bits it has in any batch
+        doubled = x.expand(2, -1) if len(x) == 1 else x
+        return torch.ops.mkldnn._linear_pointwise(doubled, packed, bias, "none", [], "")[: len(x)]
+
+    def gated_linear(
+        self, x: torch.Tensor, packed: torch.Tensor, rows: int, bias: torch.Tensor | None, act: str
+    ) -> torch.Tensor:
+        raise NotImplementedError(act)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+    def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        first, second, *rest = x.float().split(cos.shape[-1], dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin, *rest), dim=-1).to(x.dtype)
