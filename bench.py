@@ -106,11 +106,14 @@ def make_workload(args: argparse.Namespace, vocab_size: int, seed: int) -> list[
 
 
 class NanoVLLM:
+    kernels = "auto"
+
     def __init__(self, args: argparse.Namespace, paths: dict[str, str]) -> None:
         from nanovllm import LLM, SamplingParams
 
         # a GGUF file is the same weights for every engine; a dummy model exists only here
-        self.llm = LLM(args.model, dtype=args.dtype, load_format=args.load_format, skip_tokenizer_init=True)
+        self.llm = LLM(args.model, dtype=args.dtype, load_format=args.load_format, kernels=self.kernels,
+                       skip_tokenizer_init=True)  # fmt: skip
         self.params = SamplingParams
 
     def run(self, workload: list[tuple[list[int], int]]) -> dict[str, float]:
@@ -120,6 +123,12 @@ class NanoVLLM:
         outputs = self.llm.generate([p for p, _ in workload], params, use_tqdm=False)
         assert [len(o["token_ids"]) for o in outputs] == [n for _, n in workload]
         return {"steps": self.llm.engine.stats.steps - steps}
+
+
+class TorchKernels(NanoVLLM):
+    """The same without the native kernels."""
+
+    kernels = "torch"
 
 
 class HuggingFace:
@@ -212,7 +221,8 @@ class OpenVINO:
         return {}
 
 
-ENGINES = {"nanovllm": NanoVLLM, "hf": HuggingFace, "vllm": VLLM, "llamacpp": LlamaCpp, "openvino": OpenVINO}
+ENGINES = {"nanovllm": NanoVLLM, "nanovllm-torch": TorchKernels, "hf": HuggingFace, "vllm": VLLM,
+           "llamacpp": LlamaCpp, "openvino": OpenVINO}  # fmt: skip
 
 
 def serve(args: argparse.Namespace) -> None:
@@ -359,12 +369,12 @@ def report(args: argparse.Namespace, workers: list[Worker], probe: dict[str, flo
     print(f"\n{args.model}, {args.dtype}: {args.num_seqs} sequences, input {args.min_input}-{args.max_input}, "
           f"output {args.min_output}-{args.max_output}, median of {args.rounds}; {probe}")  # fmt: skip
     print(
-        f"{'engine':<10} {'seconds':>8} {'input tok/s':>12} {'output tok/s':>13} {'GB/s':>6} {'load s':>7} {'ratio':>6}"
+        f"{'engine':<14} {'seconds':>8} {'input tok/s':>12} {'output tok/s':>13} {'GB/s':>6} {'load s':>7} {'ratio':>6}"
     )
     for worker, row in zip(workers, rows, strict=True):
         speed = f"{row['gb_per_s']:.1f}" if "gb_per_s" in row else "-"
         ratio = rows[0]["seconds"] / row["seconds"]
-        print(f"{worker.name:<10} {row['seconds']:8.2f} {row['input']:12.0f} {row['output']:13.0f} {speed:>6} "
+        print(f"{worker.name:<14} {row['seconds']:8.2f} {row['input']:12.0f} {row['output']:13.0f} {speed:>6} "
               f"{row['load']:7.1f} {ratio:6.2f}")  # fmt: skip
     print_json(args, probe=probe, results={w.name: r for w, r in zip(workers, rows, strict=True)})
 
