@@ -16,7 +16,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "load_format": ("auto", "safetensors", "pt", "gguf", "dummy"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "device": ("auto", "cpu", "cuda"),
-    "attention_backend": ("auto", "cpu", "reference"),
+    "attention_backend": ("auto", "native", "cpu", "reference"),
     "kernels": ("auto", "native", "torch"),
     "scheduling_policy": ("fcfs", "priority"),
 }

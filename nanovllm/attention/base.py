@@ -54,6 +54,7 @@ class AttentionBackend(Protocol):
 
 # in order of preference; the oracle comes last
 _BACKENDS = {
+    "native": "nanovllm.attention.native:NativeAttention",
     "cpu": "nanovllm.attention.cpu:CPUAttention",
     "reference": "nanovllm.attention.reference:ReferenceAttention",
 }
@@ -64,8 +65,8 @@ def load_backend(name: str) -> AttentionBackend:
     return getattr(importlib.import_module(module), cls)()
 
 
-def select_backend(name: str, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
-    """The configured backend, or for "auto" the first that runs on this device and dtype.
+def select_backend(name: str, device: torch.device, dtype: torch.dtype, block_size: int = 16) -> AttentionBackend:
+    """The configured backend, or for "auto" the first that runs with this device, dtype and page size.
 
     Whether it serves a given layer is checked once the layer is known (`require_support`).
     """
@@ -74,7 +75,7 @@ def select_backend(name: str, device: torch.device, dtype: torch.dtype) -> Atten
     probe = PagedKVSpec(num_kv_heads=1, head_dim=64, dtype=dtype)
     for candidate in _BACKENDS:
         backend = load_backend(candidate)
-        if backend.unsupported_reason(device, dtype, probe, 16) is None:
+        if backend.unsupported_reason(device, dtype, probe, block_size) is None:
             return backend
     raise AssertionError("the reference backend runs everywhere")
 

@@ -38,6 +38,31 @@ struct Rows {
     float* y;
 };
 
+// Attention of a step's queries over pages; layout of the cache: attention.h.
+struct AttentionCall {
+    const float* q;  // [tokens][heads][head_dim], tokens q_stride elements apart
+    int64_t q_stride;
+    float* out;  // [tokens][heads][head_dim]
+    const void *keys, *values;
+    int64_t page_size, heads, kv_heads, head_dim, batch;
+    const int32_t *query_start, *seq_lens, *tables;  // [batch + 1], [batch], [batch][table_stride]
+    int64_t table_stride;
+    float scale;
+    int64_t window;       // keys that a query sees, itself among them; 0 for all
+    const float* slopes;  // ALiBi, [heads] or null
+    bool rounded;
+    float factor;
+};
+
+// A step's keys and values, [tokens][kv_heads][head_dim], into their slots.
+struct StoreCall {
+    const float *k, *v;
+    int64_t k_stride, v_stride, tokens;
+    const int64_t* slots;
+    void *keys, *values;
+    int64_t page_size, kv_heads, head_dim;
+};
+
 struct Kernels {
     const char* name;
     void (*linear_bf16)(const Linear&, int threads);
@@ -45,6 +70,10 @@ struct Kernels {
     void (*rms_norm)(const Rows&, const float* weight, float eps, int threads);
     // bias may be null
     void (*layer_norm)(const Rows&, const float* weight, const float* bias, float eps, int threads);
+    void (*attention_bf16)(const AttentionCall&, int threads);
+    void (*attention_f32)(const AttentionCall&, int threads);
+    void (*store_bf16)(const StoreCall&, int threads);
+    void (*store_f32)(const StoreCall&, int threads);
     // cos and sin: [outer][half]; pairs are (i, i + half); what lies behind them is copied
     void (*rope)(const Rows&, const float* cos, const float* sin, int64_t half, int threads);
 };

@@ -1,13 +1,23 @@
 // One level: every kernel, compiled for the instruction set that the including file is compiled for.
 #pragma once
 
+#include "attention.h"
 #include "gemm.h"
 #include "rows.h"
 
 namespace {
 
 constexpr Kernels table(const char* name) {
-    return {name, linear<Bf16Weight>, linear<F32Weight>, rms_norm, layer_norm, rope};
+    return {name,
+            linear<Bf16Weight>,
+            linear<F32Weight>,
+            rms_norm,
+            layer_norm,
+            attention<Bf16Weight>,
+            attention<F32Weight>,
+            store_kv<Bf16Weight>,
+            store_kv<F32Weight>,
+            rope};
 }
 
 }  // namespace

@@ -38,7 +38,7 @@ const Kernels* active = best();
 extern "C" {
 
 // Raised whenever a function below changes; ops/library.py must agree.
-int nv_abi() { return 1; }
+int nv_abi() { return 2; }
 
 const char* nv_level() { return active->name; }
 
@@ -94,5 +94,22 @@ void nv_layer_norm(const float* x, int64_t outer, int64_t inner, int64_t outer_s
 void nv_rope(const float* x, int64_t outer, int64_t inner, int64_t outer_stride, int64_t inner_stride, int64_t size,
              const float* cos, const float* sin, int64_t half, float* y, int threads) {
     active->rope({x, outer, inner, outer_stride, inner_stride, size, y}, cos, sin, half, threads);
+}
+
+void nv_attention(const float* q, int64_t q_stride, float* out, const void* keys, const void* values, int bf16,
+                  int64_t page_size, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t batch,
+                  const int32_t* query_start, const int32_t* seq_lens, const int32_t* tables, int64_t table_stride,
+                  float scale, int64_t window, const float* slopes, int rounded, float factor, int threads) {
+    const AttentionCall call = {q,     q_stride,    out,      keys,   values,       page_size, heads,
+                                kv_heads, head_dim, batch,    query_start, seq_lens, tables, table_stride,
+                                scale, window,      slopes,   rounded != 0, factor};
+    (bf16 ? active->attention_bf16 : active->attention_f32)(call, threads);
+}
+
+void nv_store_kv(const float* k, const float* v, int64_t k_stride, int64_t v_stride, int64_t tokens,
+                 const int64_t* slots, void* keys, void* values, int bf16, int64_t page_size, int64_t kv_heads,
+                 int64_t head_dim, int threads) {
+    const StoreCall call = {k, v, k_stride, v_stride, tokens, slots, keys, values, page_size, kv_heads, head_dim};
+    (bf16 ? active->store_bf16 : active->store_f32)(call, threads);
 }
 }

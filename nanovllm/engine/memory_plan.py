@@ -57,7 +57,7 @@ def footprint(model_class: type[CausalLM], model_config: ModelConfig, config: En
     """
     assert config.max_model_len is not None
     device, dtype = torch.device(config.device), getattr(torch, config.dtype)
-    backend = select_backend(config.attention_backend, device, dtype)
+    backend = select_backend(config.attention_backend, device, dtype, config.kvcache_block_size)
     ops = select_ops(config.kernels, device, dtype)
     model = model_class(model_config, BuildContext(torch.device("meta"), dtype, backend, config.max_model_len, ops=ops))
     group = TPGroup(0, tp)

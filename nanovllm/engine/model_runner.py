@@ -39,7 +39,9 @@ class ModelRunner:
         self._device = torch.device(config.device)
         self._block_size = config.kvcache_block_size
         dtype: torch.dtype = getattr(torch, config.dtype)
-        self._backend: AttentionBackend = select_backend(config.attention_backend, self._device, dtype)
+        self._backend: AttentionBackend = select_backend(
+            config.attention_backend, self._device, dtype, self._block_size
+        )
         ops = select_ops(config.kernels, self._device, dtype)
         ctx = BuildContext(self._device, dtype, self._backend, config.max_model_len, ops=ops)
         self._model = model_class(model_config, ctx)

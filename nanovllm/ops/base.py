@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from typing import Protocol
 
 import torch
 
 from nanovllm.errors import ConfigError
-from nanovllm.ops.library import Library, NativeUnavailable, load_library
+from nanovllm.ops.library import Library, library_or_reason
 from nanovllm.ops.native import NativeOps
 from nanovllm.ops.torch_ops import TorchOps
 
@@ -73,7 +72,7 @@ def select_ops(name: str, device: torch.device, dtype: torch.dtype) -> Ops:
         return TorchOps()
     reason = NativeOps.unsupported_reason(device, dtype)
     if reason is None:
-        library = _library_or_reason()
+        library = library_or_reason()
         if isinstance(library, Library):
             return NativeOps(library)
         reason = library
@@ -82,11 +81,3 @@ def select_ops(name: str, device: torch.device, dtype: torch.dtype) -> Ops:
     if name == "native":
         raise ConfigError(f"kernels='native': {reason}")
     return TorchOps()
-
-
-@functools.cache
-def _library_or_reason() -> Library | str:
-    try:
-        return load_library()
-    except NativeUnavailable as error:
-        return str(error)

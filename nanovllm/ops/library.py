@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from nanovllm.errors import ConfigError
 
 _PATH = Path(__file__).parents[1] / "csrc" / "libnanovllm.so"
-_ABI = 1  # of csrc/library.cpp
+_ABI = 2  # of csrc/library.cpp
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ROWS = [_POINTER, _LONG, _LONG, _LONG, _LONG, _LONG]  # x, outer, inner, their strides, size
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
@@ -24,6 +25,19 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     ),
     "nv_rms_norm": (None, [*_ROWS, _POINTER, _FLOAT, _POINTER, _INT]),
     "nv_layer_norm": (None, [*_ROWS, _POINTER, _POINTER, _FLOAT, _POINTER, _INT]),
+    "nv_attention": (
+        None,
+        [
+            *(_POINTER, _LONG, _POINTER, _POINTER, _POINTER, _INT),  # q, its stride, out, keys, values, bfloat16?
+            *(_LONG, _LONG, _LONG, _LONG),  # page size, heads, key/value heads, head size
+            *(_LONG, _POINTER, _POINTER, _POINTER, _LONG),  # batch, query_start, seq_lens, tables, their stride
+            *(_FLOAT, _LONG, _POINTER, _INT, _FLOAT, _INT),  # scale, window, slopes, rounded?, factor, threads
+        ],
+    ),
+    "nv_store_kv": (
+        None,
+        [_POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _INT, _LONG, _LONG, _LONG, _INT],
+    ),
     "nv_rope": (None, [*_ROWS, _POINTER, _POINTER, _LONG, _POINTER, _INT]),
 }
 LEVELS = ("generic", "avx2", "avx512", "avx512bf16")
@@ -52,6 +66,8 @@ class Library:
         self.rms_norm = library.nv_rms_norm
         self.layer_norm = library.nv_layer_norm
         self.rope = library.nv_rope
+        self.attention = library.nv_attention
+        self.store_kv = library.nv_store_kv
         self._level, self._set_level = library.nv_level, library.nv_set_level
 
     @property
@@ -74,3 +90,12 @@ def load_library() -> Library:
     if level is not None and not library.set_level(level):
         raise ConfigError(f"NANOVLLM_ISA={level!r}: not one of {', '.join(LEVELS)} that runs here")
     return library
+
+
+@functools.cache
+def library_or_reason() -> Library | str:
+    """The library, loaded once, or why there is none."""
+    try:
+        return load_library()
+    except NativeUnavailable as error:
+        return str(error)

@@ -1,0 +1,423 @@
+// Attention over pages, for prompt chunks and decoding sequences in one call.
+//
+// The rows of a task are the queries (token, query head) that read one key/value head, up to ROWS of
+// them, whatever tokens they belong to. Keys are walked in spans of SPAN at absolute positions: a span
+// gives each row its largest score, its sum and its weighted values, and spans are merged in order.
+// So a row's bits depend on its own keys alone, however a prompt is cut and whoever shares the task,
+// and spans may be computed by different threads.
+//
+// Keys lie as [page][head][page size / 16][D / 2][16][2] bfloat16 or [page][head][page size / 16][D][16]
+// float: sixteen keys are the lanes of a vector. Values lie as [page][head][page size / 2][D][2] or
+// [page][head][page size][D]: lanes are dimensions. Both are what `step` multiplies as it is.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "gemm.h"
+#include "rows.h"
+
+namespace {
+
+using namespace nanovllm;
+
+constexpr int SPAN = 256;  // keys
+constexpr int TILE = 16;   // keys side by side
+constexpr int TILE_VECTORS = TILE / WIDTH;
+constexpr int ROWS = 14;
+constexpr int MAX_HEAD = 256;
+constexpr float UNSEEN = -std::numeric_limits<float>::infinity();
+constexpr int64_t WORTH_THREADS = 1 << 17;  // multiplications; below, waking a thread costs more than it saves
+
+// --- what a task works with --------------------------------------------------------------------
+
+// Where one key/value head of a sequence lies.
+template <class W>
+struct Pages {
+    static constexpr int64_t BYTES = W::K_PER_STEP == 2 ? 2 : 4;  // of an element
+    const char *keys, *values;                                    // of this head in page 0
+    int64_t page_bytes;                                           // from a page to the next
+    const int32_t* table;
+    int64_t page_size, head_dim;
+
+    // position: a multiple of TILE
+    const char* at(const char* base, int64_t position) const {
+        return base + table[position / page_size] * page_bytes + position % page_size * head_dim * BYTES;
+    }
+};
+
+struct Row {
+    int64_t position, first;  // it sees the keys [first, position]
+    float slope;
+    float* out;
+};
+
+// Up to ROWS queries that read the same head of the same sequence.
+template <class W>
+struct Task {
+    static constexpr int64_t STRIDE = MAX_HEAD / W::K_PER_STEP * W::PER_STEP;
+    Pages<W> pages;
+    int count;
+    int64_t first_key, last_key;  // [first, last) that any of the rows sees
+    Row rows[ROWS];
+    alignas(64) typename W::Element q[ROWS][STRIDE];
+};
+
+// What a row has of some keys: the largest score, the sum of the weights relative to it, and the sum
+// of the values by these weights.
+struct Gathered {
+    float largest, total;
+    alignas(64) float values[MAX_HEAD];
+};
+
+template <class W>
+struct Scratchpad {
+    static constexpr int64_t STRIDE = SPAN / W::K_PER_STEP * W::PER_STEP;
+    alignas(64) float scores[ROWS][SPAN];
+    alignas(64) typename W::Element weights[ROWS][STRIDE];
+};
+
+// --- products ------------------------------------------------------------------------------------
+
+// scores[row][key] of N tiles of keys from `position` on.
+template <class W, int R, int N>
+void score_tiles(const typename W::Element* q, const Pages<W>& pages, int64_t position, float* scores) {
+    constexpr int NV = N * TILE_VECTORS;
+    V acc[R][NV] = {};
+    const char* at[N];
+    for (int j = 0; j < N; ++j) at[j] = pages.at(pages.keys, position + j * TILE);
+    const int64_t steps = pages.head_dim / W::K_PER_STEP;
+    for (int64_t d = 0; d < steps; ++d) {
+        V b[NV];
+#pragma GCC unroll 8
+        for (int j = 0; j < NV; ++j)
+            b[j] = load(at[j / TILE_VECTORS] + d * STEP_BYTES + j % TILE_VECTORS * sizeof(V));
+#pragma GCC unroll 16
+        for (int i = 0; i < R; ++i) W::template step<NV>(acc[i], b, q + i * Task<W>::STRIDE + d * W::PER_STEP);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 8
+        for (int j = 0; j < NV; ++j) store(scores + i * SPAN + j * WIDTH, acc[i][j]);
+}
+
+// values[row][dim] of N vectors of dimensions from `dim` on, the last one `lanes` wide, summed over
+// the keys [first, last) of a span.
+template <class W, int R, int N>
+void sum_values(const typename W::Element* weights, const Pages<W>& pages, int64_t span, int64_t first, int64_t last,
+                int64_t dim, int64_t lanes, Gathered* to) {
+    V acc[R][N] = {};
+    for (int64_t key = first; key < last; key += TILE) {
+        const char* v = pages.at(pages.values, span + key) + dim * sizeof(float);
+        const int64_t steps = divide_up(std::min<int64_t>(TILE, last - key), W::K_PER_STEP);
+        const typename W::Element* w = weights + key / W::K_PER_STEP * W::PER_STEP;
+        for (int64_t k = 0; k < steps; ++k, v += pages.head_dim * sizeof(float), w += W::PER_STEP) {
+            V b[N];
+#pragma GCC unroll 8
+            for (int j = 0; j < N; ++j)
+                b[j] = j + 1 < N || lanes == WIDTH ? load(v + j * sizeof(V)) : load_part((const float*)v + j * WIDTH, lanes);
+#pragma GCC unroll 16
+            for (int i = 0; i < R; ++i) W::template step<N>(acc[i], b, w + i * Scratchpad<W>::STRIDE);
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 8
+        for (int j = 0; j < N; ++j) store(to[i].values + dim + j * WIDTH, acc[i][j]);
+}
+
+template <class W, int R>
+void span_scores(const Task<W>& task, int row, int64_t span, int64_t first, int64_t last, Scratchpad<W>& pad) {
+    constexpr int N = WIDTH == 16 ? (R > 6 ? 2 : 4) : 1;
+    int64_t key = first;
+    for (; key + N * TILE <= divide_up(last, TILE) * TILE; key += N * TILE)
+        score_tiles<W, R, N>(task.q[row], task.pages, span + key, pad.scores[row] + key);
+    for (; key < last; key += TILE) score_tiles<W, R, 1>(task.q[row], task.pages, span + key, pad.scores[row] + key);
+}
+
+template <class W, int R>
+void span_values(const Task<W>& task, int row, int64_t span, int64_t first, int64_t last, const Scratchpad<W>& pad,
+                 Gathered* to) {
+    constexpr int N = WIDTH == 16 ? (R > 6 ? 2 : 4) : 2;
+    const int64_t head_dim = task.pages.head_dim;
+    int64_t dim = 0;
+    for (; dim + N * WIDTH <= head_dim; dim += N * WIDTH)
+        sum_values<W, R, N>(pad.weights[row], task.pages, span, first, last, dim, WIDTH, to + row);
+    for (; dim < head_dim; dim += WIDTH)
+        sum_values<W, R, 1>(pad.weights[row], task.pages, span, first, last, dim,
+                            std::min<int64_t>(WIDTH, head_dim - dim), to + row);
+}
+
+// f(R, first row) for all rows in groups of as many as the registers hold. R may exceed the rows that are
+// left; what is computed for these is not used.
+template <class F>
+void in_groups(int count, F f) {
+    constexpr int most = WIDTH == 16 ? ROWS : 4;
+    for (int first = 0; first < count; first += most) {
+        const int left = std::min(most, count - first);
+        if (left <= 1) f(std::integral_constant<int, 1>(), first);
+        else if (left <= 2) f(std::integral_constant<int, 2>(), first);
+        else if (left <= 3) f(std::integral_constant<int, 3>(), first);
+        else if (left <= 4) f(std::integral_constant<int, 4>(), first);
+        else if constexpr (most > 4) {
+            if (left <= 6) f(std::integral_constant<int, 6>(), first);
+            else if (left <= 8) f(std::integral_constant<int, 8>(), first);
+            else if (left <= 10) f(std::integral_constant<int, 10>(), first);
+            else if (left <= 12) f(std::integral_constant<int, 12>(), first);
+            else f(std::integral_constant<int, 14>(), first);
+        }
+    }
+}
+
+// --- a row's softmax, and how spans come together ---------------------------------------------------
+
+inline float to_bf16(float x) { return round_to_bf16(splat(x))[0]; }
+
+inline V lane_numbers() {
+    V v;
+    for (int i = 0; i < WIDTH; ++i) v[i] = i;
+    return v;
+}
+
+struct Alibi {
+    bool rounded;  // see attention/alibi.py
+    float factor;
+};
+
+// What is added to the scores of the keys at these positions.
+inline V bias(const Row& row, const Alibi& alibi, V keys) {
+    if (alibi.rounded) return alibi.factor * round_to_bf16(to_bf16(row.slope) * round_to_bf16(keys));
+    return alibi.factor * row.slope * (keys - (float)row.position);
+}
+
+// The scores of a span's keys [first, last) into weights relative to the largest: zero for keys that the
+// row does not see, and up to the end of the last tile.
+template <class W>
+void span_softmax(const Row& row, float scale, const Alibi& alibi, int64_t span, int64_t first, int64_t last,
+                  float* scores, typename W::Element* weights, Gathered& to) {
+    const int64_t from = std::max(row.first - span, first), until = std::min(row.position + 1 - span, last);
+    const int64_t end = divide_up(last, TILE) * TILE;
+    to.largest = UNSEEN;
+    to.total = 0;
+    if (from < until) {
+        const int64_t begin = from / WIDTH * WIDTH;
+        V most = splat(UNSEEN);
+        for (int64_t i = begin; i < until; i += WIDTH) {
+            const V key = lane_numbers() + (float)i;
+            V s = load(scores + i) * scale;
+            if (row.slope != 0.0f) s += bias(row, alibi, key + (float)span);
+            s = ((key >= (float)from) & (key < (float)until)) ? s : splat(UNSEEN);
+            store(scores + i, s);
+            most = s > most ? s : most;
+        }
+        for (int i = 0; i < WIDTH; ++i) to.largest = most[i] > to.largest ? most[i] : to.largest;
+        V total = {};
+        for (int64_t i = first; i < begin; i += WIDTH) store(scores + i, V{});
+        for (int64_t i = begin; i < until; i += WIDTH) {
+            const V s = load(scores + i);
+            const V weight = s > UNSEEN ? exp(s - to.largest) : V{};
+            store(scores + i, weight);
+            total += weight;
+        }
+        for (int64_t i = begin + divide_up(until - begin, WIDTH) * WIDTH; i < end; i += WIDTH) store(scores + i, V{});
+        to.total = sum(total);
+    } else {
+        for (int64_t i = first; i < end; i += WIDTH) store(scores + i, V{});
+    }
+    W::copy(scores + first, weights + first / W::K_PER_STEP * W::PER_STEP, end - first);
+}
+
+// The keys of one span for all rows of a task. Its first key is where the task's first one lies, rounded
+// down to a tile.
+template <class W>
+void gather_span(const Task<W>& task, float scale, const Alibi& alibi, int64_t span, Scratchpad<W>& pad, Gathered* to) {
+    const int64_t first = std::max<int64_t>(0, task.first_key - span) / TILE * TILE;
+    const int64_t last = std::min<int64_t>(SPAN, task.last_key - span);
+    in_groups(task.count, [&](auto rows, int row) { span_scores<W, rows()>(task, row, span, first, last, pad); });
+    for (int i = 0; i < task.count; ++i)
+        span_softmax<W>(task.rows[i], scale, alibi, span, first, last, pad.scores[i], pad.weights[i], to[i]);
+    in_groups(task.count, [&](auto rows, int row) { span_values<W, rows()>(task, row, span, first, last, pad, to); });
+}
+
+// Add a later span to what there is.
+inline void merge(Gathered& all, const Gathered& span, int64_t head_dim) {
+    if (span.total == 0.0f) return;  // it saw nothing
+    if (all.total == 0.0f) {
+        all = span;
+        return;
+    }
+    const float largest = std::max(all.largest, span.largest);
+    const float before = exp(splat(all.largest - largest))[0], now = exp(splat(span.largest - largest))[0];
+    all.total = all.total * before + span.total * now;
+    all.largest = largest;
+    for (int64_t d = 0; d < head_dim; d += WIDTH)
+        store(all.values + d, load(all.values + d) * before + load(span.values + d) * now);
+}
+
+inline void finish(const Row& row, const Gathered& all, int64_t head_dim) {
+    for (int64_t d = 0; d < head_dim; d += WIDTH)
+        store_part(row.out + d, load(all.values + d) / all.total, std::min<int64_t>(WIDTH, head_dim - d));
+}
+
+// --- a step ------------------------------------------------------------------------------------------
+
+// Which tasks there are: those of all heads of the first sequence, then of the second, ...
+struct Tasks {
+    const AttentionCall& call;
+    std::vector<int64_t> begin;  // [batch + 1]
+
+    explicit Tasks(const AttentionCall& c) : call(c), begin(c.batch + 1) {
+        for (int64_t b = 0; b < c.batch; ++b) begin[b + 1] = begin[b] + c.kv_heads * tasks_a_head(b);
+    }
+
+    int64_t count() const { return begin.back(); }
+    int64_t rows_a_head(int64_t b) const {
+        return (call.query_start[b + 1] - call.query_start[b]) * (call.heads / call.kv_heads);
+    }
+    int64_t tasks_a_head(int64_t b) const { return divide_up(rows_a_head(b), ROWS); }
+
+    template <class W>
+    void prepare(int64_t index, Task<W>& task) const {
+        const int64_t b = std::upper_bound(begin.begin(), begin.end(), index) - begin.begin() - 1;
+        const int64_t of_head = tasks_a_head(b), kv_head = (index - begin[b]) / of_head;
+        const int64_t row0 = (index - begin[b]) % of_head * ROWS, group = call.heads / call.kv_heads;
+        const int64_t queries = call.query_start[b + 1] - call.query_start[b];
+        const int64_t head_bytes = call.page_size * call.head_dim * Pages<W>::BYTES;
+        task.pages = {(const char*)call.keys + kv_head * head_bytes, (const char*)call.values + kv_head * head_bytes,
+                      call.kv_heads * head_bytes, call.tables + b * call.table_stride, call.page_size, call.head_dim};
+        task.count = std::min<int64_t>(ROWS, rows_a_head(b) - row0);
+        for (int i = 0; i < task.count; ++i) {
+            const int64_t token = (row0 + i) / group, head = kv_head * group + (row0 + i) % group;
+            const int64_t position = call.seq_lens[b] - queries + token, t = call.query_start[b] + token;
+            const int64_t first = call.window > 0 ? std::max<int64_t>(0, position - call.window + 1) : 0;
+            task.rows[i] = {position, first, call.slopes ? call.slopes[head] : 0.0f,
+                            call.out + (t * call.heads + head) * call.head_dim};
+            W::copy(call.q + t * call.q_stride + head * call.head_dim, task.q[i], call.head_dim);
+        }
+        task.first_key = task.rows[0].first;
+        task.last_key = task.rows[task.count - 1].position + 1;
+    }
+};
+
+template <class W>
+struct Worker {  // of one thread; large, and so not on the stack
+    Task<W> task;
+    Scratchpad<W> pad;
+    Gathered span[ROWS], all[ROWS];
+};
+
+template <class W>
+Worker<W>& worker() {
+    static thread_local std::unique_ptr<Worker<W>> mine = std::make_unique<Worker<W>>();
+    return *mine;
+}
+
+template <class W>
+void whole_task(const Tasks& tasks, int64_t index) {
+    const AttentionCall& call = tasks.call;
+    Worker<W>& w = worker<W>();
+    tasks.prepare(index, w.task);
+    for (int i = 0; i < w.task.count; ++i) w.all[i].total = 0;
+    for (int64_t span = w.task.first_key / SPAN * SPAN; span < w.task.last_key; span += SPAN) {
+        gather_span(w.task, call.scale, {call.rounded, call.factor}, span, w.pad, w.span);
+        for (int i = 0; i < w.task.count; ++i) merge(w.all[i], w.span[i], call.head_dim);
+    }
+    for (int i = 0; i < w.task.count; ++i) finish(w.task.rows[i], w.all[i], call.head_dim);
+}
+
+// Too few tasks for the threads: each span of each task is a job of its own, merged in order afterwards.
+template <class W>
+void by_spans(const Tasks& tasks, int64_t max_spans, int threads) {
+    const AttentionCall& call = tasks.call;
+    const int64_t count = tasks.count();
+    std::vector<Gathered> parts(count * max_spans * ROWS);
+#pragma omp parallel num_threads(threads)
+    {
+        Worker<W>& w = worker<W>();
+#pragma omp for schedule(dynamic)
+        for (int64_t job = 0; job < count * max_spans; ++job) {
+            tasks.prepare(job / max_spans, w.task);
+            const int64_t span = (w.task.first_key / SPAN + job % max_spans) * SPAN;
+            Gathered* to = &parts[job * ROWS];
+            if (span < w.task.last_key)
+                gather_span(w.task, call.scale, {call.rounded, call.factor}, span, w.pad, to);
+            else
+                for (int i = 0; i < w.task.count; ++i) to[i].total = 0;
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t index = 0; index < count; ++index) {
+            tasks.prepare(index, w.task);
+            Gathered* all = &parts[index * max_spans * ROWS];
+            for (int64_t s = 1; s < max_spans; ++s)
+                for (int i = 0; i < w.task.count; ++i) merge(all[i], all[s * ROWS + i], call.head_dim);
+            for (int i = 0; i < w.task.count; ++i) finish(w.task.rows[i], all[i], call.head_dim);
+        }
+    }
+}
+
+template <class W>
+void attention(const AttentionCall& call, int threads) {
+    const Tasks tasks(call);
+    int64_t work = 0, longest = 0;
+    for (int64_t b = 0; b < call.batch; ++b) {
+        const int64_t seen = call.window > 0 ? std::min<int64_t>(call.window + ROWS, call.seq_lens[b]) : call.seq_lens[b];
+        work += tasks.rows_a_head(b) * call.kv_heads * seen * call.head_dim;
+        longest = std::max(longest, seen);
+    }
+    const int64_t count = tasks.count(), spans = longest / SPAN + 2;
+    if (threads == 1 || work < WORTH_THREADS) {
+        for (int64_t i = 0; i < count; ++i) whole_task<W>(tasks, i);
+    } else if (count < 4 * threads && spans > 2) {
+        by_spans<W>(tasks, spans, threads);
+    } else {
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+        for (int64_t i = 0; i < count; ++i) whole_task<W>(tasks, i);
+    }
+}
+
+// New keys and values into their slots. Where a token's value shares a word with the next position and
+// that one is not written here, it is cleared: it may be read, with weight zero, before it is written.
+template <class W>
+void store_kv(const StoreCall& c, int threads) {
+    constexpr int64_t pair = W::K_PER_STEP;
+    const int64_t head_size = c.page_size * c.head_dim;
+    auto one = [&](int64_t t) {
+        const int64_t page = c.slots[t] / c.page_size, at = c.slots[t] % c.page_size;
+        const bool clear = pair == 2 && at % 2 == 0 && (t + 1 == c.tokens || c.slots[t + 1] != c.slots[t] + 1);
+        for (int64_t h = 0; h < c.kv_heads; ++h) {
+            const float *k = c.k + t * c.k_stride + h * c.head_dim, *v = c.v + t * c.v_stride + h * c.head_dim;
+            const int64_t head = (page * c.kv_heads + h) * head_size;
+            const int64_t key = head + at / TILE * TILE * c.head_dim + at % TILE * pair;
+            const int64_t value = head + at / pair * pair * c.head_dim + at % pair;
+            if constexpr (pair == 2) {
+                uint16_t rounded[2][MAX_HEAD + WIDTH];
+                for (int64_t d = 0; d < c.head_dim; d += WIDTH) {
+                    const int64_t lanes = std::min<int64_t>(WIDTH, c.head_dim - d);
+                    store_bf16(rounded[0] + d, load_part(k + d, lanes));
+                    store_bf16(rounded[1] + d, load_part(v + d, lanes));
+                }
+                for (int64_t d = 0; d < c.head_dim; d += 2)
+                    memcpy((uint16_t*)c.keys + key + d * TILE, rounded[0] + d, 2 * sizeof(uint16_t));
+                for (int64_t d = 0; d < c.head_dim; ++d) {
+                    ((uint16_t*)c.values)[value + d * 2] = rounded[1][d];
+                    if (clear) ((uint16_t*)c.values)[value + d * 2 + 1] = 0;
+                }
+            } else {
+                for (int64_t d = 0; d < c.head_dim; ++d) ((float*)c.keys)[key + d * TILE] = k[d];
+                memcpy((float*)c.values + value, v, c.head_dim * sizeof(float));
+            }
+        }
+    };
+    const int count = std::clamp<int64_t>(c.tokens * c.kv_heads * c.head_dim / WORTH_A_THREAD, 1, threads);
+    if (count == 1) {
+        for (int64_t t = 0; t < c.tokens; ++t) one(t);
+        return;
+    }
+#pragma omp parallel for num_threads(count) schedule(static)
+    for (int64_t t = 0; t < c.tokens; ++t) one(t);
+}
+
+}  // namespace
