@@ -18,8 +18,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "models")]
 
-from conftest import TINY  # noqa: E402
 from published_sizes import PUBLISHED  # noqa: E402
+from tiny_models import TINY  # noqa: E402
 
 from nanovllm.config import EngineConfig  # noqa: E402
 from nanovllm.engine.memory_plan import footprint  # noqa: E402
@@ -59,7 +59,7 @@ PARITY_HEAD = """
 ## Parity with transformers
 
 One row a variant, a small random model with odd sizes whose norms, biases and multipliers are random too
-(`TINY` in [tests/conftest.py](../tests/conftest.py)). *logits*: every logit of prompts of 1 to 97 tokens is within
+(`TINY` in [tests/tiny_models.py](../tests/tiny_models.py)). *logits*: every logit of prompts of 1 to 97 tokens is within
 2e-5 of transformers' in fp32. The next columns: greedy text equals transformers', batched, alone, in chunks of 13
 tokens, preempted for want of pages, without prefix cache, and with the reference attention on large pages; each one a
 second time from cached prefixes. *logprobs*: prompt and output logprobs are those of transformers. *seeds*:

@@ -3,7 +3,7 @@
 import runpy
 from pathlib import Path
 
-from conftest import TINY
+from tiny_models import TINY
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = (DOCS / "models.md").read_text(encoding="utf-8")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from checks import other_defaults
-from conftest import make_tiny_model
 from published_sizes import PUBLISHED
 from test_parity import TINY_TOLERANCE, Reference, all_logits, prompts_for
+from tiny_models import make_tiny_model
 from transformers import GraniteMoeHybridConfig as TheirConfig
 
 from nanovllm import LLM
