@@ -59,11 +59,11 @@ PARITY_HEAD = """
 ## Parity with transformers
 
 One row a variant, a small random model with odd sizes whose norms, biases and multipliers are random too
-(`TINY` in [tests/tiny_models.py](../tests/tiny_models.py)). *logits*: every logit of prompts of 1 to 97 tokens is
-within 2e-5 of transformers' in fp32. The next columns: greedy text equals transformers', batched, alone, in chunks of 13
-tokens, preempted for want of pages, without prefix cache, and with the reference attention on large pages; each one a
-second time from cached prefixes. *logprobs*: prompt and output logprobs are those of transformers. *seeds*:
-sampled text is the same alone and in any batch.
+(`TINY` in [tests/tiny_models.py](../tests/tiny_models.py)). *logits*: every logit of prompts of 1 to 97
+tokens is within 2e-5 of transformers' in fp32. The next columns: greedy text equals transformers', batched,
+alone, in chunks of 13 tokens, preempted for want of pages, without prefix cache, and with the reference
+attention on large pages; each one a second time from cached prefixes. *logprobs*: prompt and output logprobs
+are those of transformers. *seeds*: sampled text is the same alone and in any batch.
 
 To repeat a row: `pytest tests/models/test_parity.py -k VARIANT`; for a model of your own: `nanovllm parity MODEL`,
 or `nanovllm parity --random llama` for a small random one of a family.
