@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from pathlib import Path
 
 import pytest
-from helpers import byte_tokenizer
-from tiny_models import make_tiny_model
+from tiny_models import make_chat_model, make_tiny_model
 
 ALIAS = "smollm2-135m"
 
@@ -37,16 +35,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(scope="session")
 def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama over bytes, with tokenizer and chat template."""
-    path = tmp_path_factory.mktemp("chat")
-    make_tiny_model("llama", path, vocab_size=258, bos_token_id=256, eos_token_id=257)
-    byte_tokenizer().backend.save(str(path / "tokenizer.json"))
-    template = (
-        "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}\n{% endfor %}"
-        "{% if add_generation_prompt %}bot: {% endif %}"
-    )
-    config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
-    (path / "tokenizer_config.json").write_text(json.dumps(config))
-    return path
+    return make_chat_model("llama", tmp_path_factory.mktemp("chat"))
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from helpers import byte_tokenizer
 
 _GRANITE_HYBRID = {
     "model_type": "granitemoehybrid",
@@ -378,4 +380,17 @@ def make_tiny_model(family: str, path: Path, **overrides: Any) -> Path:
     for parameter in model.parameters():  # biases and norms too: zeros and ones would hide mistakes
         parameter.data.add_(torch.randn_like(parameter) * 0.05)
     model.save_pretrained(path)
+    return path
+
+
+def make_chat_model(family: str, path: Path) -> Path:
+    """Save a tiny model over bytes, with tokenizer and chat template."""
+    make_tiny_model(family, path, vocab_size=258, bos_token_id=256, eos_token_id=257)
+    byte_tokenizer().backend.save(str(path / "tokenizer.json"))
+    template = (
+        "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}bot: {% endif %}"
+    )
+    config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
     return path
