@@ -18,8 +18,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "models")]
 
-from conftest import TINY  # noqa: E402
 from published_sizes import PUBLISHED  # noqa: E402
+from tiny_models import TINY  # noqa: E402
 
 from nanovllm.config import EngineConfig  # noqa: E402
 from nanovllm.engine.memory_plan import footprint  # noqa: E402
@@ -59,13 +59,23 @@ PARITY_HEAD = """
 ## Parity with transformers
 
 One row a variant, a small random model with odd sizes whose norms, biases and multipliers are random too
-(`TINY` in [tests/conftest.py](../tests/conftest.py)). *logits*: every logit of prompts of 1 to 97 tokens is within
-2e-5 of transformers' in fp32. The next columns: greedy text equals transformers', batched, alone, in chunks of 13
-tokens, preempted for want of pages, without prefix cache, and with the reference attention on large pages; each one a
-second time from cached prefixes. *logprobs*: prompt and output logprobs are those of transformers. *seeds*:
-sampled text is the same alone and in any batch.
+(`TINY` in [tests/tiny_models.py](../tests/tiny_models.py)). *logits*: every logit of prompts of 1 to 97
+tokens is within 2e-5 of transformers' in fp32. The next columns: greedy text equals transformers', batched,
+alone, in chunks of 13 tokens, preempted for want of pages, without prefix cache, and with the reference
+attention on large pages; each one a second time from cached prefixes. *logprobs*: prompt and output logprobs
+are those of transformers. *seeds*: sampled text is the same alone and in any batch.
 
-To repeat a row: `pytest tests/models/test_parity.py -k VARIANT`; for a model of your own: `nanovllm parity MODEL`.
+To repeat a row: `pytest tests/models/test_parity.py -k VARIANT`; for a model of your own: `nanovllm parity MODEL`,
+or `nanovllm parity --random llama` for a small random one of a family.
+
+Beside the matrix: every RoPE scaling (linear, dynamic, llama3, yarn, longrope, proportional) at and past the trained
+length, and 33,000 tokens in chunks (`pytest tests/models/test_long_context.py`); hybrid models from a state snapshot,
+bit-equal to a cold start (`pytest tests/models/test_prefix_snapshots.py`); published sizes against the published
+number of parameters (`pytest tests/models/test_published_sizes.py`).
+
+An architecture without a file here runs through transformers' modules with the paged attention of this engine, if
+they call attention as transformers' own models do (`pytest tests/models/test_transformers_model.py`); recurrent
+states, attention code of their own, softcaps and sinks are refused with the reason.
 
 """
 FORMATS_HEAD = """
@@ -119,7 +129,7 @@ def architectures() -> str:
 
 
 def matrix(results: dict[str, bool], columns: dict[str, tuple[str, str | None]]) -> str:
-    signs = {True: "✓", False: "✗", None: "–"}
+    signs = {True: "✓", False: "✗", None: "-"}
     rows = [f"| variant | architecture | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
     for variant, config in TINY.items():
         names = (f"{test}[{variant}{f'-{option}' if option else ''}]" for test, option in columns.values())
@@ -140,9 +150,14 @@ def memory_rows() -> str:
         model = footprint(cls, model_config, engine)
         kv, state = model.kv_bytes_per_token / 2**10, model.state_bytes / 2**20
         weights = parameters * torch.bfloat16.itemsize / 2**30
-        rows.append(
-            f"| {name} | {parameters / 1e9:.3g} B | {weights:.3g} GiB | {kv:g} KiB | {f'{state:.3g} MiB' if state else '–'} |"
+        cells = (
+            name,
+            f"{parameters / 1e9:.3g} B",
+            f"{weights:.3g} GiB",
+            f"{kv:g} KiB",
+            f"{state:.3g} MiB" if state else "-",
         )
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
 
 

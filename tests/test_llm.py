@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import make_tiny_model
 from helpers import byte_tokenizer
+from tiny_models import make_tiny_model
 
 import nanovllm
 from nanovllm import LLM, ConfigError, EngineClosed, ModelNotFound, ModelNotSupported, RequestError, SamplingParams

@@ -76,11 +76,15 @@ def _config_of(source: str, transformers: Any) -> dict[str, Any]:
     try:
         if path.exists():
             return transformers.AutoConfig.from_pretrained(path).to_dict()
-        return transformers.AutoConfig.for_model(source).to_dict()
+        config = transformers.AutoConfig.for_model(source).to_dict()
     except (ValueError, OSError) as error:
         raise ConfigError(
             f"--random {source}: neither a config.json, nor a directory, nor a model type of transformers"
         ) from error
+    kinds = config.get("layer_types")
+    if kinds and set(kinds) <= {"mamba", "linear_attention"}:
+        config["layer_types"] = ["full_attention", *kinds[1:]]  # a hybrid's default has none, and does not generate
+    return config
 
 
 def _transformers() -> Any:

@@ -28,7 +28,9 @@ def refuse_unless(config: dict[str, Any], **only: Any) -> None:
     for key, value in only.items():
         found = config.get(key)
         if found is not None and found != value:
-            raise ModelNotSupported(f"config.json: {key}={found!r} is not supported, only {value!r}")
+            raise ModelNotSupported(
+                f"config.json: {key}={found!r} is not supported, only {value!r}; model_impl='transformers' may run it"
+            )
 
 
 def rope_fields(config: dict[str, Any], max_positions: int, default_theta: float = 10000.0) -> dict[str, Any]:

@@ -179,7 +179,7 @@ def test_by_pipe_as_a_process(chat_model):
     assert b"Traceback" not in done.stderr
 
 
-def test_ctrl_c_at_a_real_terminal(chat_model, tmp_path):
+def test_ctrl_c_at_a_real_terminal(chat_model, tmp_path, interruptible_children):
     pty = pytest.importorskip("pty")
     for file in chat_model.iterdir():
         (tmp_path / file.name).symlink_to(file)

@@ -123,7 +123,7 @@ def endless_model(chat_model, tmp_path):
     return str(tmp_path)
 
 
-def test_sigint_while_an_answer_streams(endless_model):
+def test_sigint_while_an_answer_streams(endless_model, interruptible_children):
     process = child("complete", "-m", endless_model, "hi", *ENDLESS)
     assert process.stdout.read(1)
     process.send_signal(signal.SIGINT)

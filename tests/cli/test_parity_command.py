@@ -151,6 +151,11 @@ def test_without_transformers(parity, monkeypatch):
     assert "pip install 'nanovllm[transformers]'" in out
 
 
+def test_a_hybrid_by_its_type_alone(parity):
+    """transformers' default has Mamba layers alone, and its generate() fails on that."""
+    assert parity("--random", "granitemoehybrid", "--max-tokens", "4")[0] == 0
+
+
 def test_what_cannot_be_random(parity, tmp_path):
     status, out = parity("--random", "no-such-type")
     assert status == 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import TINY, make_tiny_model
+from tiny_models import TINY, make_tiny_model
 
 from nanovllm import LLM, ConfigError
 from nanovllm.config import EngineConfig

@@ -19,6 +19,7 @@ from nanovllm.distributed.group import TPGroup
 from nanovllm.layers.mamba2 import CausalConv1d, GatedRMSNorm, Mamba2, Mamba2Sizes
 from nanovllm.layers.ssm_plan import GRID, plan_scan
 from nanovllm.layers.ssm_scan import decay_products, silu, softplus
+from nanovllm.layers.weight_layer import WeightLayer
 from nanovllm.weights.loader import fill_dummy_weights
 
 CPU = torch.device("cpu")
@@ -50,7 +51,7 @@ def make_layer(sizes: Mamba2Sizes, scale: float = 1.0) -> Mamba2:
     for i, parameter in enumerate(layer.parameters()):
         parameter.copy_(normal(*parameter.shape, seed=i) * scale)
     for module in layer.modules():
-        if hasattr(module, "finalize_weights"):
+        if isinstance(module, WeightLayer):
             module.finalize_weights()
     spec = layer.cache_spec
     layer.bind(*(torch.full((SLOTS, *s), float("nan"), dtype=d) for s, d in zip(spec.shapes, spec.dtypes, strict=True)))

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from conftest import TINY
+from tiny_models import TINY
 
 from nanovllm.attention.reference import ReferenceAttention
 from nanovllm.build_context import BuildContext

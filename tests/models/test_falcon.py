@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from checks import other_defaults
-from conftest import make_tiny_model
 from test_parity import GREEDY, TINY_TOLERANCE, Reference, all_logits
+from tiny_models import make_tiny_model
 from transformers import FalconConfig as TheirConfig
 
 from nanovllm import LLM

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
 from safetensors.torch import load_file, save_file
+from tiny_models import TINY
 
 from nanovllm.attention.reference import ReferenceAttention
 from nanovllm.build_context import BuildContext

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from checks import other_defaults
-from conftest import make_tiny_model
 from published_sizes import PUBLISHED
 from test_parity import TINY_TOLERANCE, Reference, all_logits, prompts_for
+from tiny_models import make_tiny_model
 from transformers import GraniteMoeHybridConfig as TheirConfig
 
 from nanovllm import LLM
@@ -63,7 +63,7 @@ def test_no_limit_in_every_spelling(limit):
 
 
 def test_the_published_350m():
-    """../shared numbers: 4 KiB of keys and values a token, 21 MiB of state and 0.3 of convolution a sequence."""
+    """4 KiB of keys and values a token, 21 MiB of state and 0.3 of convolution a sequence."""
     published = PUBLISHED["ibm-granite/granite-4.0-h-350m"][1]
     config = GraniteHybridConfig.from_hf(
         published | {"embedding_multiplier": 12, "attention_multiplier": 0.015625, "residual_multiplier": 0.246}

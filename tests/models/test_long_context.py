@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_tiny_model
 from test_parity import TINY_TOLERANCE, Reference, all_logits
+from tiny_models import make_tiny_model
 
 from nanovllm import LLM, SamplingParams
 

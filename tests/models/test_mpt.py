@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from checks import other_defaults
-from conftest import make_tiny_model
 from test_parity import TINY_TOLERANCE, Reference, all_logits
+from tiny_models import make_tiny_model
 from transformers import MptConfig as TheirConfig
 from transformers.models.mpt import modeling_mpt
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from tiny_models import TINY
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.batch_builder import build_batch

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import TINY
+from tiny_models import TINY
 
 from nanovllm import LLM, SamplingParams
 

@@ -9,11 +9,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import make_tiny_model
 from gguf.quants import dequantize
 from gguf_converter import Kind, convert
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tiny_models import make_tiny_model
 
 from nanovllm.errors import ModelNotSupported, NanoVLLMError, WeightError
 from nanovllm.weights.gguf import GGUFCheckpoint

@@ -9,9 +9,9 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import make_tiny_model
 from gguf_converter import Kind, convert
 from safetensors.torch import load_file
+from tiny_models import make_tiny_model
 
 from nanovllm.attention.reference import ReferenceAttention
 from nanovllm.build_context import BuildContext
