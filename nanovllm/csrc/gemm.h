@@ -22,7 +22,7 @@ namespace {
 using namespace nanovllm;
 
 constexpr int P = PANEL / WIDTH;  // vectors a panel
-constexpr int STEP_BYTES = 64;    // of a panel: 16 pairs of bfloat16, or 16 floats
+constexpr int STEP_BYTES = 128;   // of a pair of panels: 16 pairs of bfloat16 or 16 floats, twice
 constexpr int BLOCK = 32;         // steps of a row that lie together in the copy of x
 constexpr int64_t SCRATCH_BYTES = 256 << 10;  // of that copy: to stay in the second-level cache
 
@@ -33,7 +33,7 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 #if defined(__AVX512BF16__)
 struct Bf16Weight {  // two products a lane and instruction; x rounded to pairs of bfloat16
     using Element = uint32_t;
-    static constexpr int PER_STEP = 1, K_PER_STEP = 2, MAX_ROWS = 14, WIDE_ROWS = 6;
+    static constexpr int PER_STEP = 1, K_PER_STEP = 2, MAX_ROWS = 14;
 
     template <int N>
     static inline void step(V* acc, const V* w, const Element* x) {
@@ -62,7 +62,7 @@ struct Bf16Weight {  // two products a lane and instruction; x rounded to pairs 
 struct Bf16Weight {  // widened to float step by step; x rounded the same way
     using Element = float;
     static constexpr int PER_STEP = 2, K_PER_STEP = 2;
-    static constexpr int MAX_ROWS = WIDTH == 16 ? 12 : 4, WIDE_ROWS = 0;
+    static constexpr int MAX_ROWS = WIDTH == 16 ? 12 : 4;
 
     template <int N>
     static inline void step(V* acc, const V* w, const Element* x) {
@@ -93,7 +93,7 @@ struct Bf16Weight {  // widened to float step by step; x rounded the same way
 struct F32Weight {
     using Element = float;
     static constexpr int PER_STEP = 1, K_PER_STEP = 1;
-    static constexpr int MAX_ROWS = WIDTH == 16 ? 14 : 6, WIDE_ROWS = WIDTH == 16 ? 6 : 0;
+    static constexpr int MAX_ROWS = WIDTH == 16 ? 14 : 6;
 
     template <int N>
     static inline void step(V* acc, const V* w, const Element* x) {
@@ -108,9 +108,10 @@ struct F32Weight {
 // --- a tile --------------------------------------------------------------------------------------
 
 // x: [blocks][rows][BLOCK steps], so that all rows are read at constant offsets from one pointer.
-// panel: bytes from one panel to the next; ahead: bytes to the next tile of the weight.
+// w: at a pair of panels, or at the second of it. Each step fetches a line for each panel from `next`,
+// which moves on by next_step: the weights that follow, towards the second-level cache.
 template <class W, int ROWS, int PANELS>
-void tile(const typename W::Element* x, const char* w, int64_t steps, int64_t panel, int64_t ahead, float* out) {
+void tile(const typename W::Element* x, const char* w, int64_t steps, const char* next, int64_t next_step, float* out) {
     constexpr int N = PANELS * P;
     V acc[ROWS][N] = {};
     for (; steps > 0; steps -= BLOCK, x += ROWS * BLOCK * W::PER_STEP) {
@@ -118,11 +119,13 @@ void tile(const typename W::Element* x, const char* w, int64_t steps, int64_t pa
         for (int64_t s = 0; s < count; ++s, w += STEP_BYTES) {
             V b[N];
 #pragma GCC unroll 8
-            for (int j = 0; j < N; ++j) b[j] = load(w + j / P * panel + j % P * sizeof(V));
+            for (int j = 0; j < N; ++j) b[j] = load(w + j * sizeof(V));
             // with few rows the hardware's own prefetching keeps up, and these would only cost slots
-            if constexpr (ROWS > 4)
+            if constexpr (ROWS > 4) {
 #pragma GCC unroll 8
-                for (int j = 0; j < PANELS; ++j) __builtin_prefetch(w + j * panel + ahead, 0, 2);
+                for (int j = 0; j < PANELS; ++j) __builtin_prefetch(next + j * 64, 0, 2);
+                next += next_step;
+            }
 #pragma GCC unroll 16
             for (int i = 0; i < ROWS; ++i) W::template step<N>(acc[i], b, x + (i * BLOCK + s) * W::PER_STEP);
         }
@@ -134,7 +137,7 @@ void tile(const typename W::Element* x, const char* w, int64_t steps, int64_t pa
 }
 
 template <class W>
-using Tile = void (*)(const typename W::Element*, const char*, int64_t, int64_t, int64_t, float*);
+using Tile = void (*)(const typename W::Element*, const char*, int64_t, const char*, int64_t, float*);
 
 // The tile function for each number of rows from 1.
 template <class W, int PANELS, int... I>
@@ -145,14 +148,14 @@ constexpr Tile<W> pick_tile(int rows, std::integer_sequence<int, I...>) {
 
 // Two panels in one tile where registers allow it, else one after the other.
 template <class W>
-void two_panels(int rows, const typename W::Element* x, const char* w, int64_t steps, int64_t panel, int64_t ahead,
-                float* out) {
+void two_panels(int rows, const typename W::Element* x, const char* w, int64_t steps, const char* next,
+                int64_t next_step, float* out) {
     constexpr auto all = std::make_integer_sequence<int, W::MAX_ROWS>();
     if constexpr (WIDTH == 16) {
-        pick_tile<W, 2>(rows, all)(x, w, steps, panel, ahead, out);
+        pick_tile<W, 2>(rows, all)(x, w, steps, next, next_step, out);
     } else {
         float half[2][W::MAX_ROWS][PANEL];
-        for (int j = 0; j < 2; ++j) pick_tile<W, 1>(rows, all)(x, w + j * panel, steps, panel, ahead, half[j][0]);
+        for (int j = 0; j < 2; ++j) pick_tile<W, 1>(rows, all)(x, w + j * 64, steps, next, next_step, half[j][0]);
         for (int i = 0; i < rows; ++i)
             for (int j = 0; j < 2; ++j) memcpy(out + (2 * i + j) * PANEL, half[j][i], sizeof half[j][i]);
     }
@@ -176,41 +179,44 @@ inline V activate(Activation gate, V x) {
     }
 }
 
-inline void add_bias(float* values, const float* bias, int64_t width) {
+inline void add_bias(float* values, const float* bias, int64_t column, int64_t width) {
     if (bias != nullptr)
-        for (int64_t l = 0; l < width; ++l) values[l] += bias[l];
+        for (int64_t l = 0; l < width; ++l) values[l] += bias[column + l];
 }
 
 // One row's 16 (or fewer) results of a panel.
 inline void store_panel(const Linear& g, int64_t row, int64_t column, int64_t width, const float* values) {
-    if (g.y_bf16) {
-        uint16_t rounded[PANEL];
-        for (int l = 0; l < PANEL; l += WIDTH) store_bf16(rounded + l, load(values + l));
-        memcpy((uint16_t*)g.y + row * g.ldy + column, rounded, width * sizeof(uint16_t));
-    } else {
-        memcpy((float*)g.y + row * g.ldy + column, values, width * sizeof(float));
+    if (!g.y_bf16) {
+        float* to = (float*)g.y + row * g.ldy + column;
+        if (width < PANEL) return (void)memcpy(to, values, width * sizeof(float));
+        for (int l = 0; l < PANEL; l += WIDTH) store(to + l, load(values + l));
+        return;
     }
+    uint16_t* to = (uint16_t*)g.y + row * g.ldy + column;
+    uint16_t rounded[PANEL];
+    for (int l = 0; l < PANEL; l += WIDTH) store_bf16(rounded + l, load(values + l));
+    if (width < PANEL) return (void)memcpy(to, rounded, width * sizeof(uint16_t));
+    memcpy(to, rounded, sizeof rounded);
 }
 
-// sums: [rows][panels][16]
-inline void finish(const Linear& g, float* sums, int64_t row, int rows, int64_t first_panel, int panels) {
-    const int stride = g.gate == Activation::NONE ? 1 : 2;
+// sums: [rows][2][16], of a pair of panels
+inline void finish(const Linear& g, float* sums, int64_t row, int rows, int64_t pair) {
+    const bool gated = g.gate != Activation::NONE;
     for (int i = 0; i < rows; ++i) {
-        for (int j = 0; j < panels; j += stride) {
-            const int64_t column = (first_panel + j) / stride * PANEL;
-            const int64_t width = std::min<int64_t>(PANEL, g.n - column);
+        float *first = sums + 2 * i * PANEL, *second = first + PANEL;
+        if (gated) {
+            const int64_t column = pair * PANEL, width = std::min<int64_t>(PANEL, g.n - column);
+            add_bias(first, g.bias, column, width);
+            add_bias(second, g.bias, g.n + column, width);
+            for (int l = 0; l < PANEL; l += WIDTH) store(first + l, activate(g.gate, load(first + l)) * load(second + l));
+            store_panel(g, row + i, column, width, first);
+            continue;
+        }
+        for (int j = 0; j < 2; ++j) {
+            const int64_t column = (2 * pair + j) * PANEL, width = std::min<int64_t>(PANEL, g.n - column);
             if (width <= 0) break;
-            float* values = sums + (i * panels + j) * PANEL;
-            add_bias(values, g.bias ? g.bias + column : nullptr, width);
-            if (stride == 2) {
-                float* up = values + PANEL;
-                add_bias(up, g.bias ? g.bias + g.n + column : nullptr, width);
-                for (int l = 0; l < PANEL; l += WIDTH) store(values + l, activate(g.gate, load(values + l)) * load(up + l));
-            }
-            if (width == PANEL)
-                store_panel(g, row + i, column, PANEL, values);  // memcpy of a constant size
-            else
-                store_panel(g, row + i, column, width, values);
+            add_bias(first + j * PANEL, g.bias, column, width);
+            store_panel(g, row + i, column, width, first + j * PANEL);
         }
     }
 }
@@ -251,13 +257,13 @@ void copy_row(const Linear& g, int64_t row, typename W::Element* to, int64_t blo
 template <class W>
 void part(const Linear& g, int64_t m0, int64_t m1, int64_t pair0, int64_t pair1) {
     using Element = typename W::Element;
-    const int64_t steps = divide_up(g.k, W::K_PER_STEP), panel = steps * STEP_BYTES;
+    const int64_t steps = divide_up(g.k, W::K_PER_STEP), pair_bytes = steps * STEP_BYTES;
     const int64_t row_elements = divide_up(steps, BLOCK) * BLOCK * W::PER_STEP;
     const int64_t held = SCRATCH_BYTES / (row_elements * (int64_t)sizeof(Element));
     const int64_t most = std::max<int64_t>(1, held / W::MAX_ROWS) * W::MAX_ROWS;
     static thread_local Scratch scratch;
     Element* x = (Element*)scratch.get(std::min(most, m1 - m0) * row_elements * sizeof(Element));
-    alignas(64) float sums[W::MAX_ROWS * 2 * PANEL + W::WIDE_ROWS * 4 * PANEL];
+    alignas(64) float sums[W::MAX_ROWS * 2 * PANEL];
     for (int64_t m = m0; m < m1; m += most) {
         const int64_t rows = std::min(most, m1 - m), tiles = divide_up(rows, W::MAX_ROWS);
         // tiles of equal height: a low one waits for its few sums instead of computing
@@ -266,24 +272,15 @@ void part(const Linear& g, int64_t m0, int64_t m1, int64_t pair0, int64_t pair1)
             for (int64_t r = start(t); r < start(t + 1); ++r)
                 copy_row<W>(g, m + r, x + start(t) * row_elements + (r - start(t)) * BLOCK * W::PER_STEP,
                             (start(t + 1) - start(t)) * BLOCK * W::PER_STEP);
-        for (int64_t pair = pair0; pair < pair1;) {
-            const char* w = (const char*)g.weight + 2 * pair * panel;
-            if constexpr (W::WIDE_ROWS > 0) {
-                if (rows <= W::WIDE_ROWS && pair + 2 <= pair1) {
-                    constexpr auto all = std::make_integer_sequence<int, W::WIDE_ROWS>();
-                    pick_tile<W, 4>(rows, all)(x, w, steps, panel, 4 * panel, sums);
-                    finish(g, sums, m, rows, 2 * pair, 4);
-                    pair += 2;
-                    continue;
-                }
-            }
+        for (int64_t pair = pair0; pair < pair1; ++pair) {
+            const char* w = (const char*)g.weight + pair * pair_bytes;
             for (int64_t t = 0; t < tiles; ++t) {
                 const int height = start(t + 1) - start(t);
-                // the first tile of rows fetches the next panels, the others find these in the cache
-                two_panels<W>(height, x + start(t) * row_elements, w, steps, panel, t == 0 ? 2 * panel : 0, sums);
-                finish(g, sums, m + start(t), height, 2 * pair, 2);
+                // each tile of rows fetches its part of the next pair: all at once would wait for memory
+                const char* next = w + pair_bytes + t * steps / tiles * STEP_BYTES;
+                two_panels<W>(height, x + start(t) * row_elements, w, steps, next, tiles == 1 ? STEP_BYTES : 64, sums);
+                finish(g, sums, m + start(t), height, pair);
             }
-            pair += 1;
         }
     }
 }

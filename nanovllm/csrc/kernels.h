@@ -14,8 +14,8 @@ constexpr int PANEL = 16;  // output columns that lie side by side in a packed w
 
 enum class Activation : int { NONE, SILU, GELU, GELU_TANH, RELU };
 
-// y = x w^T + bias. Packed weights: [panels][k / 2][16][2] bfloat16 or [panels][k][16] float, rows
-// beyond n and a last odd k filled with zeros, and an even number of panels.
+// y = x w^T + bias. A packed weight is pairs of panels, [pairs][k / 2][2][16][2] bfloat16 or
+// [pairs][k][2][16] float, with zeros beyond n and beyond an odd k: one stream for a tile of two panels.
 // With a gate, even panels hold the gate's rows and odd ones the other half's:
 // y = gate(x w_even^T + bias[:n]) * (x w_odd^T + bias[n:]).
 struct Linear {

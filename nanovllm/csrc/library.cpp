@@ -54,22 +54,21 @@ int nv_set_level(const char* name) {
     return -1;
 }
 
-// A weight [n][k] of `size`-byte elements (2 or 4) into panels first, first + step, ... of `packed`,
-// whose panels hold ceil(k * size / 4) steps of 16 words.
+// A weight [n][k] of `size`-byte elements (2 or 4) into panels first, first + step, ... of `packed`:
+// pairs of panels, each of ceil(k * size / 4) steps of 2 x 16 words; zeros wherever the weight has none.
 void nv_pack(const void* weight, void* packed, int64_t n, int64_t k, int size, int64_t first, int64_t step,
              int threads) {
     const int64_t row = k * size, words = (row + 3) / 4;
 #pragma omp parallel for num_threads(threads)
     for (int64_t p = 0; p < (n + PANEL - 1) / PANEL; ++p) {
-        uint32_t* to = (uint32_t*)packed + (first + p * step) * words * PANEL;
-        const int64_t rows = std::min<int64_t>(PANEL, n - p * PANEL);
-        if (rows < PANEL) std::memset(to, 0, words * PANEL * sizeof(uint32_t));
+        const int64_t panel = first + p * step, rows = std::min<int64_t>(PANEL, n - p * PANEL);
+        uint32_t* to = (uint32_t*)packed + (panel / 2 * words * 2 + panel % 2) * PANEL;
         const char* from = (const char*)weight + p * PANEL * row;
         for (int64_t w = 0; w < words; ++w)
             for (int64_t r = 0; r < rows; ++r) {
                 uint32_t word = 0;
                 std::memcpy(&word, from + r * row + w * 4, std::min<int64_t>(4, row - w * 4));
-                to[w * PANEL + r] = word;
+                to[w * 2 * PANEL + r] = word;
             }
     }
 }

@@ -28,7 +28,7 @@ class Ops(Protocol):
         """Whether `linear` wants such weights packed; a linear layer then has one of its own."""
         ...
 
-    def packed_numel(self, rows: int, cols: int, dtype: torch.dtype, *, gated: bool) -> int:
+    def packed_numel(self, rows: int, cols: int, dtype: torch.dtype) -> int:
         """Elements of such a weight once packed."""
         ...
 

@@ -33,15 +33,15 @@ class NativeOps:
     def packs(self, device: torch.device, dtype: torch.dtype) -> bool:
         return True
 
-    def packed_numel(self, rows: int, cols: int, dtype: torch.dtype, *, gated: bool) -> int:
-        return math.prod(_packed_shape(rows, cols, dtype, gated=gated))
+    def packed_numel(self, rows: int, cols: int, dtype: torch.dtype) -> int:
+        return math.prod(_packed_shape(rows, cols, dtype))
 
     def gates(self, act: str) -> bool:
         return act in _GATES
 
     def pack(self, weight: torch.Tensor, *, gated: bool) -> torch.Tensor:
         rows, cols = weight.shape
-        packed = weight.new_zeros(_packed_shape(rows, cols, weight.dtype, gated=gated))
+        packed = weight.new_zeros(_packed_shape(rows, cols, weight.dtype))
         parts = weight.chunk(2) if gated else (weight,)
         for i, part in enumerate(parts):
             part = part.contiguous()
@@ -105,12 +105,11 @@ class NativeOps:
         return out.to(x.dtype)
 
 
-def _packed_shape(rows: int, cols: int, dtype: torch.dtype, *, gated: bool) -> tuple[int, int, int, int]:
-    """[panels, steps, 16, columns a step]: zeros beyond the weight, an even number of panels; where gated,
-    panels of the gate and of the other half in turn."""
-    panels = -(-rows // (2 * _PANEL))  # of each half, or pairs of them
+def _packed_shape(rows: int, cols: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
+    """[pairs of panels, steps, 2, 16, columns a step], zeros beyond the weight; where gated, a pair is a panel
+    of the gate and one of the other half."""
     per_step = 4 // dtype.itemsize
-    return 2 * panels, -(-cols // per_step), _PANEL, per_step
+    return -(-rows // (2 * _PANEL)), -(-cols // per_step), 2, _PANEL, per_step
 
 
 def _fp32_rows(x: torch.Tensor) -> torch.Tensor:

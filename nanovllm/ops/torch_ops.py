@@ -26,7 +26,7 @@ class TorchOps:
             and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         )
 
-    def packed_numel(self, rows: int, cols: int, dtype: torch.dtype, *, gated: bool) -> int:
+    def packed_numel(self, rows: int, cols: int, dtype: torch.dtype) -> int:
         return rows * cols
 
     def gates(self, act: str) -> bool:

@@ -70,7 +70,7 @@ class UnquantizedLinearMethod:
         (rows, cols), dtype = layer.weight.shape, layer.weight.dtype
         if not self._ops.packs(device, dtype):
             return None
-        return self._ops.packed_numel(rows, cols, dtype, gated=self._fuses(layer)) * dtype.itemsize
+        return self._ops.packed_numel(rows, cols, dtype) * dtype.itemsize
 
     def apply(self, layer: LinearWeights, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if layer.gate is None:
