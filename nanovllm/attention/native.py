@@ -55,7 +55,7 @@ class NativeAttention:
         assert isinstance(library, Library)
         (_, _, kv_heads, block_size, head_dim), heads = kv.shape, q.shape[1]
         keys, values, is_bf16 = kv[0].data_ptr(), kv[1].data_ptr(), kv.dtype == torch.bfloat16
-        threads = torch.get_num_threads()
+        threads, dtype = torch.get_num_threads(), q.dtype
         q, k, v = map(_fp32_heads, (q, k, v))
         library.store_kv(
             *(k.data_ptr(), v.data_ptr(), k.stride(0), v.stride(0), len(k), batch.slot_mapping.data_ptr()),
@@ -71,7 +71,7 @@ class NativeAttention:
             *((None, 0, 1.0) if alibi is None else (alibi.slopes.data_ptr(), alibi.rounded, alibi.factor)),
             threads,
         )
-        return out
+        return out.to(dtype)
 
 
 def _fp32_heads(x: torch.Tensor) -> torch.Tensor:
