@@ -94,7 +94,7 @@ void score_tiles(const typename W::Element* q, const Pages<W>& pages, int64_t po
         V b[NV];
 #pragma GCC unroll 8
         for (int j = 0; j < NV; ++j)
-            b[j] = load(at[j / TILE_VECTORS] + d * STEP_BYTES + j % TILE_VECTORS * sizeof(V));
+            b[j] = load(at[j / TILE_VECTORS] + d * TILE * sizeof(float) + j % TILE_VECTORS * sizeof(V));
 #pragma GCC unroll 16
         for (int i = 0; i < R; ++i) W::template step<NV>(acc[i], b, q + i * Task<W>::STRIDE + d * W::PER_STEP);
     }
