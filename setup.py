@@ -60,7 +60,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["nanovllm", "nanovllm.*"]),
-    package_data={"nanovllm": ["py.typed"]},
+    package_data={"nanovllm": ["py.typed", "csrc/*.h"]},
     ext_modules=[NATIVE],
     cmdclass={"build_ext": BuildNative},
     install_requires=[

@@ -24,7 +24,7 @@ using namespace nanovllm;
 constexpr int P = PANEL / WIDTH;  // vectors a panel
 constexpr int STEP_BYTES = 128;   // of a pair of panels: 16 pairs of bfloat16 or 16 floats, twice
 constexpr int BLOCK = 32;         // steps of a row that lie together in the copy of x
-constexpr int64_t SCRATCH_BYTES = 256 << 10;  // of that copy: to stay in the second-level cache
+constexpr int64_t SCRATCH_BYTES = 512 << 10;  // of that copy: to stay in the second-level cache
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -186,8 +186,8 @@ def test_smollm2_logits_and_greedy_text(smollm2, smollm2_path):
 
 
 @pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU does not multiply bfloat16")
-@pytest.mark.parametrize("block_size", [8, 16])
-def test_bfloat16_bits_do_not_depend_on_the_batch(smollm2_path, block_size):
+@pytest.mark.parametrize(("kernels", "block_size"), [("auto", 8), ("auto", 16), ("torch", 16)])
+def test_bfloat16_bits_do_not_depend_on_the_batch(smollm2_path, kernels, block_size):
     """A seed gives the same text whatever else is in the batch: the real model's tokens and
     logprobs, to the last bit, alone and in company."""
     texts = [*TEXTS, "In 1969", "The ocean"]
@@ -198,7 +198,8 @@ def test_bfloat16_bits_do_not_depend_on_the_batch(smollm2_path, block_size):
     def bits(output):
         return [(token, found.logprob) for d in output.outputs[0].logprobs for token, found in d.items()]
 
-    with LLM(str(smollm2_path), enable_prefix_caching=False, kvcache_block_size=block_size) as llm:
+    options = {"enable_prefix_caching": False, "kvcache_block_size": block_size, "kernels": kernels}
+    with LLM(str(smollm2_path), **options) as llm:
         alone = [bits(llm.generate(t, p, use_tqdm=False)[0]) for t, p in zip(texts, params, strict=True)]
         assert [bits(o) for o in llm.generate(texts, params, use_tqdm=False)] == alone
         assert [bits(o) for o in llm.generate(texts[::-1], params[::-1], use_tqdm=False)] == alone[::-1]
