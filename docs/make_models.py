@@ -143,7 +143,7 @@ def memory_rows() -> str:
     for name, (architecture, config, parameters) in PUBLISHED.items():
         cls = model_class([architecture])
         model_config = cls.config_class.from_hf(config)
-        options = {"dtype": "bfloat16", "device": "cpu", "max_model_len": 64}
+        options = {"dtype": "bfloat16", "device": "cpu", "kernels": "torch", "max_model_len": 64}
         engine = EngineConfig.from_options(name, options).resolve(
             checkpoint_dtype="bfloat16", max_positions=model_config.max_position_embeddings, cuda=False
         )

@@ -13,6 +13,7 @@ from nanovllm.attention.alibi import Alibi, alibi_slopes
 from nanovllm.attention.base import select_backend
 from nanovllm.attention.native import NativeAttention
 from nanovllm.cache_spec import PagedKVSpec
+from nanovllm.ops import library
 from nanovllm.ops.library import LEVELS, Library, library_or_reason
 
 LIBRARY = library_or_reason()
@@ -167,3 +168,12 @@ def test_a_value_beside_the_last_token_is_cleared():
 def test_it_is_chosen_where_it_runs(block_size, chosen):
     assert select_backend("auto", CPU, torch.bfloat16, block_size).name == chosen
     assert select_backend("auto", CPU, torch.float16, block_size).name == "cpu"
+
+
+def test_without_the_library_torch_attends(monkeypatch, tmp_path):
+    monkeypatch.setattr(library, "_PATH", tmp_path / "none.so")
+    library.library_or_reason.cache_clear()
+    try:
+        assert select_backend("auto", CPU, torch.bfloat16).name == "cpu"
+    finally:
+        library.library_or_reason.cache_clear()

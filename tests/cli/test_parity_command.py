@@ -125,7 +125,7 @@ def test_a_mistake_in_decoding_alone_is_seen_in_the_text(parity, tiny_model, mon
         return out * 0 if batch.max_query_len == 1 and batch.max_seq_len > 3 else out
 
     monkeypatch.setattr(CPUAttention, "forward", wrong)
-    status, out = parity(tiny_model("llama"))
+    status, out = parity(tiny_model("llama"), "--attention-backend", "cpu")
     assert status == 1
     assert "then a gap of" in out
 

@@ -20,9 +20,9 @@ CPU = torch.device("cpu")
 def elsewhere(monkeypatch, tmp_path):
     """Where the library is looked for."""
     monkeypatch.setattr(library, "_PATH", tmp_path / "libnanovllm.so")
-    base._library_or_reason.cache_clear()
+    library.library_or_reason.cache_clear()
     yield tmp_path / "libnanovllm.so"
-    base._library_or_reason.cache_clear()
+    library.library_or_reason.cache_clear()
 
 
 def test_without_the_library_torch_runs_and_one_line_says_so(elsewhere, caplog):
