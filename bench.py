@@ -506,8 +506,9 @@ def bench_linear(args: argparse.Namespace) -> None:
           f"{'F.linear':>9}")  # fmt: skip
     for model, shapes in LINEARS.items():
         for rows in (1, 8, 32, 64, 256, 1024):
-            probe, seconds, size, flop = probe_machine(), dict.fromkeys(("native", "packed", "plain"), 0.0), 0, 0
+            probe, seconds, size, flop = {}, dict.fromkeys(("native", "packed", "plain"), 0.0), 0, 0
             for (n, k), count in shapes.items():
+                probe = {key: max(value, probe.get(key, 0)) for key, value in probe_machine().items()}
                 m = min(rows, 64) if n > 40000 else rows
                 for name, each in time_linear(torch, n, k, m, args.rounds).items():
                     seconds[name] += each * count
