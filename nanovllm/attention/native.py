@@ -29,7 +29,7 @@ class NativeAttention:
         if block_size % _TILE:
             return f"needs pages of {_TILE} tokens or a multiple, not {block_size}"
         if spec.head_dim % 2 or spec.head_dim > _MAX_HEAD:
-            return f"takes even head sizes up to {_MAX_HEAD}, not {spec.head_dim}"
+            return f"takes even head sizes up to {_MAX_HEAD}, not {spec.head_dim}; set attention_backend='cpu'"
         library = library_or_reason()
         return None if isinstance(library, Library) else library
 

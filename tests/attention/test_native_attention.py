@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from test_backends import CPU, MIXED, make_batch, pages_needed, plain_attention
 
 from nanovllm.attention.alibi import Alibi, alibi_slopes
-from nanovllm.attention.base import select_backend
+from nanovllm.attention.base import require_support, select_backend
 from nanovllm.attention.native import NativeAttention
 from nanovllm.cache_spec import PagedKVSpec
+from nanovllm.errors import ConfigError
 from nanovllm.ops import library
 from nanovllm.ops.library import LEVELS, Library, library_or_reason
 
@@ -168,6 +169,12 @@ def test_a_value_beside_the_last_token_is_cleared():
 def test_it_is_chosen_where_it_runs(block_size, chosen):
     assert select_backend("auto", CPU, torch.bfloat16, block_size).name == chosen
     assert select_backend("auto", CPU, torch.float16, block_size).name == "cpu"
+
+
+@pytest.mark.parametrize("head_dim", [17, 258])
+def test_head_sizes_that_it_does_not_take(head_dim):
+    with pytest.raises(ConfigError, match=f"not {head_dim}; set attention_backend='cpu'"):
+        require_support(NativeAttention(), CPU, PagedKVSpec(2, head_dim, torch.bfloat16), 16)
 
 
 def test_without_the_library_torch_attends(monkeypatch, tmp_path):
