@@ -11,14 +11,13 @@ from torch import nn
 
 from nanovllm.batch import Batch
 from nanovllm.build_context import BuildContext
-from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.mlp import GatedMLP
-from nanovllm.layers.rotary_embedding import Rope, RopeConfig, RotaryEmbedding, apply_rotary
+from nanovllm.layers.rotary_embedding import Rope, RopeConfig, RotaryEmbedding
 from nanovllm.models.base import CausalLM
 from nanovllm.models.config_reader import read_config, refuse_unless, rope_fields
+from nanovllm.models.llama import LlamaAttention
 from nanovllm.weights.rules import LLAMA_RULES, head_rules
 
 
@@ -58,27 +57,15 @@ class GraniteConfig:
         )
 
 
-class GraniteAttention(nn.Module):
-    def __init__(self, config: GraniteConfig, ctx: BuildContext) -> None:
-        super().__init__()
-        heads, kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        bias, scale = config.attention_bias, config.attention_multiplier
-        self.num_heads, self.num_kv_heads = heads // ctx.tp.size, kv_heads // ctx.tp.size
-        self.qkv_proj = QKVParallelLinear(config.hidden_size, heads, kv_heads, self.head_dim, ctx, bias=bias)
-        self.o_proj = RowParallelLinear(heads * self.head_dim, config.hidden_size, ctx, bias=bias)
-        self.attn = Attention(self.num_heads, self.num_kv_heads, self.head_dim, ctx, scale=scale)
-
-    def forward(self, x: torch.Tensor, rope: Rope, batch: Batch) -> torch.Tensor:
-        heads = self.qkv_proj(x).unflatten(1, (-1, self.head_dim))  # [T, H + 2 KH, D]
-        qk, v = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
-        q, k = apply_rotary(qk, *rope).split((self.num_heads, self.num_kv_heads), dim=1)
-        return self.o_proj(self.attn(q, k, v, batch))
+def granite_attention(config: GraniteConfig, ctx: BuildContext) -> LlamaAttention:
+    bias = config.attention_bias
+    return LlamaAttention(config, ctx, qkv_bias=bias, o_bias=bias, scale=config.attention_multiplier)
 
 
 class GraniteDecoderLayer(nn.Module):
     def __init__(self, config: GraniteConfig, ctx: BuildContext) -> None:
         super().__init__()
-        self.self_attn = GraniteAttention(config, ctx)
+        self.self_attn = granite_attention(config, ctx)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, ctx, bias=config.mlp_bias)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ctx)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ctx)

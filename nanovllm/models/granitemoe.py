@@ -14,7 +14,7 @@ from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.mlp import GatedMLP
 from nanovllm.layers.moe import SparseMoE, top_k_softmax
 from nanovllm.models.base import CausalLM
-from nanovllm.models.granite import GraniteAttention, GraniteConfig, GraniteModel
+from nanovllm.models.granite import GraniteConfig, GraniteModel, granite_attention
 from nanovllm.weights.rules import LLAMA_RULES, Pack, Split, fused_expert_rules, head_rules
 
 
@@ -30,7 +30,7 @@ class GraniteMoeConfig(GraniteConfig):
 class GraniteMoeDecoderLayer(nn.Module):
     def __init__(self, config: GraniteMoeConfig, ctx: BuildContext) -> None:
         super().__init__()
-        self.self_attn = GraniteAttention(config, ctx)
+        self.self_attn = granite_attention(config, ctx)
         self.block_sparse_moe = SparseMoE(
             config.hidden_size,
             config.intermediate_size,

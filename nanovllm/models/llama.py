@@ -55,14 +55,19 @@ class LlamaConfig:
 
 
 class DecoderConfig(Protocol):
-    """What the decoder layer and the model below read: families that differ in their attention
-    or MLP alone share these two."""
+    """What the classes below read: other families are put together from them too."""
 
     @property
     def vocab_size(self) -> int: ...
 
     @property
     def hidden_size(self) -> int: ...
+
+    @property
+    def num_attention_heads(self) -> int: ...
+
+    @property
+    def num_key_value_heads(self) -> int: ...
 
     @property
     def rms_norm_eps(self) -> float: ...
@@ -75,14 +80,25 @@ class DecoderConfig(Protocol):
 
 
 class LlamaAttention(nn.Module):
-    def __init__(self, config: LlamaConfig, ctx: BuildContext) -> None:
+    """scale: of the scores, head_dim^-0.5 by default. window: tokens that a query sees."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        ctx: BuildContext,
+        *,
+        qkv_bias: bool = False,
+        o_bias: bool = False,
+        scale: float | None = None,
+        window: int | None = None,
+    ) -> None:
         super().__init__()
         heads, kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        bias = config.attention_bias
         self.num_heads, self.num_kv_heads = heads // ctx.tp.size, kv_heads // ctx.tp.size
-        self.qkv_proj = QKVParallelLinear(config.hidden_size, heads, kv_heads, self.head_dim, ctx, bias=bias)
-        self.o_proj = RowParallelLinear(heads * self.head_dim, config.hidden_size, ctx, bias=bias)
-        self.attn = Attention(self.num_heads, self.num_kv_heads, self.head_dim, ctx, scale=self.head_dim**-0.5)
+        self.qkv_proj = QKVParallelLinear(config.hidden_size, heads, kv_heads, self.head_dim, ctx, bias=qkv_bias)
+        self.o_proj = RowParallelLinear(heads * self.head_dim, config.hidden_size, ctx, bias=o_bias)
+        scale = self.head_dim**-0.5 if scale is None else scale
+        self.attn = Attention(self.num_heads, self.num_kv_heads, self.head_dim, ctx, scale=scale, window=window)
 
     def forward(self, x: torch.Tensor, rope: Rope, batch: Batch) -> torch.Tensor:
         heads = self.qkv_proj(x).unflatten(1, (-1, self.head_dim))  # [T, H + 2 KH, D]
@@ -127,9 +143,10 @@ class LlamaForCausalLM(CausalLM):
 
     def __init__(self, config: LlamaConfig, ctx: BuildContext) -> None:
         super().__init__(config, ctx)
+        bias = config.attention_bias
         layers = (
             LlamaDecoderLayer(
-                LlamaAttention(config, ctx),
+                LlamaAttention(config, ctx, qkv_bias=bias, o_bias=bias),
                 GatedMLP(config.hidden_size, config.intermediate_size, ctx, bias=config.mlp_bias),
                 config,
                 ctx,

@@ -5,19 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
-
-from nanovllm.batch import Batch
 from nanovllm.build_context import BuildContext
-from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import ParallelLMHead
-from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.mlp import GatedMLP
-from nanovllm.layers.rotary_embedding import Rope, RopeConfig, apply_rotary
+from nanovllm.layers.rotary_embedding import RopeConfig
 from nanovllm.models.base import CausalLM
 from nanovllm.models.config_reader import layer_windows, read_config, refuse_unless, rope_fields
-from nanovllm.models.llama import LlamaDecoderLayer, LlamaModel
+from nanovllm.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaModel
 from nanovllm.weights.rules import LLAMA_RULES, head_rules
 
 
@@ -56,23 +50,6 @@ class MistralConfig:
         )
 
 
-class MistralAttention(nn.Module):
-    def __init__(self, config: MistralConfig, window: int | None, ctx: BuildContext) -> None:
-        super().__init__()
-        heads, kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.num_heads, self.num_kv_heads = heads // ctx.tp.size, kv_heads // ctx.tp.size
-        self.qkv_proj = QKVParallelLinear(config.hidden_size, heads, kv_heads, self.head_dim, ctx)
-        self.o_proj = RowParallelLinear(heads * self.head_dim, config.hidden_size, ctx)
-        scale = self.head_dim**-0.5
-        self.attn = Attention(self.num_heads, self.num_kv_heads, self.head_dim, ctx, scale=scale, window=window)
-
-    def forward(self, x: torch.Tensor, rope: Rope, batch: Batch) -> torch.Tensor:
-        heads = self.qkv_proj(x).unflatten(1, (-1, self.head_dim))  # [T, H + 2 KH, D]
-        qk, v = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
-        q, k = apply_rotary(qk, *rope).split((self.num_heads, self.num_kv_heads), dim=1)
-        return self.o_proj(self.attn(q, k, v, batch))
-
-
 class MistralForCausalLM(CausalLM):
     config_class = MistralConfig
 
@@ -80,7 +57,7 @@ class MistralForCausalLM(CausalLM):
         super().__init__(config, ctx)
         layers = (
             LlamaDecoderLayer(
-                MistralAttention(config, window, ctx),
+                LlamaAttention(config, ctx, window=window),
                 GatedMLP(config.hidden_size, config.intermediate_size, ctx),
                 config,
                 ctx,

@@ -10,8 +10,8 @@ from nanovllm.layers.embed_head import ParallelLMHead
 from nanovllm.layers.moe import SparseMoE, softmax_top_k_renormalised
 from nanovllm.models.base import CausalLM
 from nanovllm.models.config_reader import layer_windows, read_config, refuse_unless, rope_fields
-from nanovllm.models.llama import LlamaDecoderLayer, LlamaModel
-from nanovllm.models.mistral import MistralAttention, MistralConfig
+from nanovllm.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaModel
+from nanovllm.models.mistral import MistralConfig
 from nanovllm.weights.rules import LLAMA_RULES, Pack, Rename, head_rules
 
 
@@ -48,7 +48,7 @@ class MixtralForCausalLM(CausalLM):
         super().__init__(config, ctx)
         layers = (
             LlamaDecoderLayer(
-                MistralAttention(config, window, ctx),
+                LlamaAttention(config, ctx, window=window),
                 SparseMoE(
                     config.hidden_size,
                     config.intermediate_size,

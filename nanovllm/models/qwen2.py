@@ -5,19 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
-
-from nanovllm.batch import Batch
 from nanovllm.build_context import BuildContext
-from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import ParallelLMHead
-from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.mlp import GatedMLP
-from nanovllm.layers.rotary_embedding import Rope, RopeConfig, apply_rotary
+from nanovllm.layers.rotary_embedding import RopeConfig
 from nanovllm.models.base import CausalLM
 from nanovllm.models.config_reader import layer_windows, read_config, refuse_unless, rope_fields
-from nanovllm.models.llama import LlamaDecoderLayer, LlamaModel
+from nanovllm.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaModel
 from nanovllm.weights.rules import LLAMA_RULES, head_rules
 
 
@@ -61,23 +55,6 @@ def qwen_windows(config: dict[str, Any], num_layers: int) -> tuple[int | None, .
     return layer_windows(config.get("layer_types") or kinds, num_layers, window)
 
 
-class Qwen2Attention(nn.Module):
-    def __init__(self, config: Qwen2Config, window: int | None, ctx: BuildContext) -> None:
-        super().__init__()
-        heads, kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.num_heads, self.num_kv_heads = heads // ctx.tp.size, kv_heads // ctx.tp.size
-        self.qkv_proj = QKVParallelLinear(config.hidden_size, heads, kv_heads, self.head_dim, ctx, bias=True)
-        self.o_proj = RowParallelLinear(heads * self.head_dim, config.hidden_size, ctx)
-        scale = self.head_dim**-0.5
-        self.attn = Attention(self.num_heads, self.num_kv_heads, self.head_dim, ctx, scale=scale, window=window)
-
-    def forward(self, x: torch.Tensor, rope: Rope, batch: Batch) -> torch.Tensor:
-        heads = self.qkv_proj(x).unflatten(1, (-1, self.head_dim))  # [T, H + 2 KH, D]
-        qk, v = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
-        q, k = apply_rotary(qk, *rope).split((self.num_heads, self.num_kv_heads), dim=1)
-        return self.o_proj(self.attn(q, k, v, batch))
-
-
 class Qwen2ForCausalLM(CausalLM):
     config_class = Qwen2Config
 
@@ -85,7 +62,7 @@ class Qwen2ForCausalLM(CausalLM):
         super().__init__(config, ctx)
         layers = (
             LlamaDecoderLayer(
-                Qwen2Attention(config, window, ctx),
+                LlamaAttention(config, ctx, qkv_bias=True, window=window),
                 GatedMLP(config.hidden_size, config.intermediate_size, ctx),
                 config,
                 ctx,
