@@ -58,6 +58,7 @@ def main() -> None:
     args = parse_args()
     if args.worker:
         return serve(args)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that stopped engines end with us
     if args.preset == "startup":
         return bench_startup(args)
     if args.preset == "load":
