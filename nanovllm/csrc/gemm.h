@@ -102,7 +102,7 @@ struct F32Weight {
     }
 
     static void copy(const float* x, Element* to, int64_t count) { memcpy(to, x, count * sizeof(float)); }
-    static void copy(const uint16_t*, Element*, int64_t) {}  // library.cpp refuses the combination
+    static void copy(const uint16_t*, Element*, int64_t) {}  // ops/native.py widens such rows before it calls
 };
 
 // --- a tile --------------------------------------------------------------------------------------

@@ -27,8 +27,11 @@ class RMSNorm(WeightLayer):
 class GemmaRMSNorm(RMSNorm):
     """Gemma's RMSNorm: the weight on disk is the difference from one; all in fp32."""
 
+    def finalize_weights(self) -> None:
+        self._scale = 1.0 + self.weight.float()
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., size]
-        return self._ops.rms_norm(x.float(), 1.0 + self.weight.float(), self._eps).to(x.dtype)
+        return self._ops.rms_norm(x.float(), self._scale, self._eps).to(x.dtype)
 
 
 class LayerNorm(WeightLayer):

@@ -124,19 +124,16 @@ def test_alibi(level, rounded, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_bits_do_not_depend_on_company_cuts_or_threads(level, dtype):
+def test_bits_do_not_depend_on_company_cuts_or_threads(level, threads, dtype):
     sequences = [(0, 700), (0, 300), (299, 1), (0, 33), (1200, 1), (0, 1), (15, 2)]
     case, every = Case(sequences, dtype=dtype), range(len(sequences))
     for options in ({}, {"window": 70}, {"alibi": Alibi(alibi_slopes(6))}):
         together = case.run(every, **options)
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            try:
-                alone = case.run(every, company=False, **options)
-                again = case.run(every[::-1], **options)[::-1]
-                chunks = case.run([0], cuts=[17, 1, 255, 256, 100, 71], **options)
-            finally:
-                torch.set_num_threads(1)
+        for count in (1, 2):
+            threads(count)
+            alone = case.run(every, company=False, **options)
+            again = case.run(every[::-1], **options)[::-1]
+            chunks = case.run([0], cuts=[17, 1, 255, 256, 100, 71], **options)
             assert all(map(torch.equal, alone, together))
             assert all(map(torch.equal, again, together))
             assert torch.equal(chunks[0], together[0])

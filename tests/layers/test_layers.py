@@ -76,6 +76,7 @@ def test_rms_norm_has_fp32_statistics_in_bfloat16():
 def test_gemma_norm_adds_one_to_its_weight():
     layer = GemmaRMSNorm(16, 1e-6, context())
     layer.load_weight("weight", normal(16), None)
+    layer.finalize_weights()
     x = normal(4, 16, seed=1)
     wanted = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + normal(16))
     torch.testing.assert_close(layer(x), wanted)

@@ -3,7 +3,6 @@ last bit, alone and in company, in chunks, after a prefix hit, preempted, and on
 
 import numpy as np
 import pytest
-import torch
 from tiny_models import TINY
 
 from nanovllm import LLM, SamplingParams
@@ -50,16 +49,15 @@ def same(ours, theirs) -> bool:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", [name for name in TINY if name not in RECURRENT])
-def test_bits_are_the_requests_own(tiny_model, family, dtype):
+def test_bits_are_the_requests_own(tiny_model, threads, family, dtype):
     found = {}
     for way, options in WAYS.items():
-        torch.set_num_threads(2 if way == "batched" else 1)
+        threads(2 if way == "batched" else 1)
         with LLM(str(tiny_model(family)), skip_tokenizer_init=True, dtype=dtype, **options) as llm:
             assert llm.engine._executor._runner._backend.name == "native"
             found[way] = bits(llm, slice(None))
             found[way + ", backwards"] = bits(llm, slice(None, None, -1))
             if way == "preempted" and llm.engine.scheduler.cache.window is None:
                 assert llm.engine.stats.preemptions > 0
-    torch.set_num_threads(1)
     different = [way for way in found if not same(found[way], found["alone"])]
     assert not different
