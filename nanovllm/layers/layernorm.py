@@ -27,11 +27,15 @@ class RMSNorm(WeightLayer):
 class GemmaRMSNorm(RMSNorm):
     """Gemma's RMSNorm: the weight on disk is the difference from one; all in fp32."""
 
-    def finalize_weights(self) -> None:
-        self._scale = 1.0 + self.weight.float()
+    def __init__(self, size: int, eps: float, ctx: BuildContext) -> None:
+        super().__init__(size, eps, ctx)
+        self.add_parameter("weight", self._size, torch.float32, ctx.device)
+
+    def load_weight(self, parameter: str, tensor: torch.Tensor, shard: str | None) -> None:
+        super().load_weight(parameter, 1.0 + tensor.float(), shard)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., size]
-        return self._ops.rms_norm(x.float(), self._scale, self._eps).to(x.dtype)
+        return self._ops.rms_norm(x.float(), self.weight, self._eps).to(x.dtype)
 
 
 class LayerNorm(WeightLayer):
