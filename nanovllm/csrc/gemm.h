@@ -7,8 +7,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <new>
 #include <utility>
 
 #include "kernels.h"
@@ -223,24 +221,6 @@ inline void finish(const Linear& g, float* sums, int64_t row, int rows, int64_t 
 
 // --- a thread's share --------------------------------------------------------------------------------
 
-class Scratch {  // of one thread; grows, and is kept for the next call
-public:
-    ~Scratch() { std::free(data_); }
-    void* get(size_t bytes) {
-        if (bytes > size_) {
-            std::free(data_);
-            size_ = (bytes + 4095) / 4096 * 4096;
-            data_ = std::aligned_alloc(64, size_);
-            if (data_ == nullptr) throw std::bad_alloc();
-        }
-        return data_;
-    }
-
-private:
-    void* data_ = nullptr;
-    size_t size_ = 0;
-};
-
 template <class W>
 void copy_row(const Linear& g, int64_t row, typename W::Element* to, int64_t block_stride) {
     constexpr int64_t width = BLOCK * W::K_PER_STEP;
@@ -287,19 +267,14 @@ void part(const Linear& g, int64_t m0, int64_t m1, int64_t pair0, int64_t pair1)
 
 // Few rows: threads share the panels. Many: they share the rows, so that each is copied once.
 template <class W>
-void linear(const Linear& g, int threads) {
+void linear(const Linear& g, Team& team) {
     const int64_t columns = g.gate == Activation::NONE ? g.n : 2 * divide_up(g.n, PANEL) * PANEL;
     const int64_t pairs = divide_up(columns, 2 * PANEL);
-    const int64_t by_rows = std::clamp<int64_t>(g.m / 64, 1, threads);
-    const int64_t by_panels = std::min<int64_t>(threads / by_rows, pairs);
-    const int count = by_rows * by_panels;
-    auto share = [&](int64_t i) {
-        const int64_t r = i / by_panels, p = i % by_panels;
-        part<W>(g, r * g.m / by_rows, (r + 1) * g.m / by_rows, p * pairs / by_panels, (p + 1) * pairs / by_panels);
-    };
-    if (count == 1) return share(0);
-#pragma omp parallel for num_threads(count) schedule(static, 1)
-    for (int i = 0; i < count; ++i) share(i);
+    const int64_t by_rows = std::clamp<int64_t>(g.m / 64, 1, team.threads);
+    const int64_t by_panels = std::min<int64_t>(team.threads / by_rows, pairs);
+    if (team.thread >= by_rows * by_panels) return;
+    const int64_t r = team.thread / by_panels, p = team.thread % by_panels;
+    part<W>(g, r * g.m / by_rows, (r + 1) * g.m / by_rows, p * pairs / by_panels, (p + 1) * pairs / by_panels);
 }
 
 }  // namespace
