@@ -13,10 +13,10 @@ namespace {
 
 using namespace nanovllm;
 
-constexpr int SIDE = 2;                       // vectors of channels that are scanned together
-constexpr int DEEP = WIDTH == 16 ? 8 : 4;     // times as many steps along the state: what registers hold
-constexpr int64_t CONV_CHANNELS = 512;        // of a token that a thread convolves
-constexpr int64_t MOST_STRIPS = 8;            // of a task of the scan: they read the same B and C
+constexpr int SIDE = 2;                    // vectors of channels that are scanned together,
+constexpr int DEEP = WIDTH == 16 ? 8 : 4;  // and rows of the state: what registers hold
+constexpr int64_t CONV_CHANNELS = 512;     // of a token that a thread convolves
+constexpr int64_t MOST_STRIPS = 8;         // of a task of the scan: they read the same B and C
 constexpr int64_t TASKS_A_THREAD = 4;
 
 inline V load_lanes(const float* p, int64_t lanes) { return lanes == WIDTH ? load(p) : load_part(p, lanes); }
@@ -61,11 +61,12 @@ inline void convolve(const Mamba2Call& m, int64_t token, int64_t first, int64_t 
     const float* input = m.projected + token * m.stride + m.inner();
     for (int64_t c = first; c < last; c += WIDTH) {
         const int64_t lanes = std::min<int64_t>(WIDTH, last - c);
+        const float* filter = m.filters + c;
         V sum = load_lanes(m.conv_bias + c, lanes);
         for (int64_t k = oldest; k < own; ++k)
-            sum += load_lanes(chunk.taps + (t + k) * size + c, lanes) * load_lanes(m.filters + k * size + c, lanes);
+            sum += load_lanes(chunk.taps + (t + k) * size + c, lanes) * load_lanes(filter + k * size, lanes);
         for (int64_t k = own; k <= history; ++k)
-            sum += load_lanes(input + (k - history) * m.stride + c, lanes) * load_lanes(m.filters + k * size + c, lanes);
+            sum += load_lanes(input + (k - history) * m.stride + c, lanes) * load_lanes(filter + k * size, lanes);
         store_lanes(work + token * m.work_width() + c, activate(Activation::SILU, sum), lanes);
     }
 }
@@ -75,7 +76,8 @@ inline void remember(const Mamba2Call& m, const Chunk& chunk) {
     const int64_t history = m.kernel - 1, size = m.conv_size();
     for (int64_t i = 0; i < history; ++i) {  // upwards: what is still needed lies above
         const int64_t t = chunk.count - history + i;
-        const float* row = t < 0 ? chunk.taps + (t + history) * size : m.projected + (chunk.begin + t) * m.stride + m.inner();
+        const float* input = m.projected + (chunk.begin + t) * m.stride + m.inner();
+        const float* row = t < 0 ? chunk.taps + (t + history) * size : input;
         std::copy(row, row + size, chunk.taps + i * size);
     }
 }
@@ -94,13 +96,22 @@ inline void time_steps(const Mamba2Call& m, int64_t token, float* work) {
     }
 }
 
-// The heads' values for the channels from `channel` on.
-inline V of_channels(const Mamba2Call& m, const float* heads, int64_t channel, int64_t lanes) {
-    if (m.head_dim % WIDTH == 0) return splat(heads[channel / m.head_dim]);
-    V v = {};
-    for (int64_t i = 0; i < lanes; ++i) v[i] = heads[(channel + i) / m.head_dim];
-    return v;
-}
+// Which heads the channels of a vector belong to, from `channel` on.
+struct Heads {
+    int64_t of[WIDTH], lanes;
+    bool one;
+
+    Heads(const Mamba2Call& m, int64_t channel, int64_t lanes) : lanes(lanes), one(m.head_dim % WIDTH == 0) {
+        for (int64_t i = 0; i < (one ? std::min<int64_t>(1, lanes) : lanes); ++i) of[i] = (channel + i) / m.head_dim;
+    }
+
+    V spread(const float* values) const {
+        if (one && lanes > 0) return splat(values[of[0]]);
+        V v = {};
+        for (int64_t i = 0; i < lanes; ++i) v[i] = values[of[i]];
+        return v;
+    }
+};
 
 // What some tokens bring to a strip: zeros where it has no channel.
 struct Inputs {
@@ -111,13 +122,13 @@ struct Inputs {
     Inputs(const Mamba2Call& m, const float* x, int64_t count, int64_t channel, int64_t left) {
         for (int64_t at = 0; at < STRIP; at += WIDTH) {
             const int64_t lanes = std::clamp<int64_t>(left - at, 0, WIDTH);
-            const V D = lanes ? of_channels(m, m.D, channel + at, lanes) : V{};
+            const Heads heads(m, channel + at, lanes);
+            const V D = heads.spread(m.D);
             for (int64_t t = 0; t < count; ++t) {
-                const float* row = x + t * m.work_width();
-                const float* dt = row + m.conv_size();
+                const float *row = x + t * m.work_width(), *dt = row + m.conv_size();
                 const V value = load_lanes(row + channel + at, lanes);
-                store(add[t] + at, lanes ? value * of_channels(m, dt, channel + at, lanes) : V{});
-                store(keep[t] + at, lanes ? of_channels(m, dt + m.heads, channel + at, lanes) : V{});
+                store(keep[t] + at, heads.spread(dt + m.heads));
+                store(add[t] + at, value * heads.spread(dt));
                 store(y[t] + at, value * D);
             }
         }
@@ -172,7 +183,8 @@ inline void scan_strips(const Mamba2Call& m, const Chunk& chunk, int64_t first, 
                 for (; n + DEEP <= size; n += DEEP) scan<DEEP>(state + n * STRIP, in, at, count, B + n, C + n, width);
                 for (; n < size; ++n) scan<1>(state + n * STRIP, in, at, count, B + n, C + n, width);
             }
-            for (int64_t i = 0; i < count; ++i) std::copy(in.y[i], in.y[i] + left, m.out + (token + i) * m.inner() + channel);
+            float* out = m.out + token * m.inner() + channel;
+            for (int64_t i = 0; i < count; ++i) std::copy(in.y[i], in.y[i] + left, out + i * m.inner());
         }
     }
 }
@@ -185,7 +197,8 @@ inline void gated_norm(const Mamba2Call& m, int64_t token) {
         const float *gate = m.projected + token * m.stride + channel, *weight = m.norm + channel;
         for (int64_t i = 0; i < size; i += WIDTH) {
             const int64_t lanes = std::min<int64_t>(WIDTH, size - i);
-            store_lanes(y + i, load_lanes(y + i, lanes) * activate(Activation::SILU, load_lanes(gate + i, lanes)), lanes);
+            const V gated = load_lanes(y + i, lanes) * activate(Activation::SILU, load_lanes(gate + i, lanes));
+            store_lanes(y + i, gated, lanes);
         }
         const float squares = row_sum(y, size, [](V v, int64_t) { return v * v; });
         const float scale = 1.0f / std::sqrt(squares / size + m.eps);

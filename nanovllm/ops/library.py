@@ -11,7 +11,7 @@ from typing import Any
 from nanovllm.errors import ConfigError
 
 _PATH = Path(__file__).parents[1] / "csrc" / "libnanovllm.so"
-_ABI = 4  # of csrc/library.cpp
+_ABI = 5  # of csrc/library.cpp
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ROWS = [_POINTER, _LONG, _LONG, _LONG, _LONG, _LONG]  # x, outer, inner, their strides, size
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
@@ -21,7 +21,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "nv_pack": (None, [_POINTER, _POINTER, _LONG, _LONG, _INT, _LONG, _LONG, _INT]),
     "nv_linear": (
         None,
-        [_POINTER, _LONG, _INT, _POINTER, _INT, _POINTER, _POINTER, _LONG, _INT, _LONG, _LONG, _LONG, _INT, _INT],
+        [*(_POINTER, _LONG, _INT, _POINTER, _INT, _POINTER, _POINTER, _LONG, _INT), _LONG, _LONG, _LONG, _INT, _INT, _INT],
     ),
     "nv_rms_norm": (None, [*_ROWS, _POINTER, _FLOAT, _POINTER, _INT]),
     "nv_layer_norm": (None, [*_ROWS, _POINTER, _POINTER, _FLOAT, _POINTER, _INT]),
