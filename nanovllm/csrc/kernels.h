@@ -118,7 +118,7 @@ struct StoreCall {
     void *keys, *values;
     int64_t page_size, kv_heads, head_dim;
 
-    int64_t work() const { return tokens * kv_heads * head_dim; }
+    int64_t work() const { return tokens * kv_heads * head_dim * 16; }  // scattered
 };
 
 constexpr int STRIP = 32;  // channels of a Mamba2 layer's state that lie side by side
