@@ -12,6 +12,7 @@ LIBRARY = library_or_reason()
 pytestmark = pytest.mark.skipif(not isinstance(LIBRARY, Library), reason=str(LIBRARY))
 WAYS = {
     "alone": {"max_num_seqs": 1, "enable_prefix_caching": False},
+    "op by op": {"enforce_eager": True, "enable_prefix_caching": False},
     "batched": {"enable_prefix_caching": False},
     "chunked": {"max_num_batched_tokens": 13, "max_num_seqs": 5, "enable_prefix_caching": False},
     "cached": {},
@@ -56,6 +57,7 @@ def test_bits_are_the_requests_own(tiny_model, threads, family, dtype):
             assert llm.engine._executor._runner._backend.name == "native"
             found[way] = bits(llm, slice(None))
             found[way + ", backwards"] = bits(llm, slice(None, None, -1))
+            assert (llm.engine._executor._runner._graphs is None) == (way == "op by op")
             if way == "preempted" and llm.engine.scheduler.cache.window is None:
                 assert llm.engine.stats.preemptions > 0
     different = [way for way in found if not same(found[way], found["alone"])]
