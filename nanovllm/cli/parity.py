@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import nn
 
 from nanovllm.cli.options import engine_options
+from nanovllm.cli.prompts import Prompt, longest, random_prompts, sizes_with_room, text_prompts
 from nanovllm.cli.reference import Reference, save_random_model
 from nanovllm.cli.trace import Divergence, Trace, compare_traces, first_divergence, num_settled, recording
 from nanovllm.config import EngineConfig
-from nanovllm.engine.build import find_model
 from nanovllm.errors import ConfigError, ModelNotFound
 from nanovllm.llm import LLM
 from nanovllm.models.base import CausalLM
@@ -44,16 +43,10 @@ def run(args: argparse.Namespace) -> int:
         checkpoint = open_checkpoint(path)
         prompts = _prompts(checkpoint, args.prompt)
         options |= {"dtype": args.dtype, "max_model_len": _length(prompts, args.max_tokens)}
-        _require_room(EngineConfig.from_options(str(path), options), checkpoint)
+        sizes_with_room(EngineConfig.from_options(str(path), options), checkpoint)
         expected = _reference_side(path, prompts, args)
         found = _our_side(path, prompts, expected, options, args.layers)
     return _report(prompts, expected, found, tolerance)
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    label: str
-    token_ids: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,37 +71,18 @@ class Found:
 
 
 def _prompts(checkpoint: Checkpoint, texts: list[str] | None) -> list[Prompt]:
-    """The given texts or ours as token ids; seeded random ids for a model without a tokenizer."""
+    """The given texts or ours; seeded random ids for a model without a tokenizer."""
     try:
-        tokenizer = checkpoint.load_tokenizer()
+        return text_prompts(checkpoint, texts or _TEXTS)
     except ModelNotFound:
         if texts:
             raise
-        random = np.random.default_rng(5)
-        vocab_size = checkpoint.config["vocab_size"]
-        return [Prompt(f"{n} random tokens", random.integers(2, vocab_size, n).tolist()) for n in (1, 7, 40)]
-    return [Prompt(repr(text), tokenizer.encode(text)) for text in texts or _TEXTS]
-
-
-def _longest(prompts: list[Prompt]) -> int:
-    return max(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
+        return random_prompts(checkpoint.config["vocab_size"], (1, 7, 40))
 
 
 def _length(prompts: list[Prompt], max_tokens: int) -> int:
     """Of the longest prompt with its text and the token that the engine adds to have its logits."""
-    return len(prompts[_longest(prompts)].token_ids) + max_tokens + 1
-
-
-def _require_room(config: EngineConfig, checkpoint: Checkpoint) -> None:
-    """Refuse what we cannot run before the reference is loaded."""
-    _, model_config = find_model(config, checkpoint)
-    positions = model_config.max_position_embeddings
-    assert config.max_model_len is not None
-    if config.max_model_len > positions:
-        raise ConfigError(
-            f"the longest prompt with its text takes {config.max_model_len} tokens of {positions} positions; "
-            "lower --max-tokens or give shorter prompts"
-        )
+    return len(prompts[longest(prompts)].token_ids) + max_tokens + 1
 
 
 def _reference_side(path: Path, prompts: list[Prompt], args: argparse.Namespace) -> Expected:
@@ -120,9 +94,9 @@ def _reference_side(path: Path, prompts: list[Prompt], args: argparse.Namespace)
     logits = [reference.logits(token_ids) for token_ids in whole]
     if not args.layers:
         return Expected(greedy, logits, None)
-    longest = whole[_longest(prompts)]
-    with recording(reference.model, len(longest)) as trace:
-        reference.logits(longest)
+    text = whole[longest(prompts)]
+    with recording(reference.model, len(text)) as trace:
+        reference.logits(text)
     return Expected(greedy, logits, trace)
 
 
@@ -140,9 +114,9 @@ def _our_side(path: Path, prompts: list[Prompt], expected: Expected, options: di
         logits = [_all_logits(llm, model, token_ids) for token_ids in whole]
         if not layers:
             return Found(greedy, logits, None)
-        longest = whole[_longest(prompts)]
-        with recording(model, len(longest)) as trace:
-            _all_logits(llm, model, longest)
+        text = whole[longest(prompts)]
+        with recording(model, len(text)) as trace:
+            _all_logits(llm, model, text)
         assert expected.trace is not None
         return Found(greedy, logits, compare_traces(expected.trace, trace, model))
 
