@@ -30,7 +30,6 @@ constexpr int TILE_VECTORS = TILE / WIDTH;
 constexpr int ROWS = 14;
 constexpr int MAX_HEAD = 256;
 constexpr float UNSEEN = -std::numeric_limits<float>::infinity();
-constexpr int64_t WORTH_THREADS = 1 << 17;  // multiplications; below, waking a thread costs more than it saves
 
 // --- what a task works with --------------------------------------------------------------------
 
@@ -330,58 +329,46 @@ void whole_task(const Tasks& tasks, int64_t index) {
 
 // Too few tasks for the threads: each span of each task is a job of its own, merged in order afterwards.
 template <class W>
-void by_spans(const Tasks& tasks, int64_t max_spans, int threads) {
+void by_spans(const Tasks& tasks, int64_t max_spans, Team& team) {
     const AttentionCall& call = tasks.call;
     const int64_t count = tasks.count();
-    std::vector<Gathered> parts(count * max_spans * ROWS);
-#pragma omp parallel num_threads(threads)
-    {
-        Worker<W>& w = worker<W>();
-#pragma omp for schedule(dynamic)
-        for (int64_t job = 0; job < count * max_spans; ++job) {
-            tasks.prepare(job / max_spans, w.task);
-            const int64_t span = (w.task.first_key / SPAN + job % max_spans) * SPAN;
-            Gathered* to = &parts[job * ROWS];
-            if (span < w.task.last_key)
-                gather_span(w.task, call.scale, {call.rounded, call.factor}, span, w.pad, to);
-            else
-                for (int i = 0; i < w.task.count; ++i) to[i].total = 0;
-        }
-#pragma omp for schedule(dynamic)
-        for (int64_t index = 0; index < count; ++index) {
-            tasks.prepare(index, w.task);
-            Gathered* all = &parts[index * max_spans * ROWS];
-            for (int64_t s = 1; s < max_spans; ++s)
-                for (int i = 0; i < w.task.count; ++i) merge(all[i], all[s * ROWS + i], call.head_dim);
-            for (int i = 0; i < w.task.count; ++i) finish(w.task.rows[i], all[i], call.head_dim);
-        }
-    }
+    Gathered* parts = (Gathered*)team.shared(count * max_spans * ROWS * sizeof(Gathered));
+    Worker<W>& w = worker<W>();
+    team.each(count * max_spans, [&](int64_t job) {
+        tasks.prepare(job / max_spans, w.task);
+        const int64_t span = (w.task.first_key / SPAN + job % max_spans) * SPAN;
+        Gathered* to = parts + job * ROWS;
+        if (span < w.task.last_key)
+            gather_span(w.task, call.scale, {call.rounded, call.factor}, span, w.pad, to);
+        else
+            for (int i = 0; i < w.task.count; ++i) to[i].total = 0;
+    });
+    team.barrier();
+    team.each(count, [&](int64_t index) {
+        tasks.prepare(index, w.task);
+        Gathered* all = parts + index * max_spans * ROWS;
+        for (int64_t s = 1; s < max_spans; ++s)
+            for (int i = 0; i < w.task.count; ++i) merge(all[i], all[s * ROWS + i], call.head_dim);
+        for (int i = 0; i < w.task.count; ++i) finish(w.task.rows[i], all[i], call.head_dim);
+    });
 }
 
 template <class W>
-void attention(const AttentionCall& call, int threads) {
+void attention(const AttentionCall& call, Team& team) {
     const Tasks tasks(call);
-    int64_t work = 0, longest = 0;
-    for (int64_t b = 0; b < call.batch; ++b) {
-        const int64_t seen = call.window > 0 ? std::min<int64_t>(call.window + ROWS, call.seq_lens[b]) : call.seq_lens[b];
-        work += tasks.rows_a_head(b) * call.kv_heads * seen * call.head_dim;
-        longest = std::max(longest, seen);
-    }
+    int64_t longest = 0;
+    for (int64_t b = 0; b < call.batch; ++b) longest = std::max(longest, call.seen(b, ROWS));
     const int64_t count = tasks.count(), spans = longest / SPAN + 2;
-    if (threads == 1 || work < WORTH_THREADS) {
-        for (int64_t i = 0; i < count; ++i) whole_task<W>(tasks, i);
-    } else if (count < 4 * threads && spans > 2) {
-        by_spans<W>(tasks, spans, threads);
-    } else {
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-        for (int64_t i = 0; i < count; ++i) whole_task<W>(tasks, i);
-    }
+    if (team.threads > 1 && count < 4 * team.threads && spans > 2)
+        by_spans<W>(tasks, spans, team);
+    else
+        team.each(count, [&](int64_t i) { whole_task<W>(tasks, i); });
 }
 
 // New keys and values into their slots. Where a token's value shares a word with the next position and
 // that one is not written here, it is cleared: it may be read, with weight zero, before it is written.
 template <class W>
-void store_kv(const StoreCall& c, int threads) {
+void store_kv(const StoreCall& c, Team& team) {
     constexpr int64_t pair = W::K_PER_STEP;
     const int64_t head_size = c.page_size * c.head_dim;
     auto one = [&](int64_t t) {
@@ -411,13 +398,9 @@ void store_kv(const StoreCall& c, int threads) {
             }
         }
     };
-    const int count = std::clamp<int64_t>(c.tokens * c.kv_heads * c.head_dim / WORTH_A_THREAD, 1, threads);
-    if (count == 1) {
-        for (int64_t t = 0; t < c.tokens; ++t) one(t);
-        return;
-    }
-#pragma omp parallel for num_threads(count) schedule(static)
-    for (int64_t t = 0; t < c.tokens; ++t) one(t);
+    team.share(c.tokens, [&](int64_t first, int64_t last) {
+        for (int64_t t = first; t < last; ++t) one(t);
+    });
 }
 
 }  // namespace

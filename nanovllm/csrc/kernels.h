@@ -6,9 +6,16 @@
 // number, and not on the number of threads. Bits may differ from one instruction set to another.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
+#include "team.h"
+
 namespace nanovllm {
+
+// Every call says how much work it is, in multiplications or so: little work is done by one thread alone,
+// as to wake a second one would cost more than it saves.
+constexpr int64_t WORTH_A_THREAD = 1 << 14;
 
 constexpr int PANEL = 16;  // output columns that lie side by side in a packed weight
 
@@ -16,8 +23,8 @@ enum class Activation : int { NONE, SILU, GELU, GELU_TANH, RELU };
 
 // y = x w^T + bias. A packed weight is pairs of panels, [pairs][k / 2][2][16][2] bfloat16 or
 // [pairs][k][2][16] float, with zeros beyond n and beyond an odd k: one stream for a tile of two panels.
-// With a gate, even panels hold the gate's rows and odd ones the other half's:
-// y = gate(x w_even^T + bias[:n]) * (x w_odd^T + bias[n:]).
+// act is applied to the result. Where gated, even panels hold the gate's rows and odd ones the other half's:
+// y = act(x w_even^T + bias[:n]) * (x w_odd^T + bias[n:]).
 struct Linear {
     const void* x;  // [m] rows of k, ldx elements apart; float, or bfloat16 if x_bf16
     int64_t ldx;
@@ -28,7 +35,10 @@ struct Linear {
     int64_t ldy;
     bool y_bf16;
     int64_t m, n, k;
-    Activation gate;
+    Activation act;
+    bool gated;
+
+    int64_t work() const { return m * n * k; }
 };
 
 // Rows [outer][inner] of `size` floats at strides of so many elements; results are contiguous.
@@ -36,6 +46,43 @@ struct Rows {
     const float* x;
     int64_t outer, inner, outer_stride, inner_stride, size;
     float* y;
+
+    int64_t work() const { return outer * inner * size; }
+};
+
+struct Norm : Rows {
+    const float *weight, *bias;  // bias may be null
+    float eps;
+};
+
+// cos and sin: [outer][half]; pairs are (i, i + half); what lies behind them is copied.
+struct Rope : Rows {
+    const float *cos, *sin;
+    int64_t half;
+};
+
+// y[i] = table[ids[i]], widened to float.
+struct Gather {
+    const void* table;  // rows of `width`, float or bfloat16 if bf16
+    bool bf16;
+    const int64_t* ids;
+    int64_t count, width;
+    float* y;
+
+    int64_t work() const { return count * width; }
+};
+
+enum class Map : int { ADD, SCALE, DIVIDE, CLAMP };
+
+// x + y, x a, x / a, or x clamped to [a, b], of n floats.
+struct Elementwise {
+    Map map;
+    const float *x, *y;
+    float a, b;
+    float* out;
+    int64_t n;
+
+    int64_t work() const { return n; }
 };
 
 // Attention of a step's queries over pages; layout of the cache: attention.h.
@@ -52,6 +99,15 @@ struct AttentionCall {
     const float* slopes;  // ALiBi, [heads] or null
     bool rounded;
     float factor;
+
+    int64_t seen(int64_t b, int64_t more = 0) const {  // keys of a sequence that its last queries see
+        return window > 0 ? std::min<int64_t>(window + more, seq_lens[b]) : seq_lens[b];
+    }
+    int64_t work() const {
+        int64_t total = 0;
+        for (int64_t b = 0; b < batch; ++b) total += (query_start[b + 1] - query_start[b]) * heads * seen(b) * head_dim;
+        return total;
+    }
 };
 
 // A step's keys and values, [tokens][kv_heads][head_dim], into their slots.
@@ -61,21 +117,22 @@ struct StoreCall {
     const int64_t* slots;
     void *keys, *values;
     int64_t page_size, kv_heads, head_dim;
+
+    int64_t work() const { return tokens * kv_heads * head_dim; }
 };
+
+template <class Call>
+using Kernel = void (*)(const Call&, Team&);
 
 struct Kernels {
     const char* name;
-    void (*linear_bf16)(const Linear&, int threads);
-    void (*linear_f32)(const Linear&, int threads);
-    void (*rms_norm)(const Rows&, const float* weight, float eps, int threads);
-    // bias may be null
-    void (*layer_norm)(const Rows&, const float* weight, const float* bias, float eps, int threads);
-    void (*attention_bf16)(const AttentionCall&, int threads);
-    void (*attention_f32)(const AttentionCall&, int threads);
-    void (*store_bf16)(const StoreCall&, int threads);
-    void (*store_f32)(const StoreCall&, int threads);
-    // cos and sin: [outer][half]; pairs are (i, i + half); what lies behind them is copied
-    void (*rope)(const Rows&, const float* cos, const float* sin, int64_t half, int threads);
+    Kernel<Linear> linear_bf16, linear_f32;
+    Kernel<Norm> rms_norm, layer_norm;
+    Kernel<AttentionCall> attention_bf16, attention_f32;
+    Kernel<StoreCall> store_bf16, store_f32;
+    Kernel<Rope> rope;
+    Kernel<Gather> gather;
+    Kernel<Elementwise> elementwise;
 };
 
 // null where this build has no such level

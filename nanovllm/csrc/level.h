@@ -17,7 +17,9 @@ constexpr Kernels table(const char* name) {
             attention<F32Weight>,
             store_kv<Bf16Weight>,
             store_kv<F32Weight>,
-            rope};
+            rope,
+            gather,
+            elementwise};
 }
 
 }  // namespace

@@ -1,6 +1,10 @@
 // The library's C interface, and the choice of a level. Nobody here owns memory: callers pass pointers.
+#include <omp.h>
+
 #include <algorithm>
 #include <cstring>
+#include <memory>
+#include <vector>
 
 #include "kernels.h"
 
@@ -33,12 +37,55 @@ const Kernels* best() {
 
 const Kernels* active = best();
 
+// A call that was recorded, to be run again: at the same addresses, on what lies there by then.
+struct Step {
+    virtual ~Step() = default;
+    virtual int64_t work() const = 0;
+    virtual void run(Team&) const = 0;
+};
+
+template <class Call>
+struct Recorded : Step {
+    Kernel<Call> kernel;
+    Call call;
+
+    Recorded(Kernel<Call> kernel, const Call& call) : kernel(kernel), call(call) {}
+    int64_t work() const override { return call.work(); }
+    void run(Team& team) const override { kernel(call, team); }
+};
+
+using Tape = std::vector<std::unique_ptr<Step>>;
+
+thread_local Commons commons;
+thread_local Tape* recording = nullptr;
+
+template <class F>
+void as_team(int threads, F f) {
+    if (threads == 1) {
+        Team alone(commons, 0, 1);
+        return f(alone);
+    }
+    Commons& shared = commons;  // the calling thread's
+#pragma omp parallel num_threads(threads)
+    {
+        Team team(shared, omp_get_thread_num(), omp_get_num_threads());
+        f(team);
+        team.barrier();  // no number is left for the next call to begin with
+    }
+}
+
+template <class Call>
+void submit(Kernel<Call> kernel, const Call& call, int threads) {
+    if (recording != nullptr) recording->push_back(std::make_unique<Recorded<Call>>(kernel, call));
+    as_team(call.work() < WORTH_A_THREAD ? 1 : threads, [&](Team& team) { kernel(call, team); });
+}
+
 }  // namespace
 
 extern "C" {
 
 // Raised whenever a function below changes; ops/library.py must agree.
-int nv_abi() { return 2; }
+int nv_abi() { return 3; }
 
 const char* nv_level() { return active->name; }
 
@@ -73,26 +120,76 @@ void nv_pack(const void* weight, void* packed, int64_t n, int64_t k, int size, i
     }
 }
 
+// --- recording: as a CUDA graph does on a GPU ---------------------------------------------------------
+
+// From now on this thread's calls of the functions below are also written down; pack is not one of them.
+void nv_record() { recording = new Tape; }
+
+Tape* nv_recorded() {
+    Tape* tape = recording;
+    recording = nullptr;
+    return tape;
+}
+
+int64_t nv_tape_length(const Tape* tape) { return tape->size(); }
+
+void nv_free(Tape* tape) { delete tape; }
+
+// All calls of a tape in their order, by threads that are started once. Neighbouring calls of little work
+// are left to one thread, which needs to wait for nobody.
+void nv_replay(const Tape* tape, int threads) {
+    as_team(threads, [&](Team& team) {
+        Team alone(commons, 0, 1);
+        bool apart = false;
+        for (const auto& step : *tape) {
+            if (team.threads == 1 || step->work() < WORTH_A_THREAD) {
+                if (team.thread == 0) step->run(alone);
+                apart = true;
+                continue;
+            }
+            if (apart) team.barrier();
+            step->run(team);
+            team.barrier();
+            apart = false;
+        }
+    });
+}
+
+// --- kernels --------------------------------------------------------------------------------------------
+
 // weight_bf16: which of the two packed formats. A float weight takes float rows only.
 void nv_linear(const void* x, int64_t ldx, int x_bf16, const void* weight, int weight_bf16, const float* bias, void* y,
-               int64_t ldy, int y_bf16, int64_t m, int64_t n, int64_t k, int gate, int threads) {
-    const Linear call = {x, ldx, x_bf16 != 0, weight, bias, y, ldy, y_bf16 != 0, m, n, k, (Activation)gate};
-    (weight_bf16 ? active->linear_bf16 : active->linear_f32)(call, threads);
+               int64_t ldy, int y_bf16, int64_t m, int64_t n, int64_t k, int act, int gated, int threads) {
+    const Linear call = {x, ldx, x_bf16 != 0, weight, bias, y, ldy, y_bf16 != 0, m, n, k, (Activation)act, gated != 0};
+    submit(weight_bf16 ? active->linear_bf16 : active->linear_f32, call, threads);
 }
 
 void nv_rms_norm(const float* x, int64_t outer, int64_t inner, int64_t outer_stride, int64_t inner_stride, int64_t size,
                  const float* weight, float eps, float* y, int threads) {
-    active->rms_norm({x, outer, inner, outer_stride, inner_stride, size, y}, weight, eps, threads);
+    const Norm call = {{x, outer, inner, outer_stride, inner_stride, size, y}, weight, nullptr, eps};
+    submit(active->rms_norm, call, threads);
 }
 
 void nv_layer_norm(const float* x, int64_t outer, int64_t inner, int64_t outer_stride, int64_t inner_stride,
                    int64_t size, const float* weight, const float* bias, float eps, float* y, int threads) {
-    active->layer_norm({x, outer, inner, outer_stride, inner_stride, size, y}, weight, bias, eps, threads);
+    const Norm call = {{x, outer, inner, outer_stride, inner_stride, size, y}, weight, bias, eps};
+    submit(active->layer_norm, call, threads);
 }
 
 void nv_rope(const float* x, int64_t outer, int64_t inner, int64_t outer_stride, int64_t inner_stride, int64_t size,
              const float* cos, const float* sin, int64_t half, float* y, int threads) {
-    active->rope({x, outer, inner, outer_stride, inner_stride, size, y}, cos, sin, half, threads);
+    const Rope call = {{x, outer, inner, outer_stride, inner_stride, size, y}, cos, sin, half};
+    submit(active->rope, call, threads);
+}
+
+void nv_gather(const void* table, int bf16, const int64_t* ids, int64_t count, int64_t width, float* y, int threads) {
+    const Gather call = {table, bf16 != 0, ids, count, width, y};
+    submit(active->gather, call, threads);
+}
+
+void nv_elementwise(int map, const float* x, const float* y, float a, float b, float* out, int64_t n, int threads) {
+    const Elementwise call = {(Map)map, x, y, a, b, out, n};
+    submit(active->elementwise, call, threads);
 }
 
 void nv_attention(const float* q, int64_t q_stride, float* out, const void* keys, const void* values, int bf16,
@@ -102,13 +199,13 @@ void nv_attention(const float* q, int64_t q_stride, float* out, const void* keys
     const AttentionCall call = {q,     q_stride,    out,      keys,   values,       page_size, heads,
                                 kv_heads, head_dim, batch,    query_start, seq_lens, tables, table_stride,
                                 scale, window,      slopes,   rounded != 0, factor};
-    (bf16 ? active->attention_bf16 : active->attention_f32)(call, threads);
+    submit(bf16 ? active->attention_bf16 : active->attention_f32, call, threads);
 }
 
 void nv_store_kv(const float* k, const float* v, int64_t k_stride, int64_t v_stride, int64_t tokens,
                  const int64_t* slots, void* keys, void* values, int bf16, int64_t page_size, int64_t kv_heads,
                  int64_t head_dim, int threads) {
     const StoreCall call = {k, v, k_stride, v_stride, tokens, slots, keys, values, page_size, kv_heads, head_dim};
-    (bf16 ? active->store_bf16 : active->store_f32)(call, threads);
+    submit(bf16 ? active->store_bf16 : active->store_f32, call, threads);
 }
 }

@@ -1,4 +1,4 @@
-// Norms and rotary embedding: each row by itself.
+// Norms, rotary embedding, rows of a table, arithmetic: each row or element by itself.
 #pragma once
 
 #include <cmath>
@@ -10,22 +10,14 @@ namespace {
 
 using namespace nanovllm;
 
-constexpr int64_t WORTH_A_THREAD = 8192;  // elements; below, waking a thread costs more than it saves
-
 template <class F>
-void each_row(const Rows& r, int threads, F f) {
-    const int64_t rows = r.outer * r.inner;
-    const int count = std::clamp<int64_t>(rows * r.size / WORTH_A_THREAD, 1, threads);
-    auto one = [&](int64_t row) {
-        const int64_t o = row / r.inner, i = row % r.inner;
-        f(r.x + o * r.outer_stride + i * r.inner_stride, r.y + row * r.size, o);
-    };
-    if (count == 1) {
-        for (int64_t row = 0; row < rows; ++row) one(row);
-        return;
-    }
-#pragma omp parallel for num_threads(count) schedule(static)
-    for (int64_t row = 0; row < rows; ++row) one(row);
+void each_row(const Rows& r, const Team& team, F f) {
+    team.share(r.outer * r.inner, [&](int64_t first, int64_t last) {
+        for (int64_t row = first; row < last; ++row) {
+            const int64_t o = row / r.inner, i = row % r.inner;
+            f(r.x + o * r.outer_stride + i * r.inner_stride, r.y + row * r.size, o);
+        }
+    });
 }
 
 // Sum of f(x) over a row, four vectors at a time; f must give zero for zeros behind the end.
@@ -42,9 +34,11 @@ float row_sum(const float* x, int64_t size, F f) {
     return sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }
 
-void rms_norm(const Rows& rows, const float* weight, float eps, int threads) {
-    const int64_t size = rows.size;
-    each_row(rows, threads, [=](const float* x, float* y, int64_t) {
+void rms_norm(const Norm& norm, Team& team) {
+    const int64_t size = norm.size;
+    const float* weight = norm.weight;
+    const float eps = norm.eps;
+    each_row(norm, team, [=](const float* x, float* y, int64_t) {
         const float squares = row_sum(x, size, [](V v, int64_t) { return v * v; });
         const V scale = splat(1.0f / std::sqrt(squares / size + eps));
         int64_t i = 0;
@@ -53,9 +47,11 @@ void rms_norm(const Rows& rows, const float* weight, float eps, int threads) {
     });
 }
 
-void layer_norm(const Rows& rows, const float* weight, const float* bias, float eps, int threads) {
-    const int64_t size = rows.size;
-    each_row(rows, threads, [=](const float* x, float* y, int64_t) {
+void layer_norm(const Norm& norm, Team& team) {
+    const int64_t size = norm.size;
+    const float *weight = norm.weight, *bias = norm.bias;
+    const float eps = norm.eps;
+    each_row(norm, team, [=](const float* x, float* y, int64_t) {
         const V mean = splat(row_sum(x, size, [](V v, int64_t) { return v; }) / size);
         const float squares = row_sum(x, size, [=](V v, int64_t count) {
             V d = v - mean;
@@ -72,9 +68,10 @@ void layer_norm(const Rows& rows, const float* weight, const float* bias, float 
     });
 }
 
-void rope(const Rows& rows, const float* cos, const float* sin, int64_t half, int threads) {
-    const int64_t size = rows.size;
-    each_row(rows, threads, [=](const float* x, float* y, int64_t outer) {
+void rope(const Rope& rope, Team& team) {
+    const int64_t size = rope.size, half = rope.half;
+    const float *cos = rope.cos, *sin = rope.sin;
+    each_row(rope, team, [=](const float* x, float* y, int64_t outer) {
         const float *c = cos + outer * half, *s = sin + outer * half;
         int64_t i = 0;
         for (; i + WIDTH <= half; i += WIDTH) {
@@ -91,6 +88,52 @@ void rope(const Rows& rows, const float* cos, const float* sin, int64_t half, in
         }
         memcpy(y + 2 * half, x + 2 * half, (size - 2 * half) * sizeof(float));
     });
+}
+
+void gather(const Gather& g, Team& team) {
+    team.share(g.count, [&](int64_t first, int64_t last) {
+        for (int64_t row = first; row < last; ++row) {
+            float* y = g.y + row * g.width;
+            if (!g.bf16) {
+                memcpy(y, (const float*)g.table + g.ids[row] * g.width, g.width * sizeof(float));
+                continue;
+            }
+            const uint16_t* x = (const uint16_t*)g.table + g.ids[row] * g.width;
+            int64_t i = 0;
+            for (; i + WIDTH <= g.width; i += WIDTH) store(y + i, load_bf16(x + i));
+            for (; i < g.width; ++i) {
+                const uint32_t bits = (uint32_t)x[i] << 16;
+                memcpy(y + i, &bits, sizeof bits);
+            }
+        }
+    });
+}
+
+template <class F>
+void each_vector(const Elementwise& e, const Team& team, F f) {
+    team.share((e.n + WIDTH - 1) / WIDTH, [&](int64_t first, int64_t last) {
+        for (int64_t i = first * WIDTH; i < std::min(last * WIDTH, e.n); i += WIDTH) {
+            const int64_t count = std::min<int64_t>(WIDTH, e.n - i);
+            const V y = e.y == nullptr ? V{} : load_part(e.y + i, count);
+            store_part(e.out + i, f(load_part(e.x + i, count), y), count);
+        }
+    });
+}
+
+void elementwise(const Elementwise& e, Team& team) {
+    switch (e.map) {
+        case Map::ADD:
+            return each_vector(e, team, [](V x, V y) { return x + y; });
+        case Map::SCALE:
+            return each_vector(e, team, [&](V x, V) { return x * e.a; });
+        case Map::DIVIDE:
+            return each_vector(e, team, [&](V x, V) { return x / e.a; });
+        case Map::CLAMP:  // NaN stays NaN
+            return each_vector(e, team, [&](V x, V) {
+                x = x < e.a ? splat(e.a) : x;
+                return x > e.b ? splat(e.b) : x;
+            });
+    }
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ from typing import Any
 from nanovllm.errors import ConfigError
 
 _PATH = Path(__file__).parents[1] / "csrc" / "libnanovllm.so"
-_ABI = 2  # of csrc/library.cpp
+_ABI = 3  # of csrc/library.cpp
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ROWS = [_POINTER, _LONG, _LONG, _LONG, _LONG, _LONG]  # x, outer, inner, their strides, size
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
@@ -21,7 +21,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "nv_pack": (None, [_POINTER, _POINTER, _LONG, _LONG, _INT, _LONG, _LONG, _INT]),
     "nv_linear": (
         None,
-        [_POINTER, _LONG, _INT, _POINTER, _INT, _POINTER, _POINTER, _LONG, _INT, _LONG, _LONG, _LONG, _INT, _INT],
+        [*(_POINTER, _LONG, _INT, _POINTER, _INT, _POINTER, _POINTER, _LONG, _INT), _LONG, _LONG, _LONG, _INT, _INT, _INT],
     ),
     "nv_rms_norm": (None, [*_ROWS, _POINTER, _FLOAT, _POINTER, _INT]),
     "nv_layer_norm": (None, [*_ROWS, _POINTER, _POINTER, _FLOAT, _POINTER, _INT]),
@@ -38,6 +38,13 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
         None,
         [_POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _INT, _LONG, _LONG, _LONG, _INT],
     ),
+    "nv_gather": (None, [_POINTER, _INT, _POINTER, _LONG, _LONG, _POINTER, _INT]),
+    "nv_elementwise": (None, [_INT, _POINTER, _POINTER, _FLOAT, _FLOAT, _POINTER, _LONG, _INT]),
+    "nv_record": (None, []),
+    "nv_recorded": (_POINTER, []),
+    "nv_tape_length": (_LONG, [_POINTER]),
+    "nv_replay": (None, [_POINTER, _INT]),
+    "nv_free": (None, [_POINTER]),
     "nv_rope": (None, [*_ROWS, _POINTER, _POINTER, _LONG, _POINTER, _INT]),
 }
 LEVELS = ("generic", "avx2", "avx512", "avx512bf16")
@@ -68,6 +75,10 @@ class Library:
         self.rope = library.nv_rope
         self.attention = library.nv_attention
         self.store_kv = library.nv_store_kv
+        self.gather = library.nv_gather
+        self.elementwise = library.nv_elementwise
+        self.record, self.recorded = library.nv_record, library.nv_recorded
+        self.tape_length, self.replay, self.free = library.nv_tape_length, library.nv_replay, library.nv_free
         self._level, self._set_level = library.nv_level, library.nv_set_level
 
     @property
