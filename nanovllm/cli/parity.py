@@ -110,20 +110,21 @@ def _our_side(path: Path, prompts: list[Prompt], expected: Expected, options: di
         params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
         outputs = llm.generate([p.token_ids for p in prompts], params, use_tqdm=False)
         greedy = [output.outputs[0].token_ids for output in outputs]
-        (model,) = cast("list[CausalLM]", llm.apply_model(lambda model: model))
-        logits = [_all_logits(llm, model, token_ids) for token_ids in whole]
+        logits = [all_logits(llm, token_ids) for token_ids in whole]
         if not layers:
             return Found(greedy, logits, None)
         text = whole[longest(prompts)]
+        (model,) = cast("list[CausalLM]", llm.apply_model(lambda model: model))
         with recording(model, len(text)) as trace:
-            _all_logits(llm, model, text)
+            all_logits(llm, text)
         assert expected.trace is not None
         return Found(greedy, logits, compare_traces(expected.trace, trace, model))
 
 
-def _all_logits(llm: LLM, model: CausalLM, token_ids: list[int]) -> torch.Tensor:
+def all_logits(llm: LLM, token_ids: list[int]) -> torch.Tensor:
     """fp32 [T, V] on the CPU of a prompt that the engine computes in one step."""
     seen: list[torch.Tensor] = []
+    (model,) = cast("list[CausalLM]", llm.apply_model(lambda model: model))
 
     def keep(module: nn.Module, args: tuple, hidden: torch.Tensor) -> None:
         seen.append(model.compute_logits(hidden).float().cpu())
@@ -145,7 +146,7 @@ def _report(prompts: list[Prompt], expected: Expected, found: Found, tolerance: 
         theirs, ours = expected.logits[i], found.logits[i][:, : expected.logits[i].shape[1]]
         difference = (ours - theirs).abs().max().item()
         share = difference / theirs.abs().max().item()
-        kl = _kl(theirs, ours)
+        kl = kl_divergence(theirs, ours)
         equal, margin = _equal_text(prompt, expected.greedy[i], found.greedy[i], theirs)
         note = "" if margin is None else f" (then a gap of {margin:.2g})"
         print(
@@ -161,7 +162,7 @@ def _report(prompts: list[Prompt], expected: Expected, found: Found, tolerance: 
     return 0 if good else 1
 
 
-def _kl(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+def kl_divergence(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
     """KL(expected || found) of the next-token distributions, [T]; in fp64 it can be told from 0."""
     p, q = expected.double().log_softmax(-1), found.double().log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1).clamp_min(0)

@@ -102,7 +102,9 @@ def _others(count: int, longest: int, max_tokens: int, vocab_size: int) -> list[
     return [
         Arrival(
             random.integers(0, vocab_size, random.integers(1, longest + 1)).tolist(),
-            SamplingParams(max_tokens=int(random.integers(1, max_tokens + 1)), seed=i, ignore_eos=True, detokenize=False),
+            SamplingParams(
+                max_tokens=int(random.integers(1, max_tokens + 1)), seed=i, ignore_eos=True, detokenize=False
+            ),
         )
         for i in range(count)
     ]

@@ -32,7 +32,8 @@ _START: Prefix = (0, 0)
 def recorded_logits(known: Container[Prefix] | None = None) -> Iterator[Logits]:
     """Of all engines of this process, before anything changes them. known: no others are kept."""
     seen: Logits = {}
-    sample = model_runner.sample
+    names = vars(model_runner)
+    sample = names["sample"]
 
     def watched(logits: torch.Tensor, rows: Sequence[SampleRow]) -> tuple[np.ndarray, list[TokenLogprobs | None]]:
         for values, row in zip(logits, rows, strict=True):
@@ -41,17 +42,15 @@ def recorded_logits(known: Container[Prefix] | None = None) -> Iterator[Logits]:
                 seen.setdefault(prefix, []).append(values.detach().to("cpu", copy=True))
         return sample(logits, rows)
 
-    model_runner.sample = watched
+    names["sample"] = watched
     try:
         yield seen
     finally:
-        model_runner.sample = sample
+        names["sample"] = sample
 
 
 @contextmanager
-def recorded_modules(
-    model: CausalLM, block_size: int, known: Container[Prefix] | None = None
-) -> Iterator[ModuleBits]:
+def recorded_modules(model: CausalLM, block_size: int, known: Container[Prefix] | None = None) -> Iterator[ModuleBits]:
     """Of a model whose engine has computed nothing that it will find in its cache. known: as above."""
     seen: ModuleBits = {}
     in_pages: dict[int, Prefix] = {}  # by slot of the cache
@@ -64,7 +63,7 @@ def recorded_modules(
         rows[:] = [rows[i] for i in args[0].logits_rows.tolist()]  # the head gets these
 
     def note(name: str, given: Any, output: Any) -> None:
-        gave = token_rows(output, len(rows))
+        gave = token_rows(output, len(rows)) if rows else None  # none where no sequence samples
         if gave is None:
             return
         got = token_rows(given, len(rows))
@@ -91,8 +90,10 @@ def first_module(reference: ModuleBits, found: ModuleBits) -> Divergence | None:
     """The first whose output has other bits though its input has the same; None if all agree."""
     modules = []
     for name, expected in reference.items():
+        if name not in found:
+            continue
         given = output = 0.0
-        for prefix, rows in found.get(name, {}).items():
+        for prefix, rows in found[name].items():
             got, gave = expected.get(prefix, rows)[0]
             given = max(given, *(float(None not in (g, got) and g != got) for g, _ in rows))
             output = max(output, *(float(o != gave) for _, o in rows))

@@ -56,9 +56,7 @@ def test_what_is_exact_passes_and_every_way_was_really_gone(verify, chat_model):
         (ParallelLMHead, "forward", lambda args: len(args[1]) > 3, "lm_head"),
     ],
 )
-def test_the_module_that_looks_at_its_company_is_named(
-    verify, tiny_model, monkeypatch, place, name, harmed, named
-):
+def test_the_module_that_looks_at_its_company_is_named(verify, tiny_model, monkeypatch, place, name, harmed, named):
     right = getattr(place, name)
 
     def wrong(*args, **options):
