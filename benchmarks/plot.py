@@ -55,7 +55,7 @@ def plot(lines: list[dict[str, Any]], file: str) -> None:
         bars = axis.barh(names, [row[n] for n in names], color=[f"C{engines.index(n) % 10}" for n in names])
         axis.bar_label(bars, fmt="%.0f", padding=3)
         axis.set_title(title, fontsize=9)
-        axis.invert_yaxis()
+        axis.set_ylim(len(engines) - 0.5, -0.5)  # the first on top, and bars of one height everywhere
         axis.margins(x=0.15)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=120)
