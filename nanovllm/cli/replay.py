@@ -15,6 +15,7 @@ from nanovllm.sampling_params import SamplingParams
 _WHEN_IDLE = 10**9
 _FORKS = 3
 _LARGE_PAGE = 64
+_GROWTH = 3  # pages of output, more than a running sequence finds spare
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,10 @@ def ways(prompts: Sequence[list[int]], max_tokens: int, vocab_size: int, block_s
     plain = [Arrival(p, params) for p in prompts]
     longest = max(prompts, key=len)
     forks = replace(params, temperature=1.0, seed=11)
-    alone = [*plain, *(Arrival(longest, replace(forks, seed=11 + i)) for i in range(_FORKS))]
+    forked = [Arrival(longest, replace(forks, seed=11 + i)) for i in range(_FORKS)]
+    growing = replace(params, max_tokens=_GROWTH * block_size)
+    first, *later = [Arrival(p, growing) for p in _random_prompts((len(longest), 4, 5), vocab_size)]
+    alone = [*plain, *forked, *later]
     others = _others(24, len(longest), max_tokens, vocab_size)
     uncached = {"enable_prefix_caching": False}
 
@@ -51,9 +55,9 @@ def ways(prompts: Sequence[list[int]], max_tokens: int, vocab_size: int, block_s
         label = f"prompts in chunks of {budget} tokens at most"
         return Way(label, plain, {"max_num_batched_tokens": budget, "max_num_seqs": min(budget, 8), **uncached})
 
-    growing = replace(params, max_tokens=len(longest))
-    first = [Arrival(longest[:4], growing) for _ in range(4)]  # they take the pages of those that came later
-    scarce = {"num_kvcache_blocks": -(-longest_request(prompts, max_tokens) // block_size) + 2, "kvcache_memory": None}
+    # those that came later give up their pages as the first one grows
+    room = -(-longest_request(prompts, max_tokens, block_size) // block_size) + 2
+    scarce = {"num_kvcache_blocks": room, "kvcache_memory": None}
     pages = {"kvcache_block_size": _LARGE_PAGE if block_size != _LARGE_PAGE else 32}
     single = {"max_num_seqs": 1, **uncached}
     return Way("alone", alone, {**single, "enforce_eager": True}), [
@@ -70,15 +74,15 @@ def ways(prompts: Sequence[list[int]], max_tokens: int, vocab_size: int, block_s
         Way(f"n={_FORKS} completions", [Arrival(longest, replace(forks, n=_FORKS)), *plain], uncached),
         Way("with prefix caching, twice", [*plain, *(replace(a, step=_WHEN_IDLE) for a in plain)]),
         *(chunked(budget) for budget in (5, 16, 64)),
-        Way("with too few pages", [*first, *plain], {**scarce, **uncached}),
-        Way("with too few pages and prefix caching", [*first, *plain], scarce),
+        Way("with too few pages", [first, *later, *plain], {**scarce, **uncached}),
+        Way("with too few pages and prefix caching", [first, *later, *plain], scarce),
         Way(f"pages of {pages['kvcache_block_size']} tokens", plain, pages),
     ]
 
 
-def longest_request(prompts: Sequence[list[int]], max_tokens: int) -> int:
+def longest_request(prompts: Sequence[list[int]], max_tokens: int, block_size: int) -> int:
     """max_model_len that every way needs."""
-    return max(map(len, prompts)) + max_tokens + 1
+    return max(map(len, prompts)) + max(max_tokens, _GROWTH * block_size) + 1
 
 
 def serve(llm: LLM, arrivals: Sequence[Arrival]) -> list[RequestOutput]:
@@ -99,12 +103,14 @@ def serve(llm: LLM, arrivals: Sequence[Arrival]) -> list[RequestOutput]:
 def _others(count: int, longest: int, max_tokens: int, vocab_size: int) -> list[Arrival]:
     """Sampled requests of many lengths, which come to their ends at different times."""
     random = np.random.default_rng(7)
+    prompts = _random_prompts(random.integers(1, longest + 1, count).tolist(), vocab_size)
+    lengths = random.integers(1, max_tokens + 1, count).tolist()
     return [
-        Arrival(
-            random.integers(0, vocab_size, random.integers(1, longest + 1)).tolist(),
-            SamplingParams(
-                max_tokens=int(random.integers(1, max_tokens + 1)), seed=i, ignore_eos=True, detokenize=False
-            ),
-        )
-        for i in range(count)
+        Arrival(prompt, SamplingParams(max_tokens=length, seed=i, ignore_eos=True, detokenize=False))
+        for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
     ]
+
+
+def _random_prompts(lengths: Sequence[int], vocab_size: int) -> list[list[int]]:
+    random = np.random.default_rng(7)
+    return [random.integers(0, vocab_size, n).tolist() for n in lengths]

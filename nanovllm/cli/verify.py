@@ -41,10 +41,11 @@ def run(args: argparse.Namespace) -> int:
         path = Path(folder) if args.random is not None else resolve_model(args.model, revision)
         checkpoint = open_checkpoint(path)
         prompts = [p.token_ids for p in _prompts(checkpoint, args.prompt)]
-        options |= {"max_model_len": longest_request(prompts, args.max_tokens), "skip_tokenizer_init": True}
+        block_size = EngineConfig.from_options(str(path), options).kvcache_block_size
+        options |= {"max_model_len": longest_request(prompts, args.max_tokens, block_size), "skip_tokenizer_init": True}
         config = EngineConfig.from_options(str(path), options)
         sizes = sizes_with_room(config, checkpoint)
-        alone, others = ways(prompts, args.max_tokens, sizes.vocab_size, config.kvcache_block_size)
+        alone, others = ways(prompts, args.max_tokens, sizes.vocab_size, block_size)
         return _report(path, options, alone, others)
 
 
