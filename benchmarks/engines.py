@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from benchmarks.llamacpp import LlamaCpp
-from benchmarks.workload import Sequences
+from benchmarks.workload import Sequences, shared_beginning
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,8 @@ class VLLM:
 
 
 class OpenVINO:
-    """Continuous batching over the GGUF file, with the budget and the prefix cache that the others have."""
+    """Continuous batching over the GGUF file, with the budget and the prefix cache that the others have. It looks
+    for prefixes when a request is added, so a shared one is computed before them."""
 
     def __init__(self, job: Job) -> None:
         import openvino as ov
@@ -114,10 +115,15 @@ class OpenVINO:
     def run(self, sequences: Sequences) -> None:
         import numpy as np
 
+        def generate(sequences: Sequences) -> list[Any]:
+            prompts = [self._ov.Tensor(np.array([p], dtype=np.int64)) for p, _ in sequences]
+            configs = [config(max_new_tokens=n, ignore_eos=True, do_sample=False) for _, n in sequences]
+            return self._pipe.generate(prompts, configs)
+
         config = self._genai.GenerationConfig
-        prompts = [self._ov.Tensor(np.array([p], dtype=np.int64)) for p, _ in sequences]
-        configs = [config(max_new_tokens=n, ignore_eos=True, do_sample=False) for _, n in sequences]
-        outputs = self._pipe.generate(prompts, configs)
+        if shared := shared_beginning(sequences):
+            generate([(shared, 1)])
+        outputs = generate(sequences)
         assert [len(o.m_generation_ids[0]) for o in outputs] == [n for _, n in sequences]
 
 

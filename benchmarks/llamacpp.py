@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.workload import Sequences
+from benchmarks.workload import Sequences, shared_beginning
 
 if TYPE_CHECKING:
     from benchmarks.engines import Job
 
 _BATCH = 2048  # tokens a call
+_Row = tuple[int, int, int, bool]  # token, position, sequence, whether to go on from it
 
 
 class LlamaCpp:
-    """All sequences in parallel, each with cells of its own; prompts packed into full batches."""
+    """All sequences in parallel, each with cells of its own; prompts packed into full batches, and what they
+    share computed once and copied."""
 
     def __init__(self, job: Job) -> None:
         import llama_cpp
@@ -34,15 +36,24 @@ class LlamaCpp:
 
     def run(self, sequences: Sequences) -> None:
         context = self._context(len(sequences), max(len(p) + n for p, n in sequences))
-        self._lib.llama_memory_clear(self._lib.llama_get_memory(context), True)
-        last: dict[int, int] = {}
-        tokens = [(t, i, s, i == len(p) - 1) for s, (p, _) in enumerate(sequences) for i, t in enumerate(p)]
-        for first in range(0, len(tokens), _BATCH):
-            last |= self._decode(context, tokens[first : first + _BATCH])
+        memory = self._lib.llama_get_memory(context)
+        self._lib.llama_memory_clear(memory, True)
+        shared = shared_beginning(sequences)
+        self._prefill(context, [(t, i, 0, False) for i, t in enumerate(shared)])
+        for sequence in range(1, len(sequences) if shared else 0):
+            self._lib.llama_memory_seq_cp(memory, 0, sequence, -1, -1)
+        own = [(s, range(len(shared), len(p)), p) for s, (p, _) in enumerate(sequences)]
+        last = self._prefill(context, [(p[i], i, s, i == len(p) - 1) for s, places, p in own for i in places])
         lengths = [len(p) for p, _ in sequences]
         for made in range(1, max(n for _, n in sequences)):
             rows = [(last[s], lengths[s] + made - 1, s, True) for s, (_, n) in enumerate(sequences) if made < n]
             last |= self._decode(context, rows)
+
+    def _prefill(self, context: Any, rows: list[_Row]) -> dict[int, int]:
+        last: dict[int, int] = {}
+        for first in range(0, len(rows), _BATCH):
+            last |= self._decode(context, rows[first : first + _BATCH])
+        return last
 
     def _context(self, num_seqs: int, longest: int) -> Any:
         """Of this shape; the run that is not measured makes it."""
@@ -62,9 +73,8 @@ class LlamaCpp:
             raise SystemExit(f"llama.cpp makes no context of {num_seqs} x {longest} tokens")
         return self._made
 
-    def _decode(self, context: Any, rows: list[tuple[int, int, int, bool]]) -> dict[int, int]:
-        """rows: token, position, sequence, whether to go on from it. The likeliest next token of each
-        sequence that goes on."""
+    def _decode(self, context: Any, rows: list[_Row]) -> dict[int, int]:
+        """The likeliest next token of each sequence that goes on."""
         import numpy as np
 
         batch, going_on = self._batch, [s for _, _, s, wanted in rows if wanted]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass
 
 Sequences = list[tuple[list[int], int]]
 """(prompt token ids, output length) of each sequence."""
+
+_WORTH_SHARING = 32  # tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,14 @@ def make_sequences(preset: Preset, vocab_size: int, seed: int) -> Sequences:
     lengths = [(rng.randint(*preset.input), rng.randint(*preset.output)) for _ in range(preset.num_seqs)]
     shared = [rng.randrange(vocab_size) for _ in range(preset.shared)]
     return [(shared + [rng.randrange(vocab_size) for _ in range(n)], count) for n, count in lengths]
+
+
+def shared_beginning(sequences: Sequences) -> list[int]:
+    """Tokens that all of several prompts begin with; none where it is hardly worth it."""
+    prompts = [p[:-1] for p, _ in sequences]
+    columns = zip(*prompts, strict=False)
+    count = sum(1 for _ in itertools.takewhile(lambda tokens: len(set(tokens)) == 1, columns))
+    return prompts[0][:count] if len(prompts) > 1 and count >= _WORTH_SHARING else []
 
 
 def _range(ends: tuple[int, int]) -> str:

@@ -56,13 +56,19 @@ def test_presets_mean_the_same_tokens_every_time(name):
     least, most = preset.input
     assert all(least <= len(p) - preset.shared <= most and 0 <= min(p) <= max(p) < 100 for p, _ in sequences)
     assert all(preset.output[0] <= n <= preset.output[1] for _, n in sequences)
-    assert len({tuple(p[: preset.shared]) for p, _ in sequences}) == 1
+    assert len(workload.shared_beginning(sequences)) == preset.shared
     assert max(len(p) + n for p, n in sequences) <= preset.longest
 
 
 def test_presets_say_what_they_are():
     assert str(workload.PRESETS["mixed"]) == "64 x (100-400 in, 50-200 out)"
     assert str(workload.PRESETS["prefix"]) == "24 x (512 shared + 32 in, 32 out)"
+
+
+def test_a_shared_beginning_leaves_every_prompt_a_token():
+    assert workload.shared_beginning([([1] * 50, 1), ([1] * 40, 1)]) == [1] * 39
+    assert workload.shared_beginning([([1] * 50, 1)]) == []
+    assert workload.shared_beginning([([1, 2], 1), ([1, 3], 1)]) == []
 
 
 def test_contenders():
