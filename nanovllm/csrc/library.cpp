@@ -76,7 +76,7 @@ void as_team(int threads, F f) {
 
 template <class Call>
 void submit(Kernel<Call> kernel, const Call& call, int threads) {
-    if (recording != nullptr) recording->push_back(std::make_unique<Recorded<Call>>(kernel, call));
+    if (recording != nullptr) return recording->push_back(std::make_unique<Recorded<Call>>(kernel, call));
     as_team(call.work() < WORTH_A_THREAD ? 1 : threads, [&](Team& team) { kernel(call, team); });
 }
 
@@ -122,7 +122,7 @@ void nv_pack(const void* weight, void* packed, int64_t n, int64_t k, int size, i
 
 // --- recording: as a CUDA graph does on a GPU ---------------------------------------------------------
 
-// From now on this thread's calls of the functions below are also written down; pack is not one of them.
+// From now on this thread's calls of the functions below are written down instead; pack is not one of them.
 void nv_record() { recording = new Tape; }
 
 Tape* nv_recorded() {

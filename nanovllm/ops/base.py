@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
 from nanovllm.errors import ConfigError
+from nanovllm.ops.graph import Recorder
 from nanovllm.ops.library import Library, library_or_reason
 from nanovllm.ops.native import NativeOps
 from nanovllm.ops.torch_ops import TorchOps
@@ -71,23 +71,6 @@ class Ops(Protocol):
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Heads x [T, H, D] by cos and sin [T, 1, R / 2], R <= D; computed in fp32, returned in x's dtype."""
-        ...
-
-
-class Graph(Protocol):
-    """A recorded step."""
-
-    def replay(self) -> None:
-        """Once more, on what its input tensors hold now."""
-        ...
-
-
-class Recorder(Protocol):
-    """Records steps that never run at the same time."""
-
-    def record(self, run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Graph | None]:
-        """Run once. Gives the result, a tensor that replays write again and later recordings overwrite;
-        and the graph, or None if `run` does something that cannot be replayed."""
         ...
 
 

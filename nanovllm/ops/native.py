@@ -98,6 +98,8 @@ class NativeOps:
         return out
 
     def gather(self, table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        if table.dtype not in (torch.float32, torch.bfloat16) or not table.is_contiguous():
+            table = table.float().contiguous()
         width, is_bf16 = table.shape[1], table.dtype == torch.bfloat16
         out = torch.empty(len(rows), width)
         self._library.gather(
