@@ -68,7 +68,12 @@ def _logits(path: Path, token_ids: list[int]) -> Iterator[tuple[str, torch.Tenso
 
 @contextmanager
 def _engine(path: Path, length: int, options: dict[str, str]) -> Iterator[LLM]:
-    """Whole prompts in one step."""
-    size = {"max_model_len": length, "max_num_batched_tokens": max(length, 256), "enable_prefix_caching": False}
+    """Whole prompts in one step, op by op so that modules can be watched."""
+    size = {
+        "enforce_eager": True,
+        "max_model_len": length,
+        "max_num_batched_tokens": max(length, 256),
+        "enable_prefix_caching": False,
+    }
     with LLM(str(path), dtype="bfloat16", skip_tokenizer_init=True, **size, **options) as llm:
         yield llm

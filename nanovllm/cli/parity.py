@@ -122,7 +122,7 @@ def _our_side(path: Path, prompts: list[Prompt], expected: Expected, options: di
 
 
 def all_logits(llm: LLM, token_ids: list[int]) -> torch.Tensor:
-    """fp32 [T, V] on the CPU of a prompt that the engine computes in one step."""
+    """fp32 [T, V] on the CPU of a prompt that the engine computes in one step, with enforce_eager."""
     seen: list[torch.Tensor] = []
     (model,) = cast("list[CausalLM]", llm.apply_model(lambda model: model))
 
