@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "gemm.h"
+#include "mamba.h"
 #include "rows.h"
 
 namespace {
@@ -19,7 +20,8 @@ constexpr Kernels table(const char* name) {
             store_kv<F32Weight>,
             rope,
             gather,
-            elementwise};
+            elementwise,
+            mamba2};
 }
 
 }  // namespace

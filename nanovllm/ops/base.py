@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
+from nanovllm.batch import Batch
+from nanovllm.cache_spec import StateSpec
 from nanovllm.errors import ConfigError
 from nanovllm.ops.graph import Recorder
 from nanovllm.ops.library import Library, library_or_reason
+from nanovllm.ops.mamba2 import Mamba2Sizes, Mamba2Weights
 from nanovllm.ops.native import NativeOps
 from nanovllm.ops.torch_ops import TorchOps
 
@@ -71,6 +74,26 @@ class Ops(Protocol):
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Heads x [T, H, D] by cos and sin [T, 1, R / 2], R <= D; computed in fp32, returned in x's dtype."""
+        ...
+
+    def mamba2_states(self, sizes: Mamba2Sizes, dtype: torch.dtype) -> StateSpec:
+        """What `mamba2` keeps of a sequence: the convolution's last inputs and the recurrence's state."""
+        ...
+
+    def plan_mamba2(self, batch: Batch, sizes: Mamba2Sizes) -> Any:
+        """What `mamba2` has to know of a step, made once for all layers."""
+        ...
+
+    def mamba2(
+        self,
+        projected: torch.Tensor,
+        weights: Mamba2Weights,
+        conv_states: torch.Tensor,
+        states: torch.Tensor,
+        plan: Any,
+    ) -> torch.Tensor:
+        """Convolution, recurrence and gated norm, in fp32: [T, gate | x | B | C | dt] -> [T, inner size].
+        The slots' states are brought up to date."""
         ...
 
 

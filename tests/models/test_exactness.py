@@ -9,12 +9,11 @@ from nanovllm.ops.library import Library, library_or_reason
 
 LIBRARY = library_or_reason()
 pytestmark = pytest.mark.skipif(not isinstance(LIBRARY, Library), reason=str(LIBRARY))
-RECURRENT = [name for name, config in TINY.items() if "Hybrid" in config["architectures"][0]]
 NATIVE = ("--kernels", "native", "--attention-backend", "native")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", [name for name in TINY if name not in RECURRENT])
+@pytest.mark.parametrize("family", TINY)
 def test_bits_are_the_requests_own(tiny_model, capsys, family, dtype):
     status = main(["verify", str(tiny_model(family)), "--dtype", dtype, "--max-tokens", "20", *NATIVE])
     out = capsys.readouterr().out
