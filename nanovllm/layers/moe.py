@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import nn
@@ -12,35 +12,17 @@ from nanovllm.build_context import BuildContext
 from nanovllm.errors import ModelNotSupported
 from nanovllm.layers.mlp import GatedMLP
 from nanovllm.layers.weight_layer import WeightLayer
-from nanovllm.quantization.linear_method import LinearWeights, UnquantizedLinearMethod
-
-Routing = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
-"""(fp32 scores [T, E], k) -> a token's weights and experts, fp32 and int64 [T, k], best first."""
+from nanovllm.quantization.linear_method import LinearWeights, UnquantizedLinearMethod, stack_weights
 
 
-def softmax_top_k(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest of the softmax over all experts: weights sum to less than one."""
-    weights, experts = scores.softmax(dim=-1).topk(k, dim=-1)
-    return weights, experts
-
-
-def softmax_top_k_renormalised(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same, divided by their sum (Mixtral)."""
-    weights, experts = softmax_top_k(scores, k)
-    return weights / weights.sum(dim=-1, keepdim=True), experts
-
-
-def top_k_softmax(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The softmax over the k largest scores (Granite)."""
-    scores, experts = scores.topk(k, dim=-1)
-    return scores.softmax(dim=-1), experts
-
-
-class SparseMoE(nn.Module):
+class SparseMoE(WeightLayer):
     """Each token goes to `top_k` of the experts; their outputs are summed by the routing's weights.
 
     `gate` scores the experts, `experts.E` are gated MLPs: rules map other names on disk to these.
     A token's result does not depend on the other tokens of the batch.
+
+    normalise: whether a token's weights sum to one. They are the softmax over the chosen scores then
+    (Granite), which is the softmax over all, cut and divided by its sum (Mixtral); else it is not divided.
     """
 
     def __init__(
@@ -51,7 +33,7 @@ class SparseMoE(nn.Module):
         top_k: int,
         ctx: BuildContext,
         *,
-        routing: Routing,
+        normalise: bool,
         act: str = "silu",
     ) -> None:
         super().__init__()
@@ -60,12 +42,19 @@ class SparseMoE(nn.Module):
         self.gate = Router(hidden_size, num_experts, ctx)
         self.experts = nn.ModuleList(GatedMLP(hidden_size, intermediate_size, ctx, act=act) for _ in range(num_experts))
         self._top_k = top_k
-        self._routing = routing
+        self._normalise = normalise
+        self._inner, self._act = intermediate_size, act
+        self._ops = ctx.ops
+        self._stacks: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [T, H] -> [T, H]
-        weights, chosen = self._routing(self.gate(x), self._top_k)
-        chosen = chosen.flatten()  # [T * k], a token's choices side by side
-        by_expert = chosen.argsort(stable=True)
+        weights, chosen = self._ops.route(self.gate(x), self._top_k, normalise=self._normalise)
+        if self._stacks is not None:
+            return self._ops.mixture(x, weights, chosen, *self._stacks, self._inner, self._act)
+        return self._one_by_one(x, weights, chosen.flatten())
+
+    def _one_by_one(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        by_expert = chosen.argsort(stable=True)  # chosen: [T * k], a token's choices side by side
         counts = chosen.bincount(minlength=len(self.experts)).tolist()
         active = [e for e, count in enumerate(counts) if count]
         parts = x[by_expert // self._top_k].split([counts[e] for e in active])
@@ -74,6 +63,12 @@ class SparseMoE(nn.Module):
         weighted = out.view(len(x), self._top_k, -1) * weights[..., None]  # fp32 [T, k, H]
         # not sum(): its order depends on the shape; this one is by rank
         return functools.reduce(torch.add, weighted.unbind(1)).to(x.dtype)
+
+    def finalize_weights(self) -> None:
+        if self._ops.mixes(self._act):
+            experts = cast("list[GatedMLP]", list(self.experts))
+            gate_up = stack_weights([expert.gate_up_proj for expert in experts])
+            self._stacks = gate_up, stack_weights([expert.down_proj for expert in experts])
 
 
 class Router(WeightLayer, LinearWeights):

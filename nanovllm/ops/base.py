@@ -50,6 +50,32 @@ class Ops(Protocol):
         """The weight's and the bias's first half is the gate's: act(gate(x)) * up(x) -> [T, rows / 2]."""
         ...
 
+    def route(self, scores: torch.Tensor, k: int, *, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """fp32 scores of experts [T, E] -> a token's weights and experts, fp32 and int32 [T, k]: the largest
+        scores, best first, of equal ones the lower expert first, and the softmax over these (`normalise`) or
+        over all scores."""
+        ...
+
+    def mixes(self, act: str) -> bool:
+        """Whether there is a `mixture` for this activation, of packed weights."""
+        ...
+
+    def mixture(
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        chosen: torch.Tensor,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        inner: int,
+        act: str,
+    ) -> torch.Tensor:
+        """x [T, H] -> [T, H]: each token through the experts that `route` chose, summed in their order by its weights.
+
+        gate_up, down: [E, ...], experts' weights [2 * inner, H] packed as gated, and [H, inner] packed.
+        """
+        ...
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """[..., size]; statistics in fp32."""
         ...

@@ -83,6 +83,56 @@ class NativeOps:
         )
         return out
 
+    def route(self, scores: torch.Tensor, k: int, *, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = _fp32_rows(scores.contiguous())
+        tokens, experts = scores.shape
+        weights, chosen = torch.empty(tokens, k), torch.empty(tokens, k, dtype=torch.int32)
+        addresses = weights.data_ptr(), chosen.data_ptr()
+        self._library.route(scores.data_ptr(), tokens, experts, k, normalise, *addresses, torch.get_num_threads())
+        return weights, chosen
+
+    def mixes(self, act: str) -> bool:
+        return act in _GATES
+
+    def mixture(
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        chosen: torch.Tensor,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        inner: int,
+        act: str,
+    ) -> torch.Tensor:
+        x = _fp32_rows(x)
+        (tokens, hidden), k, experts = x.shape, chosen.shape[1], len(gate_up)
+        out = torch.empty(tokens, hidden)
+        index = torch.empty(3 * (experts + 1) + 2 * tokens * k, dtype=torch.int32)
+        fed, results = torch.empty(tokens * k, inner, dtype=down.dtype), torch.empty(tokens * k, hidden)
+        self._library.mixture(
+            x.data_ptr(),
+            x.stride(0),
+            weights.data_ptr(),
+            chosen.data_ptr(),
+            tokens,
+            experts,
+            k,
+            hidden,
+            inner,
+            gate_up.data_ptr(),
+            down.data_ptr(),
+            gate_up[0].nbytes,
+            down[0].nbytes,
+            down.dtype == torch.bfloat16,
+            _GATES[act],
+            out.data_ptr(),
+            index.data_ptr(),
+            fed.data_ptr(),
+            results.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         x = _fp32_rows(x)
         out = torch.empty(x.shape)

@@ -46,6 +46,26 @@ class TorchOps:
     ) -> torch.Tensor:
         raise NotImplementedError(act)
 
+    def route(self, scores: torch.Tensor, k: int, *, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        best, experts = (part[:, :k] for part in scores.sort(dim=-1, descending=True, stable=True))
+        weights = best.softmax(dim=-1) if normalise else scores.softmax(dim=-1).gather(1, experts)
+        return weights, experts.int()
+
+    def mixes(self, act: str) -> bool:
+        return False
+
+    def mixture(
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        chosen: torch.Tensor,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        inner: int,
+        act: str,
+    ) -> torch.Tensor:
+        raise NotImplementedError(act)
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return F.rms_norm(x, weight.shape, weight, eps)
 

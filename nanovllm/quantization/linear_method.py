@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -24,6 +25,14 @@ class LinearWeights(nn.Module):
     rows: int
     packed: bool
     gate: str | None = None
+
+
+def stack_weights(layers: Sequence[LinearWeights]) -> torch.Tensor:
+    """The finalized weights of like layers, moved one by one into [layers, ...]; each layer keeps a view of it."""
+    stack = layers[0].weight.new_empty(len(layers), *layers[0].weight.shape)
+    for layer, place in zip(layers, stack, strict=True):
+        layer.weight = nn.Parameter(place.copy_(layer.weight), requires_grad=False)
+    return stack
 
 
 class LinearMethod(Protocol):
