@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import cast
 
 import torch
 from torch import nn
@@ -12,10 +11,10 @@ from nanovllm.build_context import BuildContext
 from nanovllm.errors import ModelNotSupported
 from nanovllm.layers.mlp import GatedMLP
 from nanovllm.layers.weight_layer import WeightLayer
-from nanovllm.quantization.linear_method import LinearWeights, UnquantizedLinearMethod, stack_weights
+from nanovllm.quantization.linear_method import LinearWeights, UnquantizedLinearMethod
 
 
-class SparseMoE(WeightLayer):
+class SparseMoE(nn.Module):
     """Each token goes to `top_k` of the experts; their outputs are summed by the routing's weights.
 
     `gate` scores the experts, `experts.E` are gated MLPs: rules map other names on disk to these.
@@ -40,17 +39,18 @@ class SparseMoE(WeightLayer):
         if not 0 < top_k <= num_experts:
             raise ModelNotSupported(f"config.json: {top_k} experts a token of {num_experts} experts")
         self.gate = Router(hidden_size, num_experts, ctx)
-        self.experts = nn.ModuleList(GatedMLP(hidden_size, intermediate_size, ctx, act=act) for _ in range(num_experts))
+        experts = [GatedMLP(hidden_size, intermediate_size, ctx, act=act) for _ in range(num_experts)]
+        self.experts = nn.ModuleList(experts)
         self._top_k = top_k
         self._normalise = normalise
         self._inner, self._act = intermediate_size, act
         self._ops = ctx.ops
-        self._stacks: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._weights = _stack(experts) if ctx.ops.mixes(act) else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [T, H] -> [T, H]
         weights, chosen = self._ops.route(self.gate(x), self._top_k, normalise=self._normalise)
-        if self._stacks is not None:
-            return self._ops.mixture(x, weights, chosen, *self._stacks, self._inner, self._act)
+        if self._weights is not None:
+            return self._ops.mixture(x, weights, chosen, *self._weights, self._inner, self._act)
         return self._one_by_one(x, weights, chosen.flatten())
 
     def _one_by_one(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
@@ -64,11 +64,10 @@ class SparseMoE(WeightLayer):
         # not sum(): its order depends on the shape; this one is by rank
         return functools.reduce(torch.add, weighted.unbind(1)).to(x.dtype)
 
-    def finalize_weights(self) -> None:
-        if self._ops.mixes(self._act):
-            experts = cast("list[GatedMLP]", list(self.experts))
-            gate_up = stack_weights([expert.gate_up_proj for expert in experts])
-            self._stacks = gate_up, stack_weights([expert.down_proj for expert in experts])
+
+def _stack(experts: list[GatedMLP]) -> tuple[torch.Tensor, torch.Tensor]:
+    gate_up, down = [e.gate_up_proj for e in experts], [e.down_proj for e in experts]
+    return gate_up[0].method.stack(gate_up), down[0].method.stack(down)
 
 
 class Router(WeightLayer, LinearWeights):

@@ -24,4 +24,4 @@ class WeightLayer(nn.Module):
         target.copy_(tensor)
 
     def finalize_weights(self) -> None:
-        """Called once after loading, and after that of layers inside: pack, transpose, quantise."""
+        """Called once after loading: pack, transpose, quantise."""

@@ -36,8 +36,9 @@ class Ops(Protocol):
         """Whether there is a `gated_linear` for this activation."""
         ...
 
-    def pack(self, weight: torch.Tensor, *, gated: bool) -> torch.Tensor:
-        """[N, K] into the form that `linear` takes, or `gated_linear` where `gated`."""
+    def pack(self, weight: torch.Tensor, *, gated: bool, out: torch.Tensor | None = None) -> torch.Tensor:
+        """[N, K] into the form that `linear` takes, or `gated_linear` where `gated`. out: [packed_numel], if the
+        result is to lie there, where there is a `mixture`."""
         ...
 
     def linear(self, x: torch.Tensor, packed: torch.Tensor, rows: int, bias: torch.Tensor | None) -> torch.Tensor:
@@ -72,7 +73,7 @@ class Ops(Protocol):
     ) -> torch.Tensor:
         """x [T, H] -> [T, H]: each token through the experts that `route` chose, summed in their order by its weights.
 
-        gate_up, down: [E, ...], experts' weights [2 * inner, H] packed as gated, and [H, inner] packed.
+        gate_up, down: [E, packed_numel], experts' weights [2 * inner, H] packed as gated, and [H, inner] packed.
         """
         ...
 

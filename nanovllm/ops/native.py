@@ -39,9 +39,10 @@ class NativeOps:
     def gates(self, act: str) -> bool:
         return act in _GATES
 
-    def pack(self, weight: torch.Tensor, *, gated: bool) -> torch.Tensor:
+    def pack(self, weight: torch.Tensor, *, gated: bool, out: torch.Tensor | None = None) -> torch.Tensor:
         rows, cols = weight.shape
-        packed = weight.new_zeros(_packed_shape(rows, cols, weight.dtype))
+        shape = _packed_shape(rows, cols, weight.dtype)
+        packed = weight.new_zeros(shape) if out is None else out.zero_().view(shape)
         parts = weight.chunk(2) if gated else (weight,)
         for i, part in enumerate(parts):
             part = part.contiguous()

@@ -32,8 +32,8 @@ class TorchOps:
     def gates(self, act: str) -> bool:
         return False
 
-    def pack(self, weight: torch.Tensor, *, gated: bool) -> torch.Tensor:
-        assert not gated
+    def pack(self, weight: torch.Tensor, *, gated: bool, out: torch.Tensor | None = None) -> torch.Tensor:
+        assert not gated and out is None
         return torch.ops.mkldnn._reorder_linear_weight(weight)
 
     def linear(self, x: torch.Tensor, packed: torch.Tensor, rows: int, bias: torch.Tensor | None) -> torch.Tensor:

@@ -17,7 +17,7 @@ class LinearWeights(nn.Module):
     """What a linear layer lends to its method: a place for the weight in the method's form.
 
     rows: of the weight, whatever its form. gate: the activation of the weight's first half, if the
-    layer is a gated one.
+    layer is a gated one. place: memory that the finalized weight goes to, if it shares it with other layers'.
     """
 
     weight: torch.Tensor
@@ -25,14 +25,7 @@ class LinearWeights(nn.Module):
     rows: int
     packed: bool
     gate: str | None = None
-
-
-def stack_weights(layers: Sequence[LinearWeights]) -> torch.Tensor:
-    """The finalized weights of like layers, moved one by one into [layers, ...]; each layer keeps a view of it."""
-    stack = layers[0].weight.new_empty(len(layers), *layers[0].weight.shape)
-    for layer, place in zip(layers, stack, strict=True):
-        layer.weight = nn.Parameter(place.copy_(layer.weight), requires_grad=False)
-    return stack
+    place: torch.Tensor | None = None
 
 
 class LinearMethod(Protocol):
@@ -40,6 +33,10 @@ class LinearMethod(Protocol):
 
     def create(self, layer: LinearWeights, rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> None:
         """Register the layer's `weight`, [rows, cols], uninitialised."""
+
+    def stack(self, layers: Sequence[LinearWeights]) -> torch.Tensor:
+        """Memory [layers, ...] that the weights of like layers go to once finalized, uninitialised."""
+        ...
 
     def load(self, layer: LinearWeights, tensor: torch.Tensor, rows: slice) -> None:
         """Copy `tensor` to these rows."""
@@ -66,6 +63,14 @@ class UnquantizedLinearMethod:
         layer.weight = nn.Parameter(torch.empty(rows, cols, dtype=dtype, device=device), requires_grad=False)
         layer.rows, layer.packed = rows, False
 
+    def stack(self, layers: Sequence[LinearWeights]) -> torch.Tensor:
+        weight = layers[0].weight
+        rows, cols = weight.shape
+        stack = weight.new_empty(len(layers), self._ops.packed_numel(rows, cols, weight.dtype))
+        for layer, place in zip(layers, stack, strict=True):
+            layer.place = place
+        return stack
+
     def load(self, layer: LinearWeights, tensor: torch.Tensor, rows: slice) -> None:
         layer.weight[rows].copy_(tensor)
 
@@ -73,7 +78,8 @@ class UnquantizedLinearMethod:
         weight = layer.weight.detach()
         layer.packed = self._ops.packs(weight.device, weight.dtype)
         if layer.packed:
-            layer.weight = nn.Parameter(self._ops.pack(weight, gated=self._fuses(layer)), requires_grad=False)
+            packed = self._ops.pack(weight, gated=self._fuses(layer), out=layer.place)
+            layer.weight = nn.Parameter(packed, requires_grad=False)
 
     def num_bytes(self, layer: LinearWeights, device: torch.device) -> int | None:
         (rows, cols), dtype = layer.weight.shape, layer.weight.dtype

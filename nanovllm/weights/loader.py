@@ -44,7 +44,8 @@ def load_weights(model: nn.Module, tensors: Iterable[LazyTensor], rules: Sequenc
                 layer_name, _, parameter = name.rpartition(".")
                 layers[layer_name].load_weight(parameter, part, shard)
     require_fit(list(dict.fromkeys(disk_name(name, shard, rules) for name, shard in missing)), unexpected, misshapen)
-    _finalize(layers.values())
+    for layer in layers.values():
+        layer.finalize_weights()
 
 
 def require_fit(missing: list[str], unexpected: list[str], misshapen: list[str]) -> None:
@@ -61,19 +62,14 @@ def require_fit(missing: list[str], unexpected: list[str], misshapen: list[str])
 def fill_dummy_weights(model: nn.Module, seed: int = 0) -> None:
     """Seeded random weights of a harmless size, for benchmarks without a checkpoint."""
     generator = torch.Generator().manual_seed(seed)
-    layers = [m for m in model.modules() if isinstance(m, WeightLayer)]
-    for layer in layers:
+    for layer in model.modules():
+        if not isinstance(layer, WeightLayer):
+            continue
         for parameter, shards in layer.expected_weights().items():
             for shard, shape in shards.items():
                 values = torch.randn(shape, generator=generator) * 0.02
                 is_norm = parameter == "weight" and len(shape) == 1
                 layer.load_weight(parameter, values + 1 if is_norm else values, shard)
-    _finalize(layers)
-
-
-def _finalize(layers: Iterable[WeightLayer]) -> None:
-    """layers: as `modules()` gives them, outer ones first. Inner ones come first here."""
-    for layer in reversed(list(layers)):
         layer.finalize_weights()
 
 

@@ -71,8 +71,8 @@ class Experts:
         self.hidden, self.inner, self.act, self.count = hidden, inner, act, experts
         first = normal(experts, 2 * inner, hidden, seed=1) / hidden**0.5
         second = normal(experts, hidden, inner, seed=2) / inner**0.5
-        self.gate_up = torch.stack([OPS.pack(weight.to(dtype), gated=True) for weight in first])
-        self.down = torch.stack([OPS.pack(weight.to(dtype), gated=False) for weight in second])
+        self.gate_up = torch.stack([OPS.pack(weight.to(dtype), gated=True).flatten() for weight in first])
+        self.down = torch.stack([OPS.pack(weight.to(dtype), gated=False).flatten() for weight in second])
 
     def mixture(self, x, weights, chosen):
         return OPS.mixture(x, weights, chosen, self.gate_up, self.down, self.inner, self.act)
