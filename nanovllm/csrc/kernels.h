@@ -23,8 +23,8 @@ enum class Activation : int { NONE, SILU, GELU, GELU_TANH, RELU };
 
 // y = x w^T + bias. A packed weight is pairs of panels, [pairs][k / 2][2][16][2] bfloat16 or
 // [pairs][k][2][16] float, with zeros beyond n and beyond an odd k: one stream for a tile of two panels.
-// With a gate, even panels hold the gate's rows and odd ones the other half's:
-// y = gate(x w_even^T + bias[:n]) * (x w_odd^T + bias[n:]).
+// act is applied to the result. Where gated, even panels hold the gate's rows and odd ones the other half's:
+// y = act(x w_even^T + bias[:n]) * (x w_odd^T + bias[n:]).
 struct Linear {
     const void* x;  // [m] rows of k, ldx elements apart; float, or bfloat16 if x_bf16
     int64_t ldx;
@@ -35,7 +35,8 @@ struct Linear {
     int64_t ldy;
     bool y_bf16;
     int64_t m, n, k;
-    Activation gate;
+    Activation act;
+    bool gated;
     const int32_t* rows = nullptr;  // [m], where given: row i is x's row rows[i]
 
     int64_t work() const { return m * n * k; }
@@ -53,7 +54,7 @@ struct RouteCall {
     int64_t work() const { return tokens * experts * 8; }
 };
 
-// out = sum over a token's choices of weight * down(gate(x) * up(x)) by the expert that was chosen. Experts'
+// out = sum over a token's choices of weight * down(act(gate(x)) * up(x)) by the expert that was chosen. Experts'
 // packed weights lie one after the other, gate_up's [2 inner][hidden] gated and down's [hidden][inner].
 struct MixtureCall {
     const float* x;  // [tokens] rows of `hidden`, ldx elements apart
@@ -63,7 +64,7 @@ struct MixtureCall {
     int64_t tokens, experts, k, hidden, inner;
     const void *gate_up, *down;
     int64_t gate_up_bytes, down_bytes;  // of one expert
-    Activation gate;
+    Activation act;
     float* out;      // [tokens][hidden]
     int32_t* index;  // to work in, as are the next two: [3 (experts + 1) + 2 tokens k]
     void* fed;       // [tokens * k][inner] in the weights' type

@@ -159,8 +159,8 @@ void nv_replay(const Tape* tape, int threads) {
 
 // weight_bf16: which of the two packed formats. A float weight takes float rows only.
 void nv_linear(const void* x, int64_t ldx, int x_bf16, const void* weight, int weight_bf16, const float* bias, void* y,
-               int64_t ldy, int y_bf16, int64_t m, int64_t n, int64_t k, int gate, int threads) {
-    const Linear call = {x, ldx, x_bf16 != 0, weight, bias, y, ldy, y_bf16 != 0, m, n, k, (Activation)gate};
+               int64_t ldy, int y_bf16, int64_t m, int64_t n, int64_t k, int act, int gated, int threads) {
+    const Linear call = {x, ldx, x_bf16 != 0, weight, bias, y, ldy, y_bf16 != 0, m, n, k, (Activation)act, gated != 0};
     submit(weight_bf16 ? active->linear_bf16 : active->linear_f32, call, threads);
 }
 
@@ -172,11 +172,10 @@ void nv_route(const float* scores, int64_t tokens, int64_t experts, int64_t k, i
 
 void nv_mixture(const float* x, int64_t ldx, const float* weights, const int32_t* chosen, int64_t tokens,
                 int64_t experts, int64_t k, int64_t hidden, int64_t inner, const void* gate_up, const void* down,
-                int64_t gate_up_bytes, int64_t down_bytes, int weight_bf16, int gate, float* out, int32_t* index,
+                int64_t gate_up_bytes, int64_t down_bytes, int weight_bf16, int act, float* out, int32_t* index,
                 void* fed, float* results, int threads) {
-    const MixtureCall call = {x,       ldx,  weights,       chosen,     tokens,           experts, k,     hidden,
-                              inner,   gate_up, down,       gate_up_bytes, down_bytes,    (Activation)gate, out,
-                              index,   fed,  results};
+    const MixtureCall call = {x,    ldx,           weights,    chosen,          tokens, experts, k,   hidden, inner, gate_up,
+                              down, gate_up_bytes, down_bytes, (Activation)act, out,    index,   fed, results};
     submit(weight_bf16 ? active->mixture_bf16 : active->mixture_f32, call, threads);
 }
 

@@ -45,7 +45,7 @@ class SparseMoE(nn.Module):
         self._normalise = normalise
         self._inner, self._act = intermediate_size, act
         self._ops = ctx.ops
-        self._weights = _stack(experts) if ctx.ops.mixes(act) else None
+        self._weights = _stack(experts) if ctx.ops.fuses(act) else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [T, H] -> [T, H]
         weights, chosen = self._ops.route(self.gate(x), self._top_k, normalise=self._normalise)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -32,8 +33,8 @@ class Ops(Protocol):
         """Elements of such a weight once packed."""
         ...
 
-    def gates(self, act: str) -> bool:
-        """Whether there is a `gated_linear` for this activation."""
+    def fuses(self, act: str) -> bool:
+        """Whether linear layers can end with this activation."""
         ...
 
     def pack(self, weight: torch.Tensor, *, gated: bool, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -41,8 +42,10 @@ class Ops(Protocol):
         result is to lie there, where there is a `mixture`."""
         ...
 
-    def linear(self, x: torch.Tensor, packed: torch.Tensor, rows: int, bias: torch.Tensor | None) -> torch.Tensor:
-        """x [T, K] @ weight.T + bias -> [T, rows]."""
+    def linear(
+        self, x: torch.Tensor, packed: torch.Tensor, rows: int, bias: torch.Tensor | None, act: str | None = None
+    ) -> torch.Tensor:
+        """act(x [T, K] @ weight.T + bias) -> [T, rows]."""
         ...
 
     def gated_linear(
@@ -57,10 +60,6 @@ class Ops(Protocol):
         over all scores."""
         ...
 
-    def mixes(self, act: str) -> bool:
-        """Whether there is a `mixture` for this activation, of packed weights."""
-        ...
-
     def mixture(
         self,
         x: torch.Tensor,
@@ -72,9 +71,14 @@ class Ops(Protocol):
         act: str,
     ) -> torch.Tensor:
         """x [T, H] -> [T, H]: each token through the experts that `route` chose, summed in their order by its weights.
+        For an act that `fuses` takes.
 
         gate_up, down: [E, packed_numel], experts' weights [2 * inner, H] packed as gated, and [H, inner] packed.
         """
+        ...
+
+    def gather(self, table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Rows [T] of table [N, size], in the hidden dtype [T, size]."""
         ...
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -85,8 +89,29 @@ class Ops(Protocol):
         """[..., size]; statistics in fp32."""
         ...
 
+    def recorder(self) -> Recorder | None:
+        """None where steps cannot be recorded."""
+        ...
+
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Heads x [T, H, D] by cos and sin [T, 1, R / 2], R <= D; computed in fp32, returned in x's dtype."""
+        ...
+
+
+class Graph(Protocol):
+    """A recorded step."""
+
+    def replay(self) -> None:
+        """Once more, on what its input tensors hold now."""
+        ...
+
+
+class Recorder(Protocol):
+    """Records steps that never run at the same time."""
+
+    def record(self, run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Graph | None]:
+        """Run once. Gives the result, a tensor that replays write again and later recordings overwrite;
+        and the graph, or None if `run` does something that cannot be replayed."""
         ...
 
 

@@ -29,14 +29,17 @@ class TorchOps:
     def packed_numel(self, rows: int, cols: int, dtype: torch.dtype) -> int:
         return rows * cols
 
-    def gates(self, act: str) -> bool:
+    def fuses(self, act: str) -> bool:
         return False
 
     def pack(self, weight: torch.Tensor, *, gated: bool, out: torch.Tensor | None = None) -> torch.Tensor:
         assert not gated and out is None
         return torch.ops.mkldnn._reorder_linear_weight(weight)
 
-    def linear(self, x: torch.Tensor, packed: torch.Tensor, rows: int, bias: torch.Tensor | None) -> torch.Tensor:
+    def linear(
+        self, x: torch.Tensor, packed: torch.Tensor, rows: int, bias: torch.Tensor | None, act: str | None = None
+    ) -> torch.Tensor:
+        assert act is None
         # oneDNN sums a single row in another order; as one of two it gets the bits it has in any batch
         doubled = x.expand(2, -1) if len(x) == 1 else x
         return torch.ops.mkldnn._linear_pointwise(doubled, packed, bias, "none", [], "")[: len(x)]
@@ -51,9 +54,6 @@ class TorchOps:
         weights = best.softmax(dim=-1) if normalise else scores.softmax(dim=-1).gather(1, experts)
         return weights, experts.int()
 
-    def mixes(self, act: str) -> bool:
-        return False
-
     def mixture(
         self,
         x: torch.Tensor,
@@ -65,6 +65,12 @@ class TorchOps:
         act: str,
     ) -> torch.Tensor:
         raise NotImplementedError(act)
+
+    def gather(self, table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return F.embedding(rows, table)
+
+    def recorder(self) -> None:
+        return None
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return F.rms_norm(x, weight.shape, weight, eps)

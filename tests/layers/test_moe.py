@@ -114,7 +114,7 @@ def test_the_sum_is_in_fp32():
 def test_activation_and_router_precision():
     moe = build(3, 1, dtype=torch.bfloat16, act="gelu")
     assert moe.gate(normal(2, HIDDEN).bfloat16()).dtype == torch.float32
-    assert moe.experts[0].gate_up_proj.gate == "gelu"
+    assert moe.experts[0].gate_up_proj.act == "gelu"
 
 
 @pytest.mark.parametrize("top_k", [0, 5])
