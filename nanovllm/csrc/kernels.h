@@ -150,7 +150,7 @@ struct StoreCall {
     void *keys, *values;
     int64_t page_size, kv_heads, head_dim;
 
-    int64_t work() const { return tokens * kv_heads * head_dim; }
+    int64_t work() const { return tokens * kv_heads * head_dim * 16; }  // scattered
 };
 
 template <class Call>
