@@ -132,3 +132,18 @@ def test_native_experts_lie_in_one_tensor_and_bring_none_along():
         weights = [expert.get_submodule(name).weight for expert in moe.experts]
         assert [w.data_ptr() for w in weights] == [place.data_ptr() for place in stack]
         assert sum(w.nbytes for w in weights) == stack.nbytes
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_a_recorded_mixture_routes_anew_when_replayed(tokens):
+    ops = select_ops("auto", torch.device("cpu"), torch.bfloat16)
+    if (recorder := ops.recorder()) is None:
+        pytest.skip("no native kernels")
+    moe = build(9, 3, dtype=torch.bfloat16, ops=ops)
+    x, other = normal(tokens, HIDDEN), normal(tokens, HIDDEN, seed=1)
+    expected = moe(other)
+    out, graph = recorder.record(lambda: moe(x))
+    assert graph is not None and torch.equal(out, moe(x)) and not torch.equal(out, expected)
+    x.copy_(other)
+    graph.replay()
+    assert torch.equal(out, expected)
