@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "gemm.h"
+#include "mamba.h"
 #include "moe.h"
 #include "rows.h"
 
@@ -23,7 +24,8 @@ constexpr Kernels table(const char* name) {
             store_kv<F32Weight>,
             rope,
             gather,
-            elementwise};
+            elementwise,
+            mamba2};
 }
 
 }  // namespace
