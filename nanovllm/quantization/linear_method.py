@@ -51,7 +51,7 @@ class LinearMethod(Protocol):
         ...
 
     def apply(self, layer: LinearWeights, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """act(x [T, cols] @ weight.T + bias) -> [T, rows]; where gated, act(first half) * second half -> [T, rows / 2]."""
+        """act(x [T, cols] @ weight.T + bias) -> [T, rows]; gated, act(first half) * second half -> [T, rows / 2]."""
         ...
 
 
