@@ -41,8 +41,8 @@ class Ops(Protocol):
         ...
 
     def pack(self, weight: torch.Tensor, *, gated: bool, out: torch.Tensor | None = None) -> torch.Tensor:
-        """[N, K] into the form that `linear` takes, or `gated_linear` where `gated`. out: [packed_numel], if the
-        result is to lie there, where there is a `mixture`."""
+        """[N, K] into the form that `linear` takes, or `gated_linear` where `gated`. out: zeros
+        [packed_numel] that the result goes to, where there is a `mixture`."""
         ...
 
     def linear(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nanovllm.host_memory import mapped_zeros
 from nanovllm.layers.activation import activation
 from nanovllm.ops.base import Ops
 
@@ -37,7 +38,7 @@ class LinearMethod(Protocol):
         """Register the layer's `weight`, [rows, cols], uninitialised."""
 
     def stack(self, layers: Sequence[LinearWeights]) -> torch.Tensor:
-        """Memory [layers, ...] that the weights of like layers go to once finalized, uninitialised."""
+        """Memory [layers, ...] that the weights of like layers go to once finalized, zeroed."""
         ...
 
     def load(self, layer: LinearWeights, tensor: torch.Tensor, rows: slice) -> None:
@@ -51,7 +52,7 @@ class LinearMethod(Protocol):
         ...
 
     def apply(self, layer: LinearWeights, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """act(x [T, cols] @ weight.T + bias) -> [T, rows]; gated, act(first half) * second half -> [T, rows / 2]."""
+        """act(x [T, cols] @ weight.T + bias) -> [T, rows]; where gated, act(first half) * second half."""
         ...
 
 
@@ -62,13 +63,18 @@ class UnquantizedLinearMethod:
         self._ops = ops
 
     def create(self, layer: LinearWeights, rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> None:
-        layer.weight = nn.Parameter(torch.empty(rows, cols, dtype=dtype, device=device), requires_grad=False)
+        if device.type == "cpu" and self._ops.packs(device, dtype):  # soon to be freed: memory that malloc keeps would be missing then
+            weight = mapped_zeros((rows, cols), dtype)
+        else:
+            weight = torch.empty(rows, cols, dtype=dtype, device=device)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
         layer.rows, layer.packed = rows, False
 
     def stack(self, layers: Sequence[LinearWeights]) -> torch.Tensor:
         weight = layers[0].weight
         rows, cols = weight.shape
-        stack = weight.new_empty(len(layers), self._ops.packed_numel(rows, cols, weight.dtype))
+        shape = len(layers), self._ops.packed_numel(rows, cols, weight.dtype)
+        stack = mapped_zeros(shape, weight.dtype) if weight.device.type == "cpu" else weight.new_zeros(shape)
         for layer, place in zip(layers, stack, strict=True):
             layer.place = place
         return stack
