@@ -63,7 +63,8 @@ class UnquantizedLinearMethod:
         self._ops = ops
 
     def create(self, layer: LinearWeights, rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> None:
-        if device.type == "cpu" and self._ops.packs(device, dtype):  # soon to be freed: memory that malloc keeps would be missing then
+        if device.type == "cpu" and self._ops.packs(device, dtype):
+            # soon to be freed: memory that malloc keeps would be missing then
             weight = mapped_zeros((rows, cols), dtype)
         else:
             weight = torch.empty(rows, cols, dtype=dtype, device=device)
