@@ -227,12 +227,13 @@ inline void finish(const Linear& g, float* sums, int64_t row, int rows, int64_t 
 template <class W>
 void copy_row(const Linear& g, int64_t row, typename W::Element* to, int64_t block_stride) {
     constexpr int64_t width = BLOCK * W::K_PER_STEP;
+    const int64_t start = (g.rows == nullptr ? row : g.rows[row]) * g.ldx;
     for (int64_t k = 0; k < g.k; k += width, to += block_stride) {
         const int64_t count = std::min(width, g.k - k);
         if (g.x_bf16)
-            W::copy((const uint16_t*)g.x + row * g.ldx + k, to, count);
+            W::copy((const uint16_t*)g.x + start + k, to, count);
         else
-            W::copy((const float*)g.x + row * g.ldx + k, to, count);
+            W::copy((const float*)g.x + start + k, to, count);
     }
 }
 
@@ -268,11 +269,15 @@ void part(const Linear& g, int64_t m0, int64_t m1, int64_t pair0, int64_t pair1)
     }
 }
 
+inline int64_t panel_pairs(const Linear& g) {
+    const int64_t columns = !g.gated ? g.n : 2 * divide_up(g.n, PANEL) * PANEL;
+    return divide_up(columns, 2 * PANEL);
+}
+
 // Few rows: threads share the panels. Many: they share the rows, so that each is copied once.
 template <class W>
 void linear(const Linear& g, Team& team) {
-    const int64_t columns = !g.gated ? g.n : 2 * divide_up(g.n, PANEL) * PANEL;
-    const int64_t pairs = divide_up(columns, 2 * PANEL);
+    const int64_t pairs = panel_pairs(g);
     const int64_t by_rows = std::clamp<int64_t>(g.m / 64, 1, team.threads);
     const int64_t by_panels = std::min<int64_t>(team.threads / by_rows, pairs);
     if (team.thread >= by_rows * by_panels) return;

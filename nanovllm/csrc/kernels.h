@@ -37,8 +37,40 @@ struct Linear {
     int64_t m, n, k;
     Activation act;
     bool gated;
+    const int32_t* rows = nullptr;  // [m], where given: row i is x's row rows[i]
 
     int64_t work() const { return m * n * k; }
+};
+
+// Each token's k experts and their weights, best first, from the scores [tokens][experts]. The weights are
+// the softmax over the chosen scores if `normalise`, else over all.
+struct RouteCall {
+    const float* scores;
+    int64_t tokens, experts, k;
+    bool normalise;
+    float* weights;   // [tokens][k]
+    int32_t* chosen;  // [tokens][k]
+
+    int64_t work() const { return tokens * experts * 8; }
+};
+
+// out = sum over a token's choices of weight * down(act(gate(x)) * up(x)) by the expert that was chosen. Experts'
+// packed weights lie one after the other, gate_up's [2 inner][hidden] gated and down's [hidden][inner].
+struct MixtureCall {
+    const float* x;  // [tokens] rows of `hidden`, ldx elements apart
+    int64_t ldx;
+    const float* weights;
+    const int32_t* chosen;
+    int64_t tokens, experts, k, hidden, inner;
+    const void *gate_up, *down;
+    int64_t gate_up_bytes, down_bytes;  // of one expert
+    Activation act;
+    float* out;      // [tokens][hidden]
+    int32_t* index;  // to work in, as are the next two: [3 (experts + 1) + 2 tokens k]
+    void* fed;       // [tokens * k][inner] in the weights' type
+    float* results;  // [tokens * k][hidden]
+
+    int64_t work() const { return tokens * k * hidden * inner * 3; }
 };
 
 // Rows [outer][inner] of `size` floats at strides of so many elements; results are contiguous.
@@ -151,6 +183,8 @@ using Kernel = void (*)(const Call&, Team&);
 struct Kernels {
     const char* name;
     Kernel<Linear> linear_bf16, linear_f32;
+    Kernel<RouteCall> route;
+    Kernel<MixtureCall> mixture_bf16, mixture_f32;
     Kernel<Norm> rms_norm, layer_norm;
     Kernel<AttentionCall> attention_bf16, attention_f32;
     Kernel<StoreCall> store_bf16, store_f32;

@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "gemm.h"
 #include "mamba.h"
+#include "moe.h"
 #include "rows.h"
 
 namespace {
@@ -12,6 +13,9 @@ constexpr Kernels table(const char* name) {
     return {name,
             linear<Bf16Weight>,
             linear<F32Weight>,
+            route,
+            mixture<Bf16Weight>,
+            mixture<F32Weight>,
             rms_norm,
             layer_norm,
             attention<Bf16Weight>,

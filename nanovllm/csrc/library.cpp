@@ -85,7 +85,7 @@ void submit(Kernel<Call> kernel, const Call& call, int threads) {
 extern "C" {
 
 // Raised whenever a function below changes; ops/library.py must agree.
-int nv_abi() { return 5; }
+int nv_abi() { return 6; }
 
 const char* nv_level() { return active->name; }
 
@@ -162,6 +162,21 @@ void nv_linear(const void* x, int64_t ldx, int x_bf16, const void* weight, int w
                int64_t ldy, int y_bf16, int64_t m, int64_t n, int64_t k, int act, int gated, int threads) {
     const Linear call = {x, ldx, x_bf16 != 0, weight, bias, y, ldy, y_bf16 != 0, m, n, k, (Activation)act, gated != 0};
     submit(weight_bf16 ? active->linear_bf16 : active->linear_f32, call, threads);
+}
+
+void nv_route(const float* scores, int64_t tokens, int64_t experts, int64_t k, int normalise, float* weights,
+              int32_t* chosen, int threads) {
+    const RouteCall call = {scores, tokens, experts, k, normalise != 0, weights, chosen};
+    submit(active->route, call, threads);
+}
+
+void nv_mixture(const float* x, int64_t ldx, const float* weights, const int32_t* chosen, int64_t tokens,
+                int64_t experts, int64_t k, int64_t hidden, int64_t inner, const void* gate_up, const void* down,
+                int64_t gate_up_bytes, int64_t down_bytes, int weight_bf16, int act, float* out, int32_t* index,
+                void* fed, float* results, int threads) {
+    const MixtureCall call = {x,    ldx,           weights,    chosen,          tokens, experts, k,   hidden, inner, gate_up,
+                              down, gate_up_bytes, down_bytes, (Activation)act, out,    index,   fed, results};
+    submit(weight_bf16 ? active->mixture_bf16 : active->mixture_f32, call, threads);
 }
 
 void nv_rms_norm(const float* x, int64_t outer, int64_t inner, int64_t outer_stride, int64_t inner_stride, int64_t size,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -14,33 +13,15 @@ from nanovllm.layers.mlp import GatedMLP
 from nanovllm.layers.weight_layer import WeightLayer
 from nanovllm.quantization.linear_method import LinearWeights, UnquantizedLinearMethod
 
-Routing = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
-"""(fp32 scores [T, E], k) -> a token's weights and experts, fp32 and int64 [T, k], best first."""
-
-
-def softmax_top_k(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest of the softmax over all experts: weights sum to less than one."""
-    weights, experts = scores.softmax(dim=-1).topk(k, dim=-1)
-    return weights, experts
-
-
-def softmax_top_k_renormalised(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same, divided by their sum (Mixtral)."""
-    weights, experts = softmax_top_k(scores, k)
-    return weights / weights.sum(dim=-1, keepdim=True), experts
-
-
-def top_k_softmax(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The softmax over the k largest scores (Granite)."""
-    scores, experts = scores.topk(k, dim=-1)
-    return scores.softmax(dim=-1), experts
-
 
 class SparseMoE(nn.Module):
     """Each token goes to `top_k` of the experts; their outputs are summed by the routing's weights.
 
     `gate` scores the experts, `experts.E` are gated MLPs: rules map other names on disk to these.
     A token's result does not depend on the other tokens of the batch.
+
+    normalise: whether a token's weights sum to one. They are the softmax over the chosen scores then
+    (Granite), which is the softmax over all, cut and divided by its sum (Mixtral); else it is not divided.
     """
 
     def __init__(
@@ -51,21 +32,29 @@ class SparseMoE(nn.Module):
         top_k: int,
         ctx: BuildContext,
         *,
-        routing: Routing,
+        normalise: bool,
         act: str = "silu",
     ) -> None:
         super().__init__()
         if not 0 < top_k <= num_experts:
             raise ModelNotSupported(f"config.json: {top_k} experts a token of {num_experts} experts")
         self.gate = Router(hidden_size, num_experts, ctx)
-        self.experts = nn.ModuleList(GatedMLP(hidden_size, intermediate_size, ctx, act=act) for _ in range(num_experts))
+        experts = [GatedMLP(hidden_size, intermediate_size, ctx, act=act) for _ in range(num_experts)]
+        self.experts = nn.ModuleList(experts)
         self._top_k = top_k
-        self._routing = routing
+        self._normalise = normalise
+        self._inner, self._act = intermediate_size, act
+        self._ops = ctx.ops
+        self._weights = _stack(experts) if ctx.ops.fuses(act) else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [T, H] -> [T, H]
-        weights, chosen = self._routing(self.gate(x), self._top_k)
-        chosen = chosen.flatten()  # [T * k], a token's choices side by side
-        by_expert = chosen.argsort(stable=True)
+        weights, chosen = self._ops.route(self.gate(x), self._top_k, normalise=self._normalise)
+        if self._weights is not None:
+            return self._ops.mixture(x, weights, chosen, *self._weights, self._inner, self._act)
+        return self._one_by_one(x, weights, chosen.flatten())
+
+    def _one_by_one(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        by_expert = chosen.argsort(stable=True)  # chosen: [T * k], a token's choices side by side
         counts = chosen.bincount(minlength=len(self.experts)).tolist()
         active = [e for e, count in enumerate(counts) if count]
         parts = x[by_expert // self._top_k].split([counts[e] for e in active])
@@ -74,6 +63,11 @@ class SparseMoE(nn.Module):
         weighted = out.view(len(x), self._top_k, -1) * weights[..., None]  # fp32 [T, k, H]
         # not sum(): its order depends on the shape; this one is by rank
         return functools.reduce(torch.add, weighted.unbind(1)).to(x.dtype)
+
+
+def _stack(experts: list[GatedMLP]) -> tuple[torch.Tensor, torch.Tensor]:
+    gate_up, down = [e.gate_up_proj for e in experts], [e.down_proj for e in experts]
+    return gate_up[0].method.stack(gate_up), down[0].method.stack(down)
 
 
 class Router(WeightLayer, LinearWeights):

@@ -17,7 +17,7 @@ from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.mamba2 import Mamba2
 from nanovllm.layers.mlp import GatedMLP
-from nanovllm.layers.moe import SparseMoE, top_k_softmax
+from nanovllm.layers.moe import SparseMoE
 from nanovllm.layers.rotary_embedding import Rope, RopeConfig, RotaryEmbedding, apply_rotary
 from nanovllm.models.base import CausalLM
 from nanovllm.models.config_reader import read_config, refuse_unless, rope_fields
@@ -144,7 +144,7 @@ class GraniteHybridDecoderLayer(nn.Module):
                 config.num_local_experts,
                 config.num_experts_per_tok,
                 ctx,
-                routing=top_k_softmax,
+                normalise=True,
             )
         self.shared_mlp = GatedMLP(hidden, config.shared_intermediate_size, ctx)
         self.input_layernorm = RMSNorm(hidden, config.rms_norm_eps, ctx)

@@ -12,7 +12,7 @@ from nanovllm.build_context import BuildContext
 from nanovllm.layers.embed_head import ParallelLMHead
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.mlp import GatedMLP
-from nanovllm.layers.moe import SparseMoE, top_k_softmax
+from nanovllm.layers.moe import SparseMoE
 from nanovllm.models.base import CausalLM
 from nanovllm.models.granite import GraniteConfig, GraniteModel, granite_attention
 from nanovllm.weights.rules import LLAMA_RULES, Pack, Split, fused_expert_rules, head_rules
@@ -37,7 +37,7 @@ class GraniteMoeDecoderLayer(nn.Module):
             config.num_local_experts,
             config.num_experts_per_tok,
             ctx,
-            routing=top_k_softmax,
+            normalise=True,
         )
         shared = config.shared_intermediate_size
         self.shared_mlp = GatedMLP(config.hidden_size, shared, ctx) if shared else None

@@ -7,7 +7,7 @@ from typing import Any
 
 from nanovllm.build_context import BuildContext
 from nanovllm.layers.embed_head import ParallelLMHead
-from nanovllm.layers.moe import SparseMoE, softmax_top_k_renormalised
+from nanovllm.layers.moe import SparseMoE
 from nanovllm.models.base import CausalLM
 from nanovllm.models.config_reader import layer_windows, read_config, refuse_unless, rope_fields
 from nanovllm.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaModel
@@ -55,7 +55,7 @@ class MixtralForCausalLM(CausalLM):
                     config.num_local_experts,
                     config.num_experts_per_tok,
                     ctx,
-                    routing=softmax_top_k_renormalised,
+                    normalise=True,
                 ),
                 config,
                 ctx,

@@ -10,7 +10,7 @@ from torch import nn
 from nanovllm.build_context import BuildContext
 from nanovllm.layers.embed_head import ParallelLMHead
 from nanovllm.layers.mlp import GatedMLP
-from nanovllm.layers.moe import SparseMoE, softmax_top_k, softmax_top_k_renormalised
+from nanovllm.layers.moe import SparseMoE
 from nanovllm.models.base import CausalLM
 from nanovllm.models.config_reader import layer_windows, read_config, refuse_unless, rope_fields
 from nanovllm.models.llama import LlamaDecoderLayer, LlamaModel
@@ -69,7 +69,7 @@ def qwen3_moe_mlp(config: Qwen3MoeConfig, layer: int, ctx: BuildContext) -> nn.M
         config.num_experts,
         config.num_experts_per_tok,
         ctx,
-        routing=softmax_top_k_renormalised if config.norm_topk_prob else softmax_top_k,
+        normalise=config.norm_topk_prob,
     )
 
 

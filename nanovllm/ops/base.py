@@ -41,8 +41,9 @@ class Ops(Protocol):
         """Whether linear layers can end with this activation."""
         ...
 
-    def pack(self, weight: torch.Tensor, *, gated: bool) -> torch.Tensor:
-        """[N, K] into the form that `linear` takes, or `gated_linear` where `gated`."""
+    def pack(self, weight: torch.Tensor, *, gated: bool, out: torch.Tensor | None = None) -> torch.Tensor:
+        """[N, K] into the form that `linear` takes, or `gated_linear` where `gated`. out: zeros
+        [packed_numel] that the result goes to, where there is a `mixture`."""
         ...
 
     def linear(
@@ -55,6 +56,29 @@ class Ops(Protocol):
         self, x: torch.Tensor, packed: torch.Tensor, rows: int, bias: torch.Tensor | None, act: str
     ) -> torch.Tensor:
         """The weight's and the bias's first half is the gate's: act(gate(x)) * up(x) -> [T, rows / 2]."""
+        ...
+
+    def route(self, scores: torch.Tensor, k: int, *, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """fp32 scores of experts [T, E] -> a token's weights and experts, fp32 and int32 [T, k]: the largest
+        scores, best first, of equal ones the lower expert first, and the softmax over these (`normalise`) or
+        over all scores."""
+        ...
+
+    def mixture(
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        chosen: torch.Tensor,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        inner: int,
+        act: str,
+    ) -> torch.Tensor:
+        """x [T, H] -> [T, H]: each token through the experts that `route` chose, summed in their order by its weights.
+        For an act that `fuses` takes.
+
+        gate_up, down: [E, packed_numel], experts' weights [2 * inner, H] packed as gated, and [H, inner] packed.
+        """
         ...
 
     def gather(self, table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

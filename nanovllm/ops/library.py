@@ -11,7 +11,7 @@ from typing import Any
 from nanovllm.errors import ConfigError
 
 _PATH = Path(__file__).parents[1] / "csrc" / "libnanovllm.so"
-_ABI = 5  # of csrc/library.cpp
+_ABI = 6  # of csrc/library.cpp
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ROWS = [_POINTER, _LONG, _LONG, _LONG, _LONG, _LONG]  # x, outer, inner, their strides, size
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
@@ -29,6 +29,16 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
             _INT,
             _INT,
             _INT,
+        ],
+    ),
+    "nv_route": (None, [_POINTER, _LONG, _LONG, _LONG, _INT, _POINTER, _POINTER, _INT]),
+    "nv_mixture": (
+        None,
+        [
+            *(_POINTER, _LONG, _POINTER, _POINTER),  # x, its stride, weights, experts chosen
+            *(_LONG, _LONG, _LONG, _LONG, _LONG),  # tokens, experts, choices a token, hidden and inner size
+            *(_POINTER, _POINTER, _LONG, _LONG, _INT, _INT),  # two weights, bytes of an expert, bfloat16?, activation
+            *(_POINTER, _POINTER, _POINTER, _POINTER, _INT),  # out, three to work in, threads
         ],
     ),
     "nv_rms_norm": (None, [*_ROWS, _POINTER, _FLOAT, _POINTER, _INT]),
@@ -89,6 +99,8 @@ class Library:
             function.restype, function.argtypes = result, arguments
         self.pack = library.nv_pack
         self.linear = library.nv_linear
+        self.route = library.nv_route
+        self.mixture = library.nv_mixture
         self.rms_norm = library.nv_rms_norm
         self.layer_norm = library.nv_layer_norm
         self.rope = library.nv_rope

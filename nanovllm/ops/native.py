@@ -47,9 +47,10 @@ class NativeOps:
     def fuses(self, act: str) -> bool:
         return act in _ACTIVATIONS
 
-    def pack(self, weight: torch.Tensor, *, gated: bool) -> torch.Tensor:
+    def pack(self, weight: torch.Tensor, *, gated: bool, out: torch.Tensor | None = None) -> torch.Tensor:
         rows, cols = weight.shape
-        packed = self._weights.zeros(_packed_shape(rows, cols, weight.dtype), weight.dtype)
+        shape = _packed_shape(rows, cols, weight.dtype)
+        packed = self._weights.zeros(shape, weight.dtype) if out is None else out.view(shape)
         parts = weight.chunk(2) if gated else (weight,)
         for i, part in enumerate(parts):
             part = part.contiguous()
@@ -100,6 +101,53 @@ class NativeOps:
             cols,
             0 if act is None else _ACTIVATIONS[act],
             gated,
+            torch.get_num_threads(),
+        )
+        return out
+
+    def route(self, scores: torch.Tensor, k: int, *, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = _fp32_rows(scores.contiguous())
+        tokens, experts = scores.shape
+        weights, chosen = torch.empty(tokens, k), torch.empty(tokens, k, dtype=torch.int32)
+        addresses = weights.data_ptr(), chosen.data_ptr()
+        self._library.route(scores.data_ptr(), tokens, experts, k, normalise, *addresses, torch.get_num_threads())
+        return weights, chosen
+
+    def mixture(
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        chosen: torch.Tensor,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        inner: int,
+        act: str,
+    ) -> torch.Tensor:
+        x = _fp32_rows(x)
+        (tokens, hidden), k, experts = x.shape, chosen.shape[1], len(gate_up)
+        out = torch.empty(tokens, hidden)
+        index = torch.empty(3 * (experts + 1) + 2 * tokens * k, dtype=torch.int32)
+        fed, results = torch.empty(tokens * k, inner, dtype=down.dtype), torch.empty(tokens * k, hidden)
+        self._library.mixture(
+            x.data_ptr(),
+            x.stride(0),
+            weights.data_ptr(),
+            chosen.data_ptr(),
+            tokens,
+            experts,
+            k,
+            hidden,
+            inner,
+            gate_up.data_ptr(),
+            down.data_ptr(),
+            gate_up[0].nbytes,
+            down[0].nbytes,
+            down.dtype == torch.bfloat16,
+            _ACTIVATIONS[act],
+            out.data_ptr(),
+            index.data_ptr(),
+            fed.data_ptr(),
+            results.data_ptr(),
             torch.get_num_threads(),
         )
         return out

@@ -39,8 +39,8 @@ class TorchOps:
     def fuses(self, act: str) -> bool:
         return False
 
-    def pack(self, weight: torch.Tensor, *, gated: bool) -> torch.Tensor:
-        assert not gated
+    def pack(self, weight: torch.Tensor, *, gated: bool, out: torch.Tensor | None = None) -> torch.Tensor:
+        assert not gated and out is None
         return torch.ops.mkldnn._reorder_linear_weight(weight)
 
     def linear(
@@ -53,6 +53,23 @@ class TorchOps:
 
     def gated_linear(
         self, x: torch.Tensor, packed: torch.Tensor, rows: int, bias: torch.Tensor | None, act: str
+    ) -> torch.Tensor:
+        raise NotImplementedError(act)
+
+    def route(self, scores: torch.Tensor, k: int, *, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        best, experts = (part[:, :k] for part in scores.sort(dim=-1, descending=True, stable=True))
+        weights = best.softmax(dim=-1) if normalise else scores.softmax(dim=-1).gather(1, experts)
+        return weights, experts.int()
+
+    def mixture(
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        chosen: torch.Tensor,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        inner: int,
+        act: str,
     ) -> torch.Tensor:
         raise NotImplementedError(act)
 

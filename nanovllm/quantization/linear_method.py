@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -17,7 +18,8 @@ class LinearWeights(nn.Module):
     """What a linear layer lends to its method: a place for the weight in the method's form.
 
     rows: of the weight, whatever its form. act: the activation that the layer ends with; where `gated`,
-    it is that of the first half of the results, which multiplies the second.
+    it is that of the first half of the results, which multiplies the second. place: memory that the finalized
+    weight goes to, if it shares it with other layers'.
     """
 
     weight: torch.Tensor
@@ -26,6 +28,7 @@ class LinearWeights(nn.Module):
     packed: bool
     act: str | None = None
     gated: bool = False
+    place: torch.Tensor | None = None
 
 
 class LinearMethod(Protocol):
@@ -33,6 +36,10 @@ class LinearMethod(Protocol):
 
     def create(self, layer: LinearWeights, rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> None:
         """Register the layer's `weight`, [rows, cols], uninitialised."""
+
+    def stack(self, layers: Sequence[LinearWeights]) -> torch.Tensor:
+        """Memory [layers, ...] that the weights of like layers go to once finalized, zeroed."""
+        ...
 
     def load(self, layer: LinearWeights, tensor: torch.Tensor, rows: slice) -> None:
         """Copy `tensor` to these rows."""
@@ -56,12 +63,22 @@ class UnquantizedLinearMethod:
         self._ops = ops
 
     def create(self, layer: LinearWeights, rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> None:
-        if self._ops.packs(device, dtype):  # soon to be freed: memory that malloc keeps would be missing then
+        if device.type == "cpu" and self._ops.packs(device, dtype):
+            # soon to be freed: memory that malloc keeps would be missing then
             weight = mapped_zeros((rows, cols), dtype)
         else:
             weight = torch.empty(rows, cols, dtype=dtype, device=device)
         layer.weight = nn.Parameter(weight, requires_grad=False)
         layer.rows, layer.packed = rows, False
+
+    def stack(self, layers: Sequence[LinearWeights]) -> torch.Tensor:
+        weight = layers[0].weight
+        rows, cols = weight.shape
+        shape = len(layers), self._ops.packed_numel(rows, cols, weight.dtype)
+        stack = mapped_zeros(shape, weight.dtype) if weight.device.type == "cpu" else weight.new_zeros(shape)
+        for layer, place in zip(layers, stack, strict=True):
+            layer.place = place
+        return stack
 
     def load(self, layer: LinearWeights, tensor: torch.Tensor, rows: slice) -> None:
         layer.weight[rows].copy_(tensor)
@@ -70,9 +87,8 @@ class UnquantizedLinearMethod:
         weight = layer.weight.detach()
         layer.packed = self._ops.packs(weight.device, weight.dtype)
         if layer.packed:
-            layer.weight = nn.Parameter(
-                self._ops.pack(weight, gated=layer.gated and self._fuses(layer)), requires_grad=False
-            )
+            packed = self._ops.pack(weight, gated=layer.gated and self._fuses(layer), out=layer.place)
+            layer.weight = nn.Parameter(packed, requires_grad=False)
 
     def num_bytes(self, layer: LinearWeights, device: torch.device) -> int | None:
         (rows, cols), dtype = layer.weight.shape, layer.weight.dtype
