@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "gemm.h"
 #include "rows.h"
+#include "sampling.h"
 
 namespace {
 
@@ -19,7 +20,10 @@ constexpr Kernels table(const char* name) {
             store_kv<F32Weight>,
             rope,
             gather,
-            elementwise};
+            elementwise,
+            log_softmax,
+            draw,
+            penalise};
 }
 
 }  // namespace

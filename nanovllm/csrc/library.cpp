@@ -85,7 +85,7 @@ void submit(Kernel<Call> kernel, const Call& call, int threads) {
 extern "C" {
 
 // Raised whenever a function below changes; ops/library.py must agree.
-int nv_abi() { return 3; }
+int nv_abi() { return 4; }
 
 const char* nv_level() { return active->name; }
 
@@ -207,5 +207,23 @@ void nv_store_kv(const float* k, const float* v, int64_t k_stride, int64_t v_str
                  int64_t head_dim, int threads) {
     const StoreCall call = {k, v, k_stride, v_stride, tokens, slots, keys, values, page_size, kv_heads, head_dim};
     submit(bf16 ? active->store_bf16 : active->store_f32, call, threads);
+}
+
+void nv_log_softmax(const float* x, int64_t stride, int64_t rows, int64_t size, float* y, int threads) {
+    const Rows call = {x, rows, 1, stride, 0, size, y};
+    submit(active->log_softmax, call, threads);
+}
+
+// how: null for the largest of each row.
+void nv_draw(const float* logits, int64_t stride, int64_t rows, int64_t vocab, const DrawRow* how, int64_t* tokens,
+             int threads) {
+    const Draw call = {logits, stride, rows, vocab, how, tokens};
+    submit(active->draw, call, threads);
+}
+
+void nv_penalise(float* logits, int64_t stride, int64_t vocab, const int32_t* tokens, const PenaltyRow* rows,
+                 int64_t count, int threads) {
+    const Penalties call = {logits, stride, vocab, tokens, rows, count};
+    submit(active->penalise, call, threads);
 }
 }

@@ -43,6 +43,7 @@ class ModelRunner:
             config.attention_backend, self._device, dtype, self._block_size
         )
         ops = select_ops(config.kernels, self._device, dtype)
+        self._sampling = ops.sampling
         ctx = BuildContext(self._device, dtype, self._backend, config.max_model_len, ops=ops)
         self._model = model_class(model_config, ctx)
         if config.load_format == "dummy":
@@ -84,7 +85,7 @@ class ModelRunner:
         if not rows:
             return StepResult(np.empty(0, dtype=np.int64), [], prompt_logprobs)
         logits = self._model.compute_logits(hidden[batch.logits_rows])
-        token_ids, logprobs = sample(logits, rows)
+        token_ids, logprobs = sample(logits, rows, self._sampling)
         return StepResult(token_ids, logprobs, prompt_logprobs)
 
     def _copy_states(self, moves: list[tuple[int, int]]) -> None:
@@ -104,7 +105,7 @@ class ModelRunner:
                     targets = s.prompt_targets[i : i + _LOGITS_ROWS].astype(np.int64)
                     logits = self._model.compute_logits(hidden[row + i : row + i + len(targets)])
                     counts = [s.num_prompt_logprobs] * len(targets)
-                    mine += token_logprobs(logits.log_softmax(dim=-1), targets, counts)
+                    mine += token_logprobs(self._sampling.log_softmax(logits), targets, counts)
             row += s.num_tokens
         return found
 

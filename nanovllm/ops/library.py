@@ -11,7 +11,7 @@ from typing import Any
 from nanovllm.errors import ConfigError
 
 _PATH = Path(__file__).parents[1] / "csrc" / "libnanovllm.so"
-_ABI = 3  # of csrc/library.cpp
+_ABI = 4  # of csrc/library.cpp
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ROWS = [_POINTER, _LONG, _LONG, _LONG, _LONG, _LONG]  # x, outer, inner, their strides, size
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
@@ -40,6 +40,9 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     ),
     "nv_gather": (None, [_POINTER, _INT, _POINTER, _LONG, _LONG, _POINTER, _INT]),
     "nv_elementwise": (None, [_INT, _POINTER, _POINTER, _FLOAT, _FLOAT, _POINTER, _LONG, _INT]),
+    "nv_log_softmax": (None, [_POINTER, _LONG, _LONG, _LONG, _POINTER, _INT]),
+    "nv_draw": (None, [_POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _INT]),
+    "nv_penalise": (None, [_POINTER, _LONG, _LONG, _POINTER, _POINTER, _LONG, _INT]),
     "nv_record": (None, []),
     "nv_recorded": (_POINTER, []),
     "nv_tape_length": (_LONG, [_POINTER]),
@@ -77,6 +80,7 @@ class Library:
         self.store_kv = library.nv_store_kv
         self.gather = library.nv_gather
         self.elementwise = library.nv_elementwise
+        self.log_softmax, self.draw, self.penalise = library.nv_log_softmax, library.nv_draw, library.nv_penalise
         self.record, self.recorded = library.nv_record, library.nv_recorded
         self.tape_length, self.replay, self.free = library.nv_tape_length, library.nv_replay, library.nv_free
         self._level, self._set_level = library.nv_level, library.nv_set_level

@@ -7,6 +7,7 @@ import math
 import torch
 
 from nanovllm.ops.library import Library
+from nanovllm.ops.native_sampling import NativeSampling
 
 _PANEL = 16  # rows of a weight that lie side by side once packed; csrc/kernels.h
 _GATES = {"silu": 1, "swish": 1, "gelu": 2, "gelu_fast": 3, "gelu_new": 3, "gelu_pytorch_tanh": 3, "relu": 4}
@@ -20,6 +21,7 @@ class NativeOps:
 
     def __init__(self, library: Library) -> None:
         self._library = library
+        self.sampling = NativeSampling(library)
 
     @staticmethod
     def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from nanovllm.ops.torch_sampling import TorchSampling
+
 
 class TorchOps:
     """The hidden stream has the weights' dtype. On CPUs that multiply bfloat16, weights are packed for oneDNN.
@@ -14,6 +16,7 @@ class TorchOps:
     """
 
     name = "torch"
+    sampling = TorchSampling()
 
     def hidden_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
