@@ -52,7 +52,8 @@ class EngineConfig:
         is free.
     gpu_memory_utilization: GPU only: share of the device's memory for weights and pages.
     tensor_parallel_size: ranks; only 1 in this version.
-    enforce_eager: never replay a recorded step. Every step of this version runs eagerly.
+    enforce_eager: compute every step op by op. Otherwise, where the kernels are native, steps that give
+        each sequence one token are recorded once for each number of sequences, and replayed.
     enable_prefix_caching: reuse the pages of equal prefixes.
     attention_backend: "auto", or the name of one.
     kernels: whose linear layers, norms and rotations: "native" this package's own for CPUs, "torch"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nanovllm.layers.linear import GatedLinear, MergedColumnParallelLinear
+from nanovllm.layers.linear import ActivatedLinear, GatedLinear, MergedColumnParallelLinear
 from nanovllm.models.base import CausalLM
 from nanovllm.weights.rules import resolve
 
@@ -131,12 +131,12 @@ def _place(name: str, call: Call, model: CausalLM) -> _Place | None:
     if len(modules) > 1:
         return None
     (module,) = modules
+    layer = dict(model.named_modules()).get(module)
+    if isinstance(layer, (ActivatedLinear, GatedLinear)):  # its output is not the projection's
+        return None
     if shards == [None]:
         return _Place(module)
-    layer = dict(model.named_modules()).get(module)
     if not isinstance(layer, MergedColumnParallelLinear) or call.output is None:
-        return None
-    if isinstance(layer, GatedLinear):  # its output is the product of the two
         return None
     columns: dict[str | None, torch.Tensor] = {}
     end = 0

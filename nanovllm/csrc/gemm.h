@@ -161,13 +161,12 @@ void two_panels(int rows, const typename W::Element* x, const char* w, int64_t s
 
 // --- what happens to the sums ----------------------------------------------------------------------
 
-inline V activate(Activation gate, V x) {
-    switch (gate) {
+inline V activate(Activation act, V x) {
+    switch (act) {
         case Activation::SILU:
             return x / (1.0f + exp(-x));
         case Activation::GELU:
-            for (int i = 0; i < WIDTH; ++i) x[i] *= 0.5f * (1.0f + std::erf(x[i] * 0.70710678f));
-            return x;
+            return 0.5f * x * (1.0f + erf(x * 0.70710678f));
         case Activation::GELU_TANH:
             return 0.5f * x * (1.0f + tanh(0.79788456f * (x + 0.044715f * x * x * x)));
         case Activation::RELU:
@@ -199,22 +198,24 @@ inline void store_panel(const Linear& g, int64_t row, int64_t column, int64_t wi
 
 // sums: [rows][2][16], of a pair of panels
 inline void finish(const Linear& g, float* sums, int64_t row, int rows, int64_t pair) {
-    const bool gated = g.gate != Activation::NONE;
     for (int i = 0; i < rows; ++i) {
         float *first = sums + 2 * i * PANEL, *second = first + PANEL;
-        if (gated) {
+        if (g.gated) {
             const int64_t column = pair * PANEL, width = std::min<int64_t>(PANEL, g.n - column);
             add_bias(first, g.bias, column, width);
             add_bias(second, g.bias, g.n + column, width);
-            for (int l = 0; l < PANEL; l += WIDTH) store(first + l, activate(g.gate, load(first + l)) * load(second + l));
+            for (int l = 0; l < PANEL; l += WIDTH) store(first + l, activate(g.act, load(first + l)) * load(second + l));
             store_panel(g, row + i, column, width, first);
             continue;
         }
         for (int j = 0; j < 2; ++j) {
             const int64_t column = (2 * pair + j) * PANEL, width = std::min<int64_t>(PANEL, g.n - column);
             if (width <= 0) break;
-            add_bias(first + j * PANEL, g.bias, column, width);
-            store_panel(g, row + i, column, width, first + j * PANEL);
+            float* panel = first + j * PANEL;
+            add_bias(panel, g.bias, column, width);
+            if (g.act != Activation::NONE)
+                for (int l = 0; l < PANEL; l += WIDTH) store(panel + l, activate(g.act, load(panel + l)));
+            store_panel(g, row + i, column, width, panel);
         }
     }
 }
@@ -268,7 +269,7 @@ void part(const Linear& g, int64_t m0, int64_t m1, int64_t pair0, int64_t pair1)
 // Few rows: threads share the panels. Many: they share the rows, so that each is copied once.
 template <class W>
 void linear(const Linear& g, Team& team) {
-    const int64_t columns = g.gate == Activation::NONE ? g.n : 2 * divide_up(g.n, PANEL) * PANEL;
+    const int64_t columns = !g.gated ? g.n : 2 * divide_up(g.n, PANEL) * PANEL;
     const int64_t pairs = divide_up(columns, 2 * PANEL);
     const int64_t by_rows = std::clamp<int64_t>(g.m / 64, 1, team.threads);
     const int64_t by_panels = std::min<int64_t>(team.threads / by_rows, pairs);

@@ -23,8 +23,8 @@ enum class Activation : int { NONE, SILU, GELU, GELU_TANH, RELU };
 
 // y = x w^T + bias. A packed weight is pairs of panels, [pairs][k / 2][2][16][2] bfloat16 or
 // [pairs][k][2][16] float, with zeros beyond n and beyond an odd k: one stream for a tile of two panels.
-// With a gate, even panels hold the gate's rows and odd ones the other half's:
-// y = gate(x w_even^T + bias[:n]) * (x w_odd^T + bias[n:]).
+// act is applied to the result. Where gated, even panels hold the gate's rows and odd ones the other half's:
+// y = act(x w_even^T + bias[:n]) * (x w_odd^T + bias[n:]).
 struct Linear {
     const void* x;  // [m] rows of k, ldx elements apart; float, or bfloat16 if x_bf16
     int64_t ldx;
@@ -35,7 +35,8 @@ struct Linear {
     int64_t ldy;
     bool y_bf16;
     int64_t m, n, k;
-    Activation gate;
+    Activation act;
+    bool gated;
 
     int64_t work() const { return m * n * k; }
 };

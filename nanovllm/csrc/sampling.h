@@ -106,8 +106,8 @@ float find_floor(float* candidates, int64_t n, double goal, double total, Measur
         const double wanted = count == n ? goal : goal / total * sampled;
         int64_t s = 0;
         for (double sum = worth[0]; sum < wanted && s + 1 < count; sum += worth[s]) ++s;
+        if (count == n) return samples[s];
         const float pivot = samples[halve ? count / 2 : s];
-        if (count == n) return pivot;
 
         Mass above, equal;
         for (int64_t i = 0; i < n; i += WIDTH) {

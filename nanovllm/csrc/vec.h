@@ -117,6 +117,15 @@ inline V exp(V x) {
     return p * (V)exponent;
 }
 
+// To 2e-7 (Abramowitz and Stegun, 7.1.26).
+inline V erf(V x) {
+    const V size = x < 0.0f ? -x : x;
+    const V t = 1.0f / (1.0f + 0.3275911f * size);
+    const V p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
+    const V y = 1.0f - p * exp(-x * x);
+    return x < 0.0f ? -y : y;
+}
+
 inline V tanh(V x) { return 1.0f - 2.0f / (exp(2.0f * x) + 1.0f); }
 
 }  // namespace

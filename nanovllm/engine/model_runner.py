@@ -8,17 +8,17 @@ import numpy as np
 import torch
 
 from nanovllm.attention.base import AttentionBackend, require_support, select_backend
-from nanovllm.batch import Batch
 from nanovllm.build_context import BuildContext
 from nanovllm.cache_spec import CachePlan, CacheSpec, PagedKVSpec, StateSpec
 from nanovllm.config import EngineConfig
 from nanovllm.engine.batch_builder import build_batch
 from nanovllm.engine.memory import cache_memory, size_caches
 from nanovllm.engine.step import StepPlan, StepResult
+from nanovllm.engine.step_graphs import StepGraphs
 from nanovllm.layers.attention import CachedLayer
 from nanovllm.layers.sampler import sample, token_logprobs
 from nanovllm.models.base import CausalLM, ModelConfig
-from nanovllm.ops.base import select_ops
+from nanovllm.ops.base import Recorder, select_ops
 from nanovllm.sample_row import TokenLogprobs
 from nanovllm.weights.checkpoint import Checkpoint
 
@@ -51,6 +51,7 @@ class ModelRunner:
         else:
             self._model.load(checkpoint)
         self.cache_plan = self._create_caches(config)
+        self._graphs = self._step_graphs(config, ops.recorder()) if not config.enforce_eager else None
         logger.info(
             "%s on %s in %s, kernels %s, attention %s, %d pages of %d tokens (%.2f GiB)",
             model_class.__name__,
@@ -78,13 +79,15 @@ class ModelRunner:
             with_states=self.cache_plan.num_slots > 0,
         )
         self._copy_states([(s.resume_from, s.state_slot) for s in plan.sequences if s.resume_from])
-        hidden = self._model(batch)  # [T, H]
-        self._copy_states([(s.state_slot, s.capture_to) for s in plan.sequences if s.capture_to])
-        prompt_logprobs = self._prompt_logprobs(plan, batch, hidden)
         rows = [s.sample for s in plan.sequences if s.sample is not None]
-        if not rows:
-            return StepResult(np.empty(0, dtype=np.int64), [], prompt_logprobs)
-        logits = self._model.compute_logits(hidden[batch.logits_rows])
+        prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+        if self._graphs is not None and self._graphs.takes(batch) and not _wants_prompt_logprobs(plan):
+            logits = self._graphs.logits(batch)
+        else:
+            hidden = self._model(batch)  # [T, H]
+            prompt_logprobs = self._prompt_logprobs(plan, hidden)
+            logits = self._model.compute_logits(hidden[batch.logits_rows])
+        self._copy_states([(s.state_slot, s.capture_to) for s in plan.sequences if s.capture_to])
         token_ids, logprobs = sample(logits, rows, self._sampling)
         return StepResult(token_ids, logprobs, prompt_logprobs)
 
@@ -95,7 +98,7 @@ class ModelRunner:
             for state in self._states:
                 state.index_copy_(0, targets, state.index_select(0, sources))
 
-    def _prompt_logprobs(self, plan: StepPlan, batch: Batch, hidden: torch.Tensor) -> dict[int, list[TokenLogprobs]]:
+    def _prompt_logprobs(self, plan: StepPlan, hidden: torch.Tensor) -> dict[int, list[TokenLogprobs]]:
         found: dict[int, list[TokenLogprobs]] = {}
         row = 0
         for s in plan.sequences:
@@ -108,6 +111,20 @@ class ModelRunner:
                     mine += token_logprobs(self._sampling.log_softmax(logits), targets, counts)
             row += s.num_tokens
         return found
+
+    def _step_graphs(self, config: EngineConfig, recorder: Recorder | None) -> StepGraphs | None:
+        if recorder is None or self._backend.name != "native":
+            return None
+        assert config.max_model_len is not None
+        return StepGraphs(
+            self._model,
+            recorder,
+            self._backend,
+            max_num_seqs=config.max_num_seqs,
+            block_size=self._block_size,
+            max_pages=-(-config.max_model_len // self._block_size),
+            device=self._device,
+        )
 
     def _create_caches(self, config: EngineConfig) -> CachePlan:
         """Size the caches of all layers together, allocate and bind them."""
@@ -137,3 +154,7 @@ class ModelRunner:
             return torch.zeros(shape, dtype=dtype, device=self._device)
         size = int(np.prod(shape)) * dtype.itemsize
         return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)
+
+
+def _wants_prompt_logprobs(plan: StepPlan) -> bool:
+    return any(s.prompt_targets is not None for s in plan.sequences)

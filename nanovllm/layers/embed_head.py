@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from nanovllm.build_context import BuildContext
 from nanovllm.layers.linear import ColumnParallelLinear
@@ -18,11 +17,11 @@ class VocabParallelEmbedding(WeightLayer):
     def __init__(self, vocab_size: int, hidden_size: int, ctx: BuildContext) -> None:
         super().__init__()
         assert ctx.tp.size == 1, "the configuration admits one rank"
-        self._hidden_dtype = ctx.hidden_dtype
+        self._ops = ctx.ops
         self.add_parameter("weight", (vocab_size, hidden_size), ctx.dtype, ctx.device)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return F.embedding(input_ids, self.weight).to(self._hidden_dtype)
+        return self._ops.gather(self.weight, input_ids)
 
 
 class ParallelLMHead(ColumnParallelLinear):

@@ -68,7 +68,7 @@ class GatedLinear(MergedColumnParallelLinear):
     def __init__(self, in_features: int, out_features: int, ctx: BuildContext, *, bias: bool, act: str) -> None:
         activation(act)
         super().__init__(in_features, {"gate": out_features, "up": out_features}, ctx, bias=bias)
-        self.gate = act
+        self.act, self.gated = act, True
 
 
 class ColumnParallelLinear(MergedColumnParallelLinear):
@@ -76,6 +76,15 @@ class ColumnParallelLinear(MergedColumnParallelLinear):
 
     def __init__(self, in_features: int, out_features: int, ctx: BuildContext, *, bias: bool = False) -> None:
         super().__init__(in_features, {None: out_features}, ctx, bias=bias)
+
+
+class ActivatedLinear(ColumnParallelLinear):
+    """act(projection); act as in GatedLinear."""
+
+    def __init__(self, in_features: int, out_features: int, ctx: BuildContext, *, bias: bool, act: str) -> None:
+        activation(act)
+        super().__init__(in_features, out_features, ctx, bias=bias)
+        self.act = act
 
 
 class QKVParallelLinear(MergedColumnParallelLinear):

@@ -102,7 +102,8 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, positions: torch.Tensor) -> Rope:
         """For positions [T]; once a step for all layers."""
-        return Rope(self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1), self._ops)
+        cos, sin = (self._ops.gather(table, positions).unsqueeze(1) for table in (self.cos, self.sin))
+        return Rope(cos, sin, self._ops)
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, ops: Ops) -> torch.Tensor:

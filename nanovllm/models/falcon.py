@@ -18,11 +18,10 @@ from nanovllm.attention.alibi import Alibi, alibi_slopes
 from nanovllm.batch import Batch
 from nanovllm.build_context import BuildContext
 from nanovllm.errors import ModelNotSupported
-from nanovllm.layers.activation import activation
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import LayerNorm
-from nanovllm.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.linear import ActivatedLinear, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.rotary_embedding import Rope, RopeConfig, RotaryEmbedding, apply_rotary
 from nanovllm.models.base import CausalLM
 from nanovllm.models.config_reader import read_config, refuse_unless, rope_fields
@@ -114,12 +113,13 @@ class FalconAttention(nn.Module):
 class FalconMLP(nn.Module):
     def __init__(self, config: FalconConfig, ctx: BuildContext) -> None:
         super().__init__()
-        self.dense_h_to_4h = ColumnParallelLinear(config.hidden_size, config.ffn_hidden_size, ctx, bias=config.bias)
+        self.dense_h_to_4h = ActivatedLinear(
+            config.hidden_size, config.ffn_hidden_size, ctx, bias=config.bias, act=config.activation
+        )
         self.dense_4h_to_h = RowParallelLinear(config.ffn_hidden_size, config.hidden_size, ctx, bias=config.bias)
-        self.act = activation(config.activation)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.dense_4h_to_h(self.act(self.dense_h_to_4h(x)))
+        return self.dense_4h_to_h(self.dense_h_to_4h(x))
 
 
 class FalconDecoderLayer(nn.Module):

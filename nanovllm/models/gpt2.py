@@ -12,11 +12,10 @@ from torch import nn
 
 from nanovllm.batch import Batch
 from nanovllm.build_context import BuildContext
-from nanovllm.layers.activation import activation
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import LayerNorm
-from nanovllm.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.linear import ActivatedLinear, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.weight_layer import WeightLayer
 from nanovllm.models.base import CausalLM
 from nanovllm.models.config_reader import read_config, refuse_unless
@@ -58,10 +57,11 @@ class LearnedPositions(WeightLayer):
 
     def __init__(self, num_positions: int, hidden_size: int, ctx: BuildContext) -> None:
         super().__init__()
+        self._ops = ctx.ops
         self.add_parameter("weight", (num_positions, hidden_size), ctx.dtype, ctx.device)
 
     def forward(self, positions: torch.Tensor) -> torch.Tensor:
-        return F.embedding(positions, self.weight)
+        return self._ops.gather(self.weight, positions)
 
 
 class GPT2Attention(nn.Module):
@@ -85,12 +85,11 @@ class GPT2Attention(nn.Module):
 class GPT2MLP(nn.Module):
     def __init__(self, config: GPT2Config, ctx: BuildContext) -> None:
         super().__init__()
-        self.c_fc = ColumnParallelLinear(config.n_embd, config.n_inner, ctx, bias=True)
+        self.c_fc = ActivatedLinear(config.n_embd, config.n_inner, ctx, bias=True, act=config.activation_function)
         self.c_proj = RowParallelLinear(config.n_inner, config.n_embd, ctx, bias=True)
-        self.act = activation(config.activation_function)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.c_proj(self.act(self.c_fc(x)))
+        return self.c_proj(self.c_fc(x))
 
 
 class GPT2Block(nn.Module):

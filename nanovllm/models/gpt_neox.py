@@ -11,11 +11,10 @@ from torch import nn
 
 from nanovllm.batch import Batch
 from nanovllm.build_context import BuildContext
-from nanovllm.layers.activation import activation
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import LayerNorm
-from nanovllm.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.linear import ActivatedLinear, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.rotary_embedding import Rope, RopeConfig, RotaryEmbedding, apply_rotary
 from nanovllm.models.base import CausalLM
 from nanovllm.models.config_reader import read_config, rope_fields
@@ -68,12 +67,13 @@ class GPTNeoXAttention(nn.Module):
 class GPTNeoXMLP(nn.Module):
     def __init__(self, config: GPTNeoXConfig, ctx: BuildContext) -> None:
         super().__init__()
-        self.dense_h_to_4h = ColumnParallelLinear(config.hidden_size, config.intermediate_size, ctx, bias=True)
+        self.dense_h_to_4h = ActivatedLinear(
+            config.hidden_size, config.intermediate_size, ctx, bias=True, act=config.hidden_act
+        )
         self.dense_4h_to_h = RowParallelLinear(config.intermediate_size, config.hidden_size, ctx, bias=True)
-        self.act = activation(config.hidden_act)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.dense_4h_to_h(self.act(self.dense_h_to_4h(x)))
+        return self.dense_4h_to_h(self.dense_h_to_4h(x))
 
 
 class GPTNeoXLayer(nn.Module):

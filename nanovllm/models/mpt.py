@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from nanovllm.attention.alibi import Alibi, alibi_slopes
@@ -16,7 +15,7 @@ from nanovllm.build_context import BuildContext
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import LayerNorm
-from nanovllm.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.linear import ActivatedLinear, QKVParallelLinear, RowParallelLinear
 from nanovllm.models.base import CausalLM
 from nanovllm.models.config_reader import read_config, refuse_unless
 from nanovllm.weights.rules import Split, head_rules
@@ -89,11 +88,11 @@ class MptMLP(nn.Module):
     def __init__(self, config: MptConfig, ctx: BuildContext) -> None:
         super().__init__()
         inner = config.expansion_ratio * config.d_model
-        self.up_proj = ColumnParallelLinear(config.d_model, inner, ctx)
+        self.up_proj = ActivatedLinear(config.d_model, inner, ctx, bias=False, act="gelu")
         self.down_proj = RowParallelLinear(inner, config.d_model, ctx)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.gelu(self.up_proj(x)))
+        return self.down_proj(self.up_proj(x))
 
 
 class MptBlock(nn.Module):

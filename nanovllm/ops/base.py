@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -60,22 +60,28 @@ class Ops(Protocol):
         """Elements of such a weight once packed."""
         ...
 
-    def gates(self, act: str) -> bool:
-        """Whether there is a `gated_linear` for this activation."""
+    def fuses(self, act: str) -> bool:
+        """Whether linear layers can end with this activation."""
         ...
 
     def pack(self, weight: torch.Tensor, *, gated: bool) -> torch.Tensor:
         """[N, K] into the form that `linear` takes, or `gated_linear` where `gated`."""
         ...
 
-    def linear(self, x: torch.Tensor, packed: torch.Tensor, rows: int, bias: torch.Tensor | None) -> torch.Tensor:
-        """x [T, K] @ weight.T + bias -> [T, rows]."""
+    def linear(
+        self, x: torch.Tensor, packed: torch.Tensor, rows: int, bias: torch.Tensor | None, act: str | None = None
+    ) -> torch.Tensor:
+        """act(x [T, K] @ weight.T + bias) -> [T, rows]."""
         ...
 
     def gated_linear(
         self, x: torch.Tensor, packed: torch.Tensor, rows: int, bias: torch.Tensor | None, act: str
     ) -> torch.Tensor:
         """The weight's and the bias's first half is the gate's: act(gate(x)) * up(x) -> [T, rows / 2]."""
+        ...
+
+    def gather(self, table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Rows [T] of table [N, size], in the hidden dtype [T, size]."""
         ...
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -86,8 +92,29 @@ class Ops(Protocol):
         """[..., size]; statistics in fp32."""
         ...
 
+    def recorder(self) -> Recorder | None:
+        """None where steps cannot be recorded."""
+        ...
+
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Heads x [T, H, D] by cos and sin [T, 1, R / 2], R <= D; computed in fp32, returned in x's dtype."""
+        ...
+
+
+class Graph(Protocol):
+    """A recorded step."""
+
+    def replay(self) -> None:
+        """Once more, on what its input tensors hold now."""
+        ...
+
+
+class Recorder(Protocol):
+    """Records steps that never run at the same time."""
+
+    def record(self, run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Graph | None]:
+        """Run once. Gives the result, a tensor that replays write again and later recordings overwrite;
+        and the graph, or None if `run` does something that cannot be replayed."""
         ...
 
 

@@ -21,7 +21,15 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "nv_pack": (None, [_POINTER, _POINTER, _LONG, _LONG, _INT, _LONG, _LONG, _INT]),
     "nv_linear": (
         None,
-        [_POINTER, _LONG, _INT, _POINTER, _INT, _POINTER, _POINTER, _LONG, _INT, _LONG, _LONG, _LONG, _INT, _INT],
+        [
+            *(_POINTER, _LONG, _INT, _POINTER, _INT, _POINTER, _POINTER, _LONG, _INT),
+            _LONG,
+            _LONG,
+            _LONG,
+            _INT,
+            _INT,
+            _INT,
+        ],
     ),
     "nv_rms_norm": (None, [*_ROWS, _POINTER, _FLOAT, _POINTER, _INT]),
     "nv_layer_norm": (None, [*_ROWS, _POINTER, _POINTER, _FLOAT, _POINTER, _INT]),

@@ -8,9 +8,10 @@ import torch
 
 from nanovllm.ops.library import Library
 from nanovllm.ops.native_sampling import NativeSampling
+from nanovllm.ops.recorder import NativeRecorder
 
 _PANEL = 16  # rows of a weight that lie side by side once packed; csrc/kernels.h
-_GATES = {"silu": 1, "swish": 1, "gelu": 2, "gelu_fast": 3, "gelu_new": 3, "gelu_pytorch_tanh": 3, "relu": 4}
+_ACTIVATIONS = {"silu": 1, "swish": 1, "gelu": 2, "gelu_fast": 3, "gelu_new": 3, "gelu_pytorch_tanh": 3, "relu": 4}
 
 
 class NativeOps:
@@ -38,8 +39,8 @@ class NativeOps:
     def packed_numel(self, rows: int, cols: int, dtype: torch.dtype) -> int:
         return math.prod(_packed_shape(rows, cols, dtype))
 
-    def gates(self, act: str) -> bool:
-        return act in _GATES
+    def fuses(self, act: str) -> bool:
+        return act in _ACTIVATIONS
 
     def pack(self, weight: torch.Tensor, *, gated: bool) -> torch.Tensor:
         rows, cols = weight.shape
@@ -51,17 +52,29 @@ class NativeOps:
             self._library.pack(address, packed.data_ptr(), *part.shape, size, i, len(parts), torch.get_num_threads())
         return packed
 
-    def linear(self, x: torch.Tensor, packed: torch.Tensor, rows: int, bias: torch.Tensor | None) -> torch.Tensor:
-        return self._linear(x, packed, bias, torch.empty(len(x), rows), 0)
+    def linear(
+        self, x: torch.Tensor, packed: torch.Tensor, rows: int, bias: torch.Tensor | None, act: str | None = None
+    ) -> torch.Tensor:
+        """With an activation, rounded to a bfloat16 weight's dtype, as the next linear layer would do anyway."""
+        if act is None:
+            return self._linear(x, packed, bias, torch.empty(len(x), rows))
+        return self._linear(x, packed, bias, torch.empty(len(x), rows, dtype=packed.dtype), act)
 
     def gated_linear(
         self, x: torch.Tensor, packed: torch.Tensor, rows: int, bias: torch.Tensor | None, act: str
     ) -> torch.Tensor:
-        """Rounded to a bfloat16 weight's dtype, as the next linear layer would round it anyway."""
-        return self._linear(x, packed, bias, torch.empty(len(x), rows // 2, dtype=packed.dtype), _GATES[act])
+        """Rounded in the same way."""
+        return self._linear(x, packed, bias, torch.empty(len(x), rows // 2, dtype=packed.dtype), act, gated=True)
 
     def _linear(
-        self, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, gate: int
+        self,
+        x: torch.Tensor,
+        packed: torch.Tensor,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+        act: str | None = None,
+        *,
+        gated: bool = False,
     ) -> torch.Tensor:
         if x.stride(1) != 1 or (x.dtype != torch.float32 and x.dtype != packed.dtype):
             x = x.float().contiguous()
@@ -80,8 +93,17 @@ class NativeOps:
             count,
             rows,
             cols,
-            gate,
+            0 if act is None else _ACTIVATIONS[act],
+            gated,
             torch.get_num_threads(),
+        )
+        return out
+
+    def gather(self, table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        width, is_bf16 = table.shape[1], table.dtype == torch.bfloat16
+        out = torch.empty(len(rows), width)
+        self._library.gather(
+            table.data_ptr(), is_bf16, rows.data_ptr(), len(rows), width, out.data_ptr(), torch.get_num_threads()
         )
         return out
 
@@ -97,6 +119,9 @@ class NativeOps:
         offset = None if bias is None else bias.data_ptr()
         self._library.layer_norm(*_rows(x), weight.data_ptr(), offset, eps, out.data_ptr(), torch.get_num_threads())
         return out
+
+    def recorder(self) -> NativeRecorder:
+        return NativeRecorder(self._library)
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         rows = _fp32_rows(x)

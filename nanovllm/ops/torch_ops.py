@@ -32,14 +32,17 @@ class TorchOps:
     def packed_numel(self, rows: int, cols: int, dtype: torch.dtype) -> int:
         return rows * cols
 
-    def gates(self, act: str) -> bool:
+    def fuses(self, act: str) -> bool:
         return False
 
     def pack(self, weight: torch.Tensor, *, gated: bool) -> torch.Tensor:
         assert not gated
         return torch.ops.mkldnn._reorder_linear_weight(weight)
 
-    def linear(self, x: torch.Tensor, packed: torch.Tensor, rows: int, bias: torch.Tensor | None) -> torch.Tensor:
+    def linear(
+        self, x: torch.Tensor, packed: torch.Tensor, rows: int, bias: torch.Tensor | None, act: str | None = None
+    ) -> torch.Tensor:
+        assert act is None
         # oneDNN sums a single row in another order; as one of two it gets the bits it has in any batch
         doubled = x.expand(2, -1) if len(x) == 1 else x
         return torch.ops.mkldnn._linear_pointwise(doubled, packed, bias, "none", [], "")[: len(x)]
@@ -48,6 +51,12 @@ class TorchOps:
         self, x: torch.Tensor, packed: torch.Tensor, rows: int, bias: torch.Tensor | None, act: str
     ) -> torch.Tensor:
         raise NotImplementedError(act)
+
+    def gather(self, table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return F.embedding(rows, table)
+
+    def recorder(self) -> None:
+        return None
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return F.rms_norm(x, weight.shape, weight, eps)

@@ -15,15 +15,16 @@ from nanovllm.ops.base import Ops
 class LinearWeights(nn.Module):
     """What a linear layer lends to its method: a place for the weight in the method's form.
 
-    rows: of the weight, whatever its form. gate: the activation of the weight's first half, if the
-    layer is a gated one.
+    rows: of the weight, whatever its form. act: the activation that the layer ends with; where `gated`,
+    it is that of the first half of the results, which multiplies the second.
     """
 
     weight: torch.Tensor
     method: LinearMethod
     rows: int
     packed: bool
-    gate: str | None = None
+    act: str | None = None
+    gated: bool = False
 
 
 class LinearMethod(Protocol):
@@ -43,7 +44,7 @@ class LinearMethod(Protocol):
         ...
 
     def apply(self, layer: LinearWeights, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x [T, cols] @ weight.T + bias -> [T, rows]; where gated, act(first half) * second half -> [T, rows / 2]."""
+        """act(x [T, cols] @ weight.T + bias) -> [T, rows]; where gated, act(first half) * second half -> [T, rows / 2]."""
         ...
 
 
@@ -64,7 +65,9 @@ class UnquantizedLinearMethod:
         weight = layer.weight.detach()
         layer.packed = self._ops.packs(weight.device, weight.dtype)
         if layer.packed:
-            layer.weight = nn.Parameter(self._ops.pack(weight, gated=self._fuses(layer)), requires_grad=False)
+            layer.weight = nn.Parameter(
+                self._ops.pack(weight, gated=layer.gated and self._fuses(layer)), requires_grad=False
+            )
 
     def num_bytes(self, layer: LinearWeights, device: torch.device) -> int | None:
         (rows, cols), dtype = layer.weight.shape, layer.weight.dtype
@@ -73,17 +76,23 @@ class UnquantizedLinearMethod:
         return self._ops.packed_numel(rows, cols, dtype) * dtype.itemsize
 
     def apply(self, layer: LinearWeights, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if layer.gate is None:
-            return self._apply(layer, x, bias)
-        if layer.packed and self._fuses(layer):
-            return self._ops.gated_linear(x, layer.weight, layer.rows, bias, layer.gate)
-        gate, up = self._apply(layer, x, bias).chunk(2, dim=-1)
-        return activation(layer.gate)(gate) * up
-
-    def _apply(self, layer: LinearWeights, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if layer.packed:
-            return self._ops.linear(x, layer.weight, layer.rows, bias)
-        return F.linear(x, layer.weight, bias)
+        if not layer.packed:
+            return _activated(layer, F.linear(x, layer.weight, bias))
+        if not self._fuses(layer):
+            return _activated(layer, self._ops.linear(x, layer.weight, layer.rows, bias))
+        if layer.gated:
+            assert layer.act is not None
+            return self._ops.gated_linear(x, layer.weight, layer.rows, bias, layer.act)
+        return self._ops.linear(x, layer.weight, layer.rows, bias, layer.act)
 
     def _fuses(self, layer: LinearWeights) -> bool:
-        return layer.gate is not None and self._ops.gates(layer.gate)
+        return layer.act is None or self._ops.fuses(layer.act)
+
+
+def _activated(layer: LinearWeights, x: torch.Tensor) -> torch.Tensor:
+    if layer.act is None:
+        return x
+    if not layer.gated:
+        return activation(layer.act)(x)
+    gate, up = x.chunk(2, dim=-1)
+    return activation(layer.act)(gate) * up

@@ -122,6 +122,20 @@ def test_gated_linear(level, dtype, gate):
             torch.testing.assert_close(out.double(), wanted, rtol=2 * EPS[dtype] + 2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("act", GATES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_with_an_activation(level, dtype, act):
+    """As the projection and the activation in float64, rounded once."""
+    for n, k in ((64, 128), (17, 31), (1, 1), (37, 200)):
+        x, weight, bias = normal(9, k), (normal(n, k, seed=1) / k**0.5).to(dtype), normal(n, seed=2)
+        packed = OPS.pack(weight, gated=False)
+        for b in (None, bias):
+            out = OPS.linear(x, packed, n, b, act)
+            assert out.dtype == dtype and out.shape == (9, n)
+            wanted = activation(act)(products(x.to(dtype), weight, b)[0])
+            torch.testing.assert_close(out.double(), wanted, rtol=2 * EPS[dtype] + 2e-5, atol=2e-6)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gate", GATES)
 def test_a_gated_row_has_the_same_bits_in_any_batch(level, threads, dtype, gate):

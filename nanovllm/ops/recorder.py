@@ -1,0 +1,148 @@
+"""A step recorded once and replayed by one native call: on the CPU what a CUDA graph is on a GPU.
+
+While a step runs, the library writes down the calls it gets. The tensors of the step come from a pool
+that nothing else uses, so that the calls can run again at the same addresses. torch's dispatcher is
+watched: plain arithmetic is handed to the library, and an operation that neither the library knows
+nor is a mere view makes the step one that cannot be recorded.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nanovllm.ops.library import Library
+
+aten = torch.ops.aten
+_LINE = 64  # bytes
+_ADD, _SCALE, _DIVIDE, _CLAMP = range(4)  # csrc/kernels.h
+
+
+class NativeGraph:
+    """The calls of one step."""
+
+    def __init__(self, library: Library) -> None:
+        tape = library.recorded()
+        self._library, self._tape = library, tape
+        self.length: int = library.tape_length(tape)
+        weakref.finalize(self, library.free, tape)
+
+    def replay(self) -> None:
+        self._library.replay(self._tape, torch.get_num_threads())
+
+
+class NativeRecorder:
+    """Records steps that never run at the same time: they share the memory between their first call
+    and their last one."""
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+        self._pool = _Pool()
+
+    def record(self, run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, NativeGraph | None]:
+        """Run once. Gives the result, which a replay overwrites as the next recording does, and the graph,
+        or None if `run` needs more than the library has; `unrecorded` then names it."""
+        self._pool.reclaim()
+        watch = _Watch(self._library, self._pool)
+        self._library.record()
+        try:
+            with watch:
+                result = run()
+        finally:
+            graph = NativeGraph(self._library)
+        self.unrecorded = watch.foreign
+        return result, None if watch.foreign else graph
+
+
+class _Watch(TorchDispatchMode):
+    """What torch is asked for while a step is recorded."""
+
+    def __init__(self, library: Library, pool: _Pool) -> None:
+        super().__init__()
+        self.foreign: set[str] = set()
+        self._library, self._pool = library, pool
+        self._arithmetic = {
+            aten.add.Tensor: lambda x, y: self._map(_ADD, x, y=y),
+            aten.mul.Tensor: lambda x, a: self._map(_SCALE, x, a),
+            aten.div.Tensor: lambda x, a: self._map(_DIVIDE, x, a),
+            aten.clamp.default: lambda x, low, high: self._map(_CLAMP, x, low, high),
+        }
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is aten.empty.memory_format:
+            return self._pool.empty(args[0], kwargs.get("dtype") or torch.get_default_dtype())
+        if func.is_view:
+            return func(*args, **kwargs)
+        if func in self._arithmetic and not kwargs:
+            result = self._arithmetic[func](*args)
+            if result is not NotImplemented:
+                return result
+        elif func._can_decompose():
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        self.foreign.add(str(func))  # its result is right now, but would be missing from a replay
+        return func(*args, **kwargs)
+
+    def _map(self, kind: int, x: Any, a: Any = 0.0, b: Any = 0.0, y: torch.Tensor | None = None) -> Any:
+        """Of floats that lie side by side; y of the same shape."""
+        tensors = [x] if y is None else [x, y]
+        if not all(_is_plain(t) and t.shape == x.shape for t in tensors) or not all(map(_is_number, (a, b))):
+            return NotImplemented
+        out = self._pool.empty(x.shape, torch.float32)
+        second = None if y is None else y.data_ptr()
+        threads = torch.get_num_threads()
+        self._library.elementwise(kind, x.data_ptr(), second, a, b, out.data_ptr(), x.numel(), threads)
+        return out
+
+
+def _is_plain(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.dtype == torch.float32 and x.is_contiguous()
+
+
+def _is_number(a: Any) -> bool:
+    return isinstance(a, (int, float))
+
+
+class _Pool:
+    """Memory that a tensor gives back when it is gone, for the next of about its size."""
+
+    def __init__(self) -> None:
+        self._buffers: list[np.ndarray] = []
+        self._free: dict[int, list[np.ndarray]] = {}
+        self._recording = 0
+
+    def reclaim(self) -> None:
+        """Whatever still refers to a buffer will see it overwritten."""
+        self._recording += 1
+        self._free = defaultdict(list)
+        for buffer in self._buffers:
+            self._free[len(buffer)].append(buffer)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        num_bytes = math.prod(shape) * dtype.itemsize
+        size = max(_LINE, 1 << (num_bytes - 1).bit_length())
+        free = self._free[size]
+        buffer = free.pop() if free else self._new_buffer(size)
+        lease = buffer[:num_bytes]
+        weakref.finalize(lease, self._give_back, buffer, self._recording)
+        return torch.from_numpy(lease).view(dtype).view(*shape)
+
+    def _new_buffer(self, size: int) -> np.ndarray:
+        memory = np.empty(size + _LINE, dtype=np.uint8)
+        start = -memory.ctypes.data % _LINE
+        self._buffers.append(memory[start : start + size])
+        return self._buffers[-1]
+
+    def _give_back(self, buffer: np.ndarray, recording: int) -> None:
+        if recording == self._recording:
+            self._free[len(buffer)].append(buffer)
