@@ -14,7 +14,6 @@ from nanovllm.layers import logits_processors
 from nanovllm.sample_row import SampleRow
 from nanovllm.sampling_params import SamplingParams
 
-
 MAKERS = sampling_makers()
 
 
