@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from nanovllm.sampling_params import SamplingParams
 
 
-@dataclass(frozen=True, slots=True)
-class SampleRow:
+class SampleRow(NamedTuple):
     """How to draw one sequence's next token.
 
     seed: of the sequence's random stream; index: the token's place in it, so that a draw

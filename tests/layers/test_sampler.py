@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -305,7 +304,7 @@ def test_uniforms_lie_in_the_half_open_unit_interval_and_depend_on_seed_and_inde
     us = uniforms(rows)
     assert ((us >= 0) & (us < 1)).all()
     assert us[::-1].tolist() == uniforms(rows[::-1]).tolist()
-    other = [replace(row, params=SamplingParams(temperature=0.3), output=np.array([1], np.int32)) for row in rows]
+    other = [row._replace(params=SamplingParams(temperature=0.3), output=np.array([1], np.int32)) for row in rows]
     assert us.tolist() == uniforms(other).tolist()
 
 

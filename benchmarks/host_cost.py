@@ -1,0 +1,164 @@
+"""What a decoding step costs beside the model: the real engine around a model that computes nothing.
+
+    python -m benchmarks.host_cost [--steps 200] [--prompt 512]
+
+The model gives the same logits at every step, over 512 tokens, so that what is left is the host's work:
+to schedule, build the batch, draw, book, detokenise. `waiting` repeats it with 10,000 requests in the queue.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import tokenizers
+import torch
+from torch import nn
+
+from nanovllm import SamplingParams
+from nanovllm.batch import Batch
+from nanovllm.build_context import BuildContext
+from nanovllm.cache_spec import PagedKVSpec
+from nanovllm.config import EngineConfig
+from nanovllm.engine import model_runner
+from nanovllm.engine.build import fit_model_len
+from nanovllm.engine.executor import InProcessExecutor
+from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.layers.attention import CachedLayer
+from nanovllm.models.base import CausalLM
+from nanovllm.tokenizer.tokenizer import Tokenizer
+
+VOCAB = 512
+BATCHES = (1, 32, 256)
+WAITING = 10_000
+KINDS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "random": {"temperature": 0.8, "top_k": 50, "top_p": 0.9},
+    "penalties": {"temperature": 0.8, "repetition_penalty": 1.1, "presence_penalty": 0.5},
+}
+PARTS = ("schedule", "build batch", "sample", "update", "outputs")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    vocab_size: int = VOCAB
+    max_position_embeddings: int = 1 << 15
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> Sizes:
+        return cls()
+
+
+class Pages(CachedLayer):
+    """Keys and values that nobody writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache_spec = PagedKVSpec(1, 2, torch.float32)
+
+    def bind(self, *caches: torch.Tensor) -> None:
+        pass
+
+
+class Idle(CausalLM):
+    config_class = Sizes
+    weight_rules = ()
+
+    def __init__(self, config: Any, ctx: BuildContext) -> None:
+        nn.Module.__init__(self)
+        self.pages = Pages()
+        self.hidden = torch.zeros(1 << 16, 1)
+        self.logits = torch.randn(max(BATCHES), VOCAB, generator=torch.Generator().manual_seed(0))
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        return self.hidden[: len(batch.input_ids)]
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.logits[: len(hidden)]
+
+
+class Clock:
+    """Seconds spent in each part, while it is told to run."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds[name] += time.perf_counter() - start
+
+        return timed
+
+
+def make_engine(max_num_seqs: int) -> LLMEngine:
+    options = {"load_format": "dummy", "device": "cpu", "max_num_seqs": max_num_seqs, "enforce_eager": True}
+    options |= {"max_num_batched_tokens": 1 << 16, "kvcache_memory": "256MiB"}
+    config = EngineConfig.from_options("idle", options)
+    config = config.resolve(checkpoint_dtype="float32", max_positions=1 << 15, cuda=False)
+    executor = InProcessExecutor(config, Idle, Sizes(), None)  # type: ignore[arg-type] # nothing is loaded
+    config = fit_model_len(config, executor.capacity, None)
+    return LLMEngine(config, _tokenizer(), executor, vocab_size=VOCAB, eos_ids=[0])
+
+
+def measure(batch: int, kind: str, *, steps: int, prompt: int, waiting: int = 0) -> dict[str, float]:
+    """Microseconds a decoding step, of each part and in all."""
+    clock = Clock()
+    with (
+        mock.patch.object(model_runner, "build_batch", clock.wrap("build batch", model_runner.build_batch)),
+        mock.patch.object(model_runner, "sample", clock.wrap("sample", model_runner.sample)),
+    ):
+        engine = make_engine(batch)
+        engine.scheduler.schedule = clock.wrap("schedule", engine.scheduler.schedule)  # type: ignore[method-assign]
+        engine.scheduler.update = clock.wrap("update", engine.scheduler.update)  # type: ignore[method-assign]
+        engine._outputs.process = clock.wrap("outputs", engine._outputs.process)  # type: ignore[method-assign]
+        params = SamplingParams(max_tokens=steps + 20, ignore_eos=True, **KINDS[kind])
+        for i in range(batch + waiting):
+            engine.add(engine.prepare([1 + i % (VOCAB - 1)] * prompt, params))
+        for _ in range(10):
+            engine.step()
+        clock.seconds.clear()
+        start = time.perf_counter()
+        for _ in range(steps):
+            engine.step()
+        total = time.perf_counter() - start
+    assert len(engine.scheduler.running) == batch and engine.scheduler.num_waiting == waiting
+    found = {part: clock.seconds[part] / steps * 1e6 for part in PARTS}
+    return {**found, "the rest": total / steps * 1e6 - sum(found.values()), "all": total / steps * 1e6}
+
+
+def _tokenizer() -> Tokenizer:
+    """Two bytes a token, or one."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {text: i for i, text in enumerate([*letters, *(a + b for a in letters for b in letters)][:VOCAB])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    return Tokenizer(backend)
+
+
+def run(args: argparse.Namespace) -> None:
+    columns = (*PARTS, "the rest", "all")
+    print("microseconds a step" + " " * 11 + " ".join(f"{name:>11}" for name in columns))
+    for waiting in (0, WAITING):
+        for kind in KINDS if not waiting else ("greedy",):
+            for batch in BATCHES:
+                found = measure(batch, kind, steps=args.steps, prompt=args.prompt, waiting=waiting)
+                label = f"{batch} {kind}" + (f", {waiting:,} waiting" if waiting else "")
+                print(f"{label:<30}" + " ".join(f"{found[name]:11.0f}" for name in columns), flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of each prompt")
+    run(parser.parse_args())
