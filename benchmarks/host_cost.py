@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -84,10 +85,10 @@ class Idle(CausalLM):
 
 
 class Clock:
-    """Seconds spent in each part, while it is told to run."""
+    """Seconds that each call of each part took."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
+        self.seconds: dict[str, list[float]] = defaultdict(list)
 
     def wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -96,7 +97,7 @@ class Clock:
             try:
                 return function(*args, **kwargs)
             finally:
-                self.seconds[name] += time.perf_counter() - start
+                self.seconds[name].append(time.perf_counter() - start)
 
         return timed
 
@@ -112,7 +113,7 @@ def make_engine(max_num_seqs: int) -> LLMEngine:
 
 
 def measure(batch: int, kind: str, *, steps: int, prompt: int, waiting: int = 0) -> dict[str, float]:
-    """Microseconds a decoding step, of each part and in all."""
+    """Microseconds a decoding step, of each part and in all; medians."""
     clock = Clock()
     with (
         mock.patch.object(model_runner, "build_batch", clock.wrap("build batch", model_runner.build_batch)),
@@ -128,13 +129,12 @@ def measure(batch: int, kind: str, *, steps: int, prompt: int, waiting: int = 0)
         for _ in range(10):
             engine.step()
         clock.seconds.clear()
-        start = time.perf_counter()
+        step = clock.wrap("all", engine.step)
         for _ in range(steps):
-            engine.step()
-        total = time.perf_counter() - start
+            step()
     assert len(engine.scheduler.running) == batch and engine.scheduler.num_waiting == waiting
-    found = {part: clock.seconds[part] / steps * 1e6 for part in PARTS}
-    return {**found, "the rest": total / steps * 1e6 - sum(found.values()), "all": total / steps * 1e6}
+    found = {part: statistics.median(seconds) * 1e6 for part, seconds in clock.seconds.items()}
+    return {**found, "the rest": found["all"] - sum(found[part] for part in PARTS)}
 
 
 def _tokenizer() -> Tokenizer:

@@ -156,14 +156,18 @@ class CacheManager:
 
     def resume(self, seq: Sequence) -> int:
         """The slot to copy the sequence's state from before this step, or 0; told once."""
+        if self.states is None:
+            return 0
         held = self._held[seq.seq_id]
         slot, held.resume_from = held.resume_from, 0
         return slot
 
     def capture(self, seq: Sequence, count: int) -> int:
         """The slot to copy the sequence's state to after this step's `count` tokens, or 0."""
+        if self.states is None:
+            return 0
         end = seq.num_computed + count
-        if self.states is None or self._next_stop(seq, seq.num_computed, self._held[seq.seq_id].junction) != end:
+        if self._next_stop(seq, seq.num_computed, self._held[seq.seq_id].junction) != end:
             return 0
         return self.states.capture(self._digest(seq, end))
 

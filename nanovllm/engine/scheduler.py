@@ -182,33 +182,29 @@ class Scheduler:
     def _plan(self, seq: Sequence, count: int) -> PlannedSequence:
         start, end = seq.num_computed, seq.num_computed + count
         self.cache.commit(seq, count)
-        wants_prompt_logprobs = seq.params.prompt_logprobs is not None and start < seq.num_prompt_tokens - 1
-        return PlannedSequence(
-            seq_id=seq.seq_id,
-            token_ids=seq.token_ids[start:end],
-            start=start,
-            block_table=self.cache.block_table(seq),
-            state_slot=self.cache.state_slot(seq),
-            resume_from=self.cache.resume(seq),
-            capture_to=self.cache.capture(seq, count),
-            sample=self._sample_row(seq) if end == seq.num_tokens else None,
-            num_prompt_logprobs=seq.params.prompt_logprobs if wants_prompt_logprobs else None,
-            prompt_targets=seq.token_ids[start + 1 : min(end + 1, seq.num_prompt_tokens)]
-            if wants_prompt_logprobs
-            else None,
+        planned = PlannedSequence(  # by position: names would take as long as all the rest
+            seq.seq_id,
+            seq.token_ids[start:end],
+            start,
+            self.cache.block_table(seq),
+            self.cache.state_slot(seq),
+            self._sample_row(seq) if end == seq.num_tokens else None,
+            self.cache.resume(seq),
+            self.cache.capture(seq, count),
+        )
+        if seq.params.prompt_logprobs is None or start >= seq.num_prompt_tokens - 1:
+            return planned
+        return planned._replace(
+            num_prompt_logprobs=seq.params.prompt_logprobs,
+            prompt_targets=seq.prompt_token_ids[start + 1 : end + 1],
         )
 
     @staticmethod
     def _sample_row(seq: Sequence) -> SampleRow:
-        below_min = seq.num_output_tokens < seq.params.min_tokens
+        index = seq.num_output_tokens
+        stop_ids = seq.stop_ids if index < seq.params.min_tokens else ()
         return SampleRow(
-            params=seq.params,
-            seed=seq.seed,
-            index=seq.num_output_tokens,
-            prompt=seq.prompt_token_ids,
-            output=seq.output_token_ids,
-            stop_ids=seq.stop_ids if below_min else (),
-            bad_words=seq.bad_words,
+            seq.params, seq.seed, index, seq.prompt_token_ids, seq.output_token_ids, stop_ids, seq.bad_words
         )
 
     def _finish_if_ended(self, seq: Sequence, token_id: int) -> None:

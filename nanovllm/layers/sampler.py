@@ -15,6 +15,11 @@ from nanovllm.layers.logits_processors import process_logits
 from nanovllm.ops.base import SamplingOps
 from nanovllm.sample_row import SampleRow, TokenLogprobs
 
+# SplitMix64's; made once, as numpy takes longer over them than over a row
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+_FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31), np.uint64(11)
+
 
 def sample(
     logits: torch.Tensor, rows: Sequence[SampleRow], ops: SamplingOps
@@ -60,11 +65,11 @@ def uniforms(rows: Sequence[SampleRow]) -> np.ndarray:
     seeds = np.array([row.seed & (2**64 - 1) for row in rows], dtype=np.uint64)
     indices = np.array([row.index for row in rows], dtype=np.uint64)
     bits = _splitmix64(_splitmix64(seeds) + indices)
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return (bits >> _SHIFTS[3]) * 2.0**-53
 
 
 def _splitmix64(state: np.ndarray) -> np.ndarray:
-    z = state + np.uint64(0x9E3779B97F4A7C15)  # wraps around, as it should
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    z = state + _STEP  # wraps around, as it should
+    z = (z ^ (z >> _SHIFTS[0])) * _FACTORS[0]
+    z = (z ^ (z >> _SHIFTS[1])) * _FACTORS[1]
+    return z ^ (z >> _SHIFTS[2])
