@@ -53,7 +53,8 @@ class CachePlan:
 
     window: tokens that any layer looks back, if all attention is windowed; pages wholly behind
         it are given back.
-    state_grid: states are cut and captured at multiples of this many tokens.
+    state_grid: states are captured at multiples of this many tokens.
+    chunk_grid: prompts are cut at multiples of this many tokens.
     snapshot_interval: tokens whose keys and values cost as much memory as one captured state.
     """
 
@@ -62,6 +63,7 @@ class CachePlan:
     num_bytes: int
     window: int | None = None
     state_grid: int = 1
+    chunk_grid: int = 1
     snapshot_interval: int = 4096
 
     def longest_sequence(self, block_size: int, max_num_batched_tokens: int) -> int | None:
@@ -116,7 +118,8 @@ def plan_cache(
             f"{memory:,} bytes of cache memory hold no page: {num_slots} state slots take "
             f"{num_slots * slot_bytes:,}, a page {block_bytes:,} and page 0 is reserved; give more memory"
         )
-    grid = math.lcm(block_size, *(s.grid for s in states))
+    chunk_grid = math.lcm(*(s.grid for s in states))
+    grid = math.lcm(block_size, chunk_grid)
     windows = [s.window for s in paged]
     return CachePlan(
         blocks,
@@ -124,5 +127,6 @@ def plan_cache(
         blocks * block_bytes + num_slots * slot_bytes,
         window=max(w for w in windows if w is not None) if windows and None not in windows else None,
         state_grid=grid,
+        chunk_grid=chunk_grid,
         snapshot_interval=max(1, slot_bytes * block_size // block_bytes // grid) * grid if block_bytes else 64 * grid,
     )

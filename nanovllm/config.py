@@ -52,8 +52,8 @@ class EngineConfig:
         is free.
     gpu_memory_utilization: GPU only: share of the device's memory for weights and pages.
     tensor_parallel_size: ranks; only 1 in this version.
-    enforce_eager: compute every step op by op. Otherwise, where the kernels are native, steps that give
-        each sequence one token are recorded once for each number of sequences, and replayed.
+    enforce_eager: compute every step op by op. Otherwise, where the kernels are native, a step is
+        recorded and run as a whole, and those that decode are recorded once for each number of sequences.
     enable_prefix_caching: reuse the pages of equal prefixes.
     attention_backend: "auto", or the name of one.
     kernels: whose linear layers, norms and rotations: "native" this package's own for CPUs, "torch"

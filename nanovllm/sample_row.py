@@ -11,7 +11,7 @@ from nanovllm.sampling_params import SamplingParams
 
 
 class SampleRow(NamedTuple):
-    """How to draw one sequence's next token.
+    """How to draw one sequence's next token. A tuple, as hundreds of them are made for every step.
 
     seed: of the sequence's random stream; index: the token's place in it, so that a draw
         depends on nothing else (not the batch, not a preemption).
@@ -22,7 +22,7 @@ class SampleRow(NamedTuple):
 
     params: SamplingParams
     seed: int
-    index: int
+    index: int  # type: ignore[assignment] # takes the place of tuple.index, which nobody asks for
     prompt: np.ndarray
     output: np.ndarray
     stop_ids: tuple[int, ...] = ()

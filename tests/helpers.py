@@ -72,6 +72,7 @@ class MockExecutor:
         vocab: int = VOCAB,
         num_slots: int = 0,
         state_grid: int = 8,
+        chunk_grid: int = 8,
         snapshot_interval: int = 24,
         window: int | None = None,
         script=None,
@@ -79,7 +80,7 @@ class MockExecutor:
         self.pages = np.full((num_blocks, block_size), -1, dtype=np.int64)
         self.states: list[list[int]] = [[-1] for _ in range(num_slots)]
         self.block_size, self.vocab, self.script, self.window = block_size, vocab, script, window
-        self.capacity = CachePlan(num_blocks, num_slots, 0, window, state_grid, snapshot_interval)
+        self.capacity = CachePlan(num_blocks, num_slots, 0, window, state_grid, chunk_grid, snapshot_interval)
         self.plans: list[StepPlan] = []
         self.fail_next: BaseException | None = None
         self.closed = False
@@ -155,6 +156,7 @@ def mock_engine(
     block_size: int = 8,
     script=None,
     num_slots: int = 0,
+    chunk_grid: int = 8,
     window: int | None = None,
     tokenizer=None,
     eos=(EOS,),
@@ -162,7 +164,9 @@ def mock_engine(
 ) -> tuple[LLMEngine, MockExecutor]:
     config = EngineConfig.from_options("mock", {"kvcache_block_size": block_size, **options})
     config = config.resolve(checkpoint_dtype="float32", max_positions=4096, cuda=False)
-    executor = MockExecutor(num_blocks, block_size, script=script, num_slots=num_slots, window=window)
+    executor = MockExecutor(
+        num_blocks, block_size, script=script, num_slots=num_slots, chunk_grid=chunk_grid, window=window
+    )
     config = fit_model_len(config, executor.capacity, options.get("max_model_len"))
     engine = LLMEngine(config, tokenizer or byte_tokenizer(), executor, vocab_size=VOCAB, eos_ids=list(eos))
     return engine, executor

@@ -73,7 +73,7 @@ def test_windowed_sequences_of_any_length_fit_beside_a_chunk(blocks, longest):
 def test_states_are_captured_on_pages_and_grid_when_pages_cost_as_much():
     state = StateSpec(shapes=((100, 64),), dtypes=(torch.float32,), grid=24)
     found = plan([KV, state], 10**8)
-    assert found.state_grid == 48
+    assert (found.state_grid, found.chunk_grid) == (48, 24)
     assert found.snapshot_interval == 100 * 64 * 4 // (PAGE // 16) // 48 * 48
     assert plan([KV, STATE], 10**6).snapshot_interval == 16  # not less than the grid
 

@@ -29,6 +29,7 @@ constexpr int TILE = 16;   // keys side by side
 constexpr int TILE_VECTORS = TILE / WIDTH;
 constexpr int ROWS = 14;
 constexpr int MAX_HEAD = 256;
+constexpr int FETCH_ROWS = 6;  // with more, there is more to compute than to fetch
 constexpr float UNSEEN = -std::numeric_limits<float>::infinity();
 
 // --- what a task works with --------------------------------------------------------------------
@@ -46,6 +47,13 @@ struct Pages {
     const char* at(const char* base, int64_t position) const {
         return base + table[position / page_size] * page_bytes + position % page_size * head_dim * BYTES;
     }
+};
+
+// Keys that are needed after those at hand: `count` of them from position `first` on.
+template <class W>
+struct Ahead {
+    Pages<W> pages;
+    int64_t first, count;
 };
 
 struct Row {
@@ -81,19 +89,24 @@ struct Scratchpad {
 
 // --- products ------------------------------------------------------------------------------------
 
-// scores[row][key] of N tiles of keys from `position` on.
+// scores[row][key] of N tiles of keys from `position` on. Meanwhile their values are fetched.
 template <class W, int R, int N>
 void score_tiles(const typename W::Element* q, const Pages<W>& pages, int64_t position, float* scores) {
     constexpr int NV = N * TILE_VECTORS;
     V acc[R][NV] = {};
-    const char* at[N];
-    for (int j = 0; j < N; ++j) at[j] = pages.at(pages.keys, position + j * TILE);
+    const char *at[N], *values[N];
+    for (int j = 0; j < N; ++j) {
+        at[j] = pages.at(pages.keys, position + j * TILE);
+        values[j] = pages.at(pages.values, position + j * TILE);
+    }
     const int64_t steps = pages.head_dim / W::K_PER_STEP;
     for (int64_t d = 0; d < steps; ++d) {
         V b[NV];
 #pragma GCC unroll 8
         for (int j = 0; j < NV; ++j)
             b[j] = load(at[j / TILE_VECTORS] + d * TILE * sizeof(float) + j % TILE_VECTORS * sizeof(V));
+        if constexpr (R <= FETCH_ROWS)
+            for (int j = 0; j < N; ++j) __builtin_prefetch(values[j] + d * TILE * sizeof(float), 0, 2);
 #pragma GCC unroll 16
         for (int i = 0; i < R; ++i) W::template step<NV>(acc[i], b, q + i * Task<W>::STRIDE + d * W::PER_STEP);
     }
@@ -104,16 +117,22 @@ void score_tiles(const typename W::Element* q, const Pages<W>& pages, int64_t po
 }
 
 // values[row][dim] of N vectors of dimensions from `dim` on, the last one `lanes` wide, summed over
-// the keys [first, last) of a span.
+// the keys [first, last) of a span. Meanwhile the keys are fetched that are needed next.
 template <class W, int R, int N>
 void sum_values(const typename W::Element* weights, const Pages<W>& pages, int64_t span, int64_t first, int64_t last,
-                int64_t dim, int64_t lanes, Gathered* to) {
+                int64_t dim, int64_t lanes, const Ahead<W>& ahead, Gathered* to) {
     V acc[R][N] = {};
     for (int64_t key = first; key < last; key += TILE) {
         const char* v = pages.at(pages.values, span + key) + dim * sizeof(float);
         const int64_t steps = divide_up(std::min<int64_t>(TILE, last - key), W::K_PER_STEP);
         const typename W::Element* w = weights + key / W::K_PER_STEP * W::PER_STEP;
+        const char* next = R <= FETCH_ROWS && key < ahead.count ? ahead.pages.at(ahead.pages.keys, ahead.first + key) : v;
+        next += next == v ? 0 : dim * sizeof(float);
         for (int64_t k = 0; k < steps; ++k, v += pages.head_dim * sizeof(float), w += W::PER_STEP) {
+            if constexpr (R <= FETCH_ROWS) {
+                for (int j = 0; j < N * (int)sizeof(V); j += 64) __builtin_prefetch(next + j, 0, 2);
+                next += pages.head_dim * sizeof(float);
+            }
             V b[N];
 #pragma GCC unroll 8
             for (int j = 0; j < N; ++j)
@@ -139,15 +158,15 @@ void span_scores(const Task<W>& task, int row, int64_t span, int64_t first, int6
 
 template <class W, int R>
 void span_values(const Task<W>& task, int row, int64_t span, int64_t first, int64_t last, const Scratchpad<W>& pad,
-                 Gathered* to) {
+                 const Ahead<W>& ahead, Gathered* to) {
     constexpr int N = WIDTH == 16 ? (R > 6 ? 2 : 4) : 2;
     const int64_t head_dim = task.pages.head_dim;
     int64_t dim = 0;
     for (; dim + N * WIDTH <= head_dim; dim += N * WIDTH)
-        sum_values<W, R, N>(pad.weights[row], task.pages, span, first, last, dim, WIDTH, to + row);
+        sum_values<W, R, N>(pad.weights[row], task.pages, span, first, last, dim, WIDTH, ahead, to + row);
     for (; dim < head_dim; dim += WIDTH)
         sum_values<W, R, 1>(pad.weights[row], task.pages, span, first, last, dim,
-                            std::min<int64_t>(WIDTH, head_dim - dim), to + row);
+                            std::min<int64_t>(WIDTH, head_dim - dim), ahead, to + row);
 }
 
 // f(R, first row) for all rows in groups of as many as the registers hold. R may exceed the rows that are
@@ -212,7 +231,7 @@ void span_softmax(const Row& row, float scale, const Alibi& alibi, int64_t span,
             store(scores + i, s);
             most = s > most ? s : most;
         }
-        for (int i = 0; i < WIDTH; ++i) to.largest = most[i] > to.largest ? most[i] : to.largest;
+        to.largest = reduce(most, [](float a, float b) { return b > a ? b : a; });
         V total = {};
         for (int64_t i = first; i < begin; i += WIDTH) store(scores + i, V{});
         for (int64_t i = begin; i < until; i += WIDTH) {
@@ -232,13 +251,14 @@ void span_softmax(const Row& row, float scale, const Alibi& alibi, int64_t span,
 // The keys of one span for all rows of a task. Its first key is where the task's first one lies, rounded
 // down to a tile.
 template <class W>
-void gather_span(const Task<W>& task, float scale, const Alibi& alibi, int64_t span, Scratchpad<W>& pad, Gathered* to) {
+void gather_span(const Task<W>& task, float scale, const Alibi& alibi, int64_t span, const Ahead<W>& ahead,
+                 Scratchpad<W>& pad, Gathered* to) {
     const int64_t first = std::max<int64_t>(0, task.first_key - span) / TILE * TILE;
     const int64_t last = std::min<int64_t>(SPAN, task.last_key - span);
     in_groups(task.count, [&](auto rows, int row) { span_scores<W, rows()>(task, row, span, first, last, pad); });
     for (int i = 0; i < task.count; ++i)
         span_softmax<W>(task.rows[i], scale, alibi, span, first, last, pad.scores[i], pad.weights[i], to[i]);
-    in_groups(task.count, [&](auto rows, int row) { span_values<W, rows()>(task, row, span, first, last, pad, to); });
+    in_groups(task.count, [&](auto rows, int row) { span_values<W, rows()>(task, row, span, first, last, pad, ahead, to); });
 }
 
 // Add a later span to what there is.
@@ -278,15 +298,23 @@ struct Tasks {
     }
     int64_t tasks_a_head(int64_t b) const { return divide_up(rows_a_head(b), ROWS); }
 
+    int64_t sequence(int64_t index) const {
+        return std::upper_bound(begin.begin(), begin.end(), index) - begin.begin() - 1;
+    }
+
+    template <class W>
+    Pages<W> pages(int64_t b, int64_t kv_head) const {
+        const int64_t head_bytes = call.page_size * call.head_dim * Pages<W>::BYTES;
+        return {(const char*)call.keys + kv_head * head_bytes, (const char*)call.values + kv_head * head_bytes,
+                call.kv_heads * head_bytes, call.tables + b * call.table_stride, call.page_size, call.head_dim};
+    }
+
     template <class W>
     void prepare(int64_t index, Task<W>& task) const {
-        const int64_t b = std::upper_bound(begin.begin(), begin.end(), index) - begin.begin() - 1;
-        const int64_t of_head = tasks_a_head(b), kv_head = (index - begin[b]) / of_head;
+        const int64_t b = sequence(index), of_head = tasks_a_head(b), kv_head = (index - begin[b]) / of_head;
         const int64_t row0 = (index - begin[b]) % of_head * ROWS, group = call.heads / call.kv_heads;
         const int64_t queries = call.query_start[b + 1] - call.query_start[b];
-        const int64_t head_bytes = call.page_size * call.head_dim * Pages<W>::BYTES;
-        task.pages = {(const char*)call.keys + kv_head * head_bytes, (const char*)call.values + kv_head * head_bytes,
-                      call.kv_heads * head_bytes, call.tables + b * call.table_stride, call.page_size, call.head_dim};
+        task.pages = pages<W>(b, kv_head);
         task.count = std::min<int64_t>(ROWS, rows_a_head(b) - row0);
         for (int i = 0; i < task.count; ++i) {
             const int64_t token = (row0 + i) / group, head = kv_head * group + (row0 + i) % group;
@@ -314,14 +342,26 @@ Worker<W>& worker() {
     return *mine;
 }
 
+// What a task, if there is one, reads first.
 template <class W>
-void whole_task(const Tasks& tasks, int64_t index) {
+Ahead<W> beginning(const Tasks& tasks, int64_t index, int64_t end) {
+    if (index >= end) return {{}, 0, 0};
+    const int64_t b = tasks.sequence(index), of_head = tasks.tasks_a_head(b), seq_len = tasks.call.seq_lens[b];
+    const int64_t first = (seq_len - tasks.call.seen(b)) / TILE * TILE;
+    return {tasks.pages<W>(b, (index - tasks.begin[b]) / of_head), first, std::min<int64_t>(SPAN, seq_len - first)};
+}
+
+// The thread goes on to the next task if that is before `end`.
+template <class W>
+void whole_task(const Tasks& tasks, int64_t index, int64_t end) {
     const AttentionCall& call = tasks.call;
     Worker<W>& w = worker<W>();
     tasks.prepare(index, w.task);
     for (int i = 0; i < w.task.count; ++i) w.all[i].total = 0;
     for (int64_t span = w.task.first_key / SPAN * SPAN; span < w.task.last_key; span += SPAN) {
-        gather_span(w.task, call.scale, {call.rounded, call.factor}, span, w.pad, w.span);
+        const int64_t left = w.task.last_key - span - SPAN;
+        const Ahead<W> ahead = left > 0 ? Ahead<W>{w.task.pages, span + SPAN, left} : beginning<W>(tasks, index + 1, end);
+        gather_span(w.task, call.scale, {call.rounded, call.factor}, span, ahead, w.pad, w.span);
         for (int i = 0; i < w.task.count; ++i) merge(w.all[i], w.span[i], call.head_dim);
     }
     for (int i = 0; i < w.task.count; ++i) finish(w.task.rows[i], w.all[i], call.head_dim);
@@ -339,7 +379,7 @@ void by_spans(const Tasks& tasks, int64_t max_spans, Team& team) {
         const int64_t span = (w.task.first_key / SPAN + job % max_spans) * SPAN;
         Gathered* to = parts + job * ROWS;
         if (span < w.task.last_key)
-            gather_span(w.task, call.scale, {call.rounded, call.factor}, span, w.pad, to);
+            gather_span(w.task, call.scale, {call.rounded, call.factor}, span, {}, w.pad, to);
         else
             for (int i = 0; i < w.task.count; ++i) to[i].total = 0;
     });
@@ -359,10 +399,12 @@ void attention(const AttentionCall& call, Team& team) {
     int64_t longest = 0;
     for (int64_t b = 0; b < call.batch; ++b) longest = std::max(longest, call.seen(b, ROWS));
     const int64_t count = tasks.count(), spans = longest / SPAN + 2;
-    if (team.threads > 1 && count < 4 * team.threads && spans > 2)
-        by_spans<W>(tasks, spans, team);
-    else
-        team.each(count, [&](int64_t i) { whole_task<W>(tasks, i); });
+    if (team.threads > 1 && count < 4 * team.threads && spans > 2) return by_spans<W>(tasks, spans, team);
+    const int64_t chunk = std::max<int64_t>(1, count / (8 * team.threads));  // neighbours, each fetching for the next
+    team.each(divide_up(count, chunk), [&](int64_t i) {
+        const int64_t end = std::min(count, (i + 1) * chunk);
+        for (int64_t index = i * chunk; index < end; ++index) whole_task<W>(tasks, index, end);
+    });
 }
 
 // New keys and values into their slots. Where a token's value shares a word with the next position and
@@ -398,8 +440,22 @@ void store_kv(const StoreCall& c, Team& team) {
             }
         }
     };
+    // slots of decoding sequences are far from each other, and a key's dimensions from one another
+    auto fetch = [&](int64_t t) {
+        const int64_t page = c.slots[t] / c.page_size, at = c.slots[t] % c.page_size, size = W::K_PER_STEP == 2 ? 2 : 4;
+        for (int64_t h = 0; h < c.kv_heads; ++h) {
+            const int64_t head = (page * c.kv_heads + h) * head_size * size;
+            const char* key = (const char*)c.keys + head + at / TILE * TILE * c.head_dim * size;
+            const char* value = (const char*)c.values + head + at / pair * pair * c.head_dim * size;
+            for (int64_t d = 0; d < c.head_dim; d += pair) __builtin_prefetch(key + d * TILE * size, 1);
+            for (int64_t d = 0; d < c.head_dim * 4; d += 64) __builtin_prefetch(value + d, 1);
+        }
+    };
     team.share(c.tokens, [&](int64_t first, int64_t last) {
-        for (int64_t t = first; t < last; ++t) one(t);
+        for (int64_t t = first; t < last; ++t) {
+            if (t + 1 < last && c.slots[t + 1] != c.slots[t] + 1) fetch(t + 1);
+            one(t);
+        }
     });
 }
 

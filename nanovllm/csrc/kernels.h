@@ -118,7 +118,31 @@ struct StoreCall {
     void *keys, *values;
     int64_t page_size, kv_heads, head_dim;
 
-    int64_t work() const { return tokens * kv_heads * head_dim; }
+    int64_t work() const { return tokens * kv_heads * head_dim * 16; }  // scattered
+};
+
+constexpr int STRIP = 32;  // channels of a Mamba2 layer's state that lie side by side
+
+// Mamba2 of a step's tokens between its projections; layer and sizes: layers/mamba2.py, states: mamba.h.
+struct Mamba2Call {
+    const float* projected;  // [tokens], rows of gate | x | B | C | dt, stride elements apart
+    int64_t stride;
+    float* out;  // [tokens][inner]
+    int64_t heads, head_dim, groups, state_size, kernel;
+    float shortest, longest, eps;      // the first two: limits of dt
+    const float *filters, *conv_bias;  // [kernel][conv_size], [conv_size]
+    const float *A, *D, *dt_bias;      // [heads]
+    const float* norm;                 // [inner]
+    float* conv_states;                // [slots][kernel - 1][conv_size]
+    float* states;                     // [slots][groups * strips][state_size][STRIP]
+    int64_t tokens, batch;
+    const int32_t *query_start, *seq_lens, *slots;  // [batch + 1], [batch], [batch]
+
+    int64_t inner() const { return heads * head_dim; }
+    int64_t conv_size() const { return inner() + 2 * groups * state_size; }
+    int64_t work_width() const { return conv_size() + 2 * heads; }             // of x | B | C | dt | exp(dt A)
+    int64_t strips() const { return (inner() / groups + STRIP - 1) / STRIP; }  // of a group
+    int64_t work() const { return tokens * inner() * state_size; }
 };
 
 // How one token is drawn; greedily where the temperature is 0. The limits are SamplingParams'.
@@ -170,6 +194,7 @@ struct Kernels {
     Kernel<Rows> log_softmax;
     Kernel<Draw> draw;
     Kernel<Penalties> penalise;
+    Kernel<Mamba2Call> mamba2;
 };
 
 // null where this build has no such level

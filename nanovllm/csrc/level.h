@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "gemm.h"
+#include "mamba.h"
 #include "rows.h"
 #include "sampling.h"
 
@@ -23,7 +24,8 @@ constexpr Kernels table(const char* name) {
             elementwise,
             log_softmax,
             draw,
-            penalise};
+            penalise,
+            mamba2};
 }
 
 }  // namespace

@@ -76,7 +76,7 @@ void as_team(int threads, F f) {
 
 template <class Call>
 void submit(Kernel<Call> kernel, const Call& call, int threads) {
-    if (recording != nullptr) recording->push_back(std::make_unique<Recorded<Call>>(kernel, call));
+    if (recording != nullptr) return recording->push_back(std::make_unique<Recorded<Call>>(kernel, call));
     as_team(call.work() < WORTH_A_THREAD ? 1 : threads, [&](Team& team) { kernel(call, team); });
 }
 
@@ -85,7 +85,7 @@ void submit(Kernel<Call> kernel, const Call& call, int threads) {
 extern "C" {
 
 // Raised whenever a function below changes; ops/library.py must agree.
-int nv_abi() { return 4; }
+int nv_abi() { return 6; }
 
 const char* nv_level() { return active->name; }
 
@@ -122,7 +122,7 @@ void nv_pack(const void* weight, void* packed, int64_t n, int64_t k, int size, i
 
 // --- recording: as a CUDA graph does on a GPU ---------------------------------------------------------
 
-// From now on this thread's calls of the functions below are also written down; pack is not one of them.
+// From now on this thread's calls of the functions below are written down instead; pack is not one of them.
 void nv_record() { recording = new Tape; }
 
 Tape* nv_recorded() {
@@ -225,5 +225,16 @@ void nv_penalise(float* logits, int64_t stride, int64_t vocab, const int32_t* to
                  int64_t count, int threads) {
     const Penalties call = {logits, stride, vocab, tokens, rows, count};
     submit(active->penalise, call, threads);
+}
+
+void nv_mamba2(const float* projected, int64_t stride, float* out, int64_t heads, int64_t head_dim, int64_t groups,
+               int64_t state_size, int64_t kernel, float shortest, float longest, float eps, const float* filters,
+               const float* conv_bias, const float* A, const float* D, const float* dt_bias, const float* norm,
+               float* conv_states, float* states, int64_t tokens, int64_t batch, const int32_t* query_start,
+               const int32_t* seq_lens, const int32_t* slots, int threads) {
+    const Mamba2Call call = {projected, stride,  out,       heads,    head_dim, groups,      state_size, kernel,
+                             shortest,  longest, eps,       filters,  conv_bias, A,          D,          dt_bias,
+                             norm,      conv_states, states, tokens,  batch,    query_start, seq_lens,   slots};
+    submit(active->mamba2, call, threads);
 }
 }

@@ -93,10 +93,16 @@ inline V load_bf16(const uint16_t* p) {
     return (V)(__builtin_convertvector(h, U) << 16);
 }
 
-inline float sum(V v) {  // always in the same order
-    float total = v[0];
-    for (int i = 1; i < WIDTH; ++i) total += v[i];
-    return total;
+// f of all lanes, always in the same order: each of the first half with its partner in the second, and so on.
+template <int HALF = WIDTH / 2, class F>
+inline float reduce(V v, F f) {
+    for (int i = 0; i < HALF; ++i) v[i] = f(v[i], v[i + HALF]);
+    if constexpr (HALF > 1) return reduce<HALF / 2>(v, f);
+    return v[0];
+}
+
+inline float sum(V v) {
+    return reduce(v, [](float a, float b) { return a + b; });
 }
 
 // e^x to 2 ulp: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (coefficients of Cephes' expf).

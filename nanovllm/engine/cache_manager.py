@@ -62,13 +62,12 @@ class CacheManager:
         enable_prefix_caching: bool = True,
         window: int | None = None,
         state_grid: int = 1,
+        chunk_grid: int = 1,
         snapshot_interval: int = 4096,
-        align_chunks: bool = True,
     ) -> None:
         """num_slots: state slots, slot 0 among them; 0 for models without recurrent state.
-        window, state_grid, snapshot_interval: see CachePlan.
-        align_chunks: cut prompts of stateful sequences on the grid alone; they wait for a step
-            with enough budget otherwise.
+        window, state_grid, chunk_grid, snapshot_interval: see CachePlan. A prompt waits for a step
+            whose budget reaches the chunk grid's next multiple.
         """
         self.blocks = BlockManager(num_blocks)
         self.states = StateSlots(num_slots) if num_slots else None
@@ -76,8 +75,8 @@ class CacheManager:
         self.enable_prefix_caching = enable_prefix_caching
         self.window = window
         self.state_grid = state_grid
+        self.chunk_grid = chunk_grid
         self.snapshot_interval = snapshot_interval
-        self.align_chunks = align_chunks
         self._held: dict[int, _Holding] = {}
         self._hashes: dict[int, list[bytes]] = {}  # of a sequence's full pages, as far as needed
 
@@ -250,15 +249,15 @@ class CacheManager:
 
     def _cut(self, seq: Sequence, start: int, limit: int, junction: int | None) -> int:
         """Tokens from `start` to compute in one step: stateful sequences pause where their state is
-        captured, and on the grid while they are incomplete."""
+        captured, and on the chunk grid while they are incomplete."""
         end = min(seq.num_tokens, start + limit)
         if self.states is None:
             return end - start
         stop = self._next_stop(seq, start, junction)
         if stop is not None and stop <= end:
             return stop - start
-        if end < seq.num_tokens and self.align_chunks:
-            end -= end % self.state_grid
+        if end < seq.num_tokens:
+            end -= end % self.chunk_grid
         return max(0, end - start)
 
     def _next_stop(self, seq: Sequence, start: int, junction: int | None) -> int | None:

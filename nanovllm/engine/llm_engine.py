@@ -56,6 +56,7 @@ class LLMEngine:
         self._executor: Executor | None = executor
         capacity = executor.capacity
         assert config.max_model_len is not None and config.max_num_batched_tokens is not None
+        grid_fits = config.max_num_batched_tokens >= config.max_num_seqs + capacity.chunk_grid  # while all decode
         cache = CacheManager(
             capacity.num_blocks,
             config.kvcache_block_size,
@@ -63,8 +64,8 @@ class LLMEngine:
             enable_prefix_caching=config.enable_prefix_caching,
             window=capacity.window,
             state_grid=capacity.state_grid,
+            chunk_grid=capacity.chunk_grid if grid_fits else 1,
             snapshot_interval=capacity.snapshot_interval,
-            align_chunks=config.max_num_batched_tokens >= config.max_num_seqs + capacity.state_grid,
         )
         self.config = config
         self.tokenizer = tokenizer

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from nanovllm.attention.base import AttentionBackend, require_support, select_backend
+from nanovllm.batch import Batch
 from nanovllm.build_context import BuildContext
 from nanovllm.cache_spec import CachePlan, CacheSpec, PagedKVSpec, StateSpec
 from nanovllm.config import EngineConfig
@@ -18,7 +19,8 @@ from nanovllm.engine.step_graphs import StepGraphs
 from nanovllm.layers.attention import CachedLayer
 from nanovllm.layers.sampler import sample, token_logprobs
 from nanovllm.models.base import CausalLM, ModelConfig
-from nanovllm.ops.base import Recorder, select_ops
+from nanovllm.ops.base import select_ops
+from nanovllm.ops.graph import CannotRecord, Recorder
 from nanovllm.sample_row import TokenLogprobs
 from nanovllm.weights.checkpoint import Checkpoint
 
@@ -42,22 +44,21 @@ class ModelRunner:
         self._backend: AttentionBackend = select_backend(
             config.attention_backend, self._device, dtype, self._block_size
         )
-        ops = select_ops(config.kernels, self._device, dtype)
-        self._sampling = ops.sampling
-        ctx = BuildContext(self._device, dtype, self._backend, config.max_model_len, ops=ops)
+        self._ops = select_ops(config.kernels, self._device, dtype)
+        ctx = BuildContext(self._device, dtype, self._backend, config.max_model_len, ops=self._ops)
         self._model = model_class(model_config, ctx)
         if config.load_format == "dummy":
             self._model.load_dummy(config.seed or 0)
         else:
             self._model.load(checkpoint)
         self.cache_plan = self._create_caches(config)
-        self._graphs = self._step_graphs(config, ops.recorder()) if not config.enforce_eager else None
+        self._graphs = None if config.enforce_eager else self._step_graphs(config, self._ops.recorder())
         logger.info(
             "%s on %s in %s, kernels %s, attention %s, %d pages of %d tokens (%.2f GiB)",
             model_class.__name__,
             config.device,
             config.dtype,
-            ops.name,
+            self._ops.name,
             self._backend.name,
             self.cache_plan.num_blocks - 1,
             self._block_size,
@@ -79,17 +80,26 @@ class ModelRunner:
             with_states=self.cache_plan.num_slots > 0,
         )
         self._copy_states([(s.resume_from, s.state_slot) for s in plan.sequences if s.resume_from])
-        rows = [s.sample for s in plan.sequences if s.sample is not None]
-        prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
-        if self._graphs is not None and self._graphs.takes(batch) and not _wants_prompt_logprobs(plan):
-            logits = self._graphs.logits(batch)
-        else:
-            hidden = self._model(batch)  # [T, H]
-            prompt_logprobs = self._prompt_logprobs(plan, hidden)
-            logits = self._model.compute_logits(hidden[batch.logits_rows])
+        logits, prompt_logprobs = self._logits(plan, batch)
         self._copy_states([(s.state_slot, s.capture_to) for s in plan.sequences if s.capture_to])
-        token_ids, logprobs = sample(logits, rows, self._sampling)
+        rows = [s.sample for s in plan.sequences if s.sample is not None]
+        token_ids, logprobs = sample(logits, rows, self._ops.sampling)
         return StepResult(token_ids, logprobs, prompt_logprobs)
+
+    def _logits(self, plan: StepPlan, batch: Batch) -> tuple[torch.Tensor, dict[int, list[TokenLogprobs]]]:
+        """Of the rows that are sampled, and what was asked about prompts."""
+        if self._graphs is not None and all(s.prompt_targets is None for s in plan.sequences):
+            try:
+                return self._graphs.logits(batch), {}
+            except CannotRecord as error:
+                logger.info("steps run op by op: %s cannot be recorded", error)
+                self._graphs = None
+        hidden = self._model(batch)  # [T, H]
+        prompt_logprobs = self._prompt_logprobs(plan, hidden)
+        return self._sampled_logits(hidden, batch), prompt_logprobs
+
+    def _sampled_logits(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return self._model.compute_logits(self._ops.gather(hidden, batch.logits_rows))
 
     def _copy_states(self, moves: list[tuple[int, int]]) -> None:
         """Copy whole slots (from, to); all are read before any is written."""
@@ -108,7 +118,7 @@ class ModelRunner:
                     targets = s.prompt_targets[i : i + _LOGITS_ROWS].astype(np.int64)
                     logits = self._model.compute_logits(hidden[row + i : row + i + len(targets)])
                     counts = [s.num_prompt_logprobs] * len(targets)
-                    mine += token_logprobs(self._sampling.log_softmax(logits), targets, counts)
+                    mine += token_logprobs(self._ops.sampling.log_softmax(logits), targets, counts)
             row += s.num_tokens
         return found
 
@@ -117,7 +127,7 @@ class ModelRunner:
             return None
         assert config.max_model_len is not None
         return StepGraphs(
-            self._model,
+            lambda batch: self._sampled_logits(self._model(batch), batch),
             recorder,
             self._backend,
             max_num_seqs=config.max_num_seqs,
@@ -154,7 +164,3 @@ class ModelRunner:
             return torch.zeros(shape, dtype=dtype, device=self._device)
         size = int(np.prod(shape)) * dtype.itemsize
         return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)
-
-
-def _wants_prompt_logprobs(plan: StepPlan) -> bool:
-    return any(s.prompt_targets is not None for s in plan.sequences)

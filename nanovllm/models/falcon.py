@@ -113,7 +113,9 @@ class FalconAttention(nn.Module):
 class FalconMLP(nn.Module):
     def __init__(self, config: FalconConfig, ctx: BuildContext) -> None:
         super().__init__()
-        self.dense_h_to_4h = ActivatedLinear(config.hidden_size, config.ffn_hidden_size, ctx, bias=config.bias, act=config.activation)
+        self.dense_h_to_4h = ActivatedLinear(
+            config.hidden_size, config.ffn_hidden_size, ctx, bias=config.bias, act=config.activation
+        )
         self.dense_4h_to_h = RowParallelLinear(config.ffn_hidden_size, config.hidden_size, ctx, bias=config.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -67,7 +67,9 @@ class GPTNeoXAttention(nn.Module):
 class GPTNeoXMLP(nn.Module):
     def __init__(self, config: GPTNeoXConfig, ctx: BuildContext) -> None:
         super().__init__()
-        self.dense_h_to_4h = ActivatedLinear(config.hidden_size, config.intermediate_size, ctx, bias=True, act=config.hidden_act)
+        self.dense_h_to_4h = ActivatedLinear(
+            config.hidden_size, config.intermediate_size, ctx, bias=True, act=config.hidden_act
+        )
         self.dense_4h_to_h = RowParallelLinear(config.intermediate_size, config.hidden_size, ctx, bias=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

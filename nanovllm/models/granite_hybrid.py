@@ -15,13 +15,13 @@ from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear
-from nanovllm.layers.mamba2 import Mamba2, Mamba2Sizes
+from nanovllm.layers.mamba2 import Mamba2
 from nanovllm.layers.mlp import GatedMLP
 from nanovllm.layers.moe import SparseMoE, top_k_softmax
 from nanovllm.layers.rotary_embedding import Rope, RopeConfig, RotaryEmbedding, apply_rotary
-from nanovllm.layers.ssm_plan import ScanPlan, plan_scan
 from nanovllm.models.base import CausalLM
 from nanovllm.models.config_reader import read_config, refuse_unless, rope_fields
+from nanovllm.ops.mamba2 import Mamba2Sizes
 from nanovllm.weights.rules import LLAMA_RULES, Pack, Rule, Split, fused_expert_rules, head_rules
 
 # both generations of config.json
@@ -152,7 +152,7 @@ class GraniteHybridDecoderLayer(nn.Module):
         self._is_mamba, self._is_sparse = layer_type == "mamba", config.num_local_experts > 0
         self._multiplier = config.residual_multiplier
 
-    def forward(self, x: torch.Tensor, rope: Rope | None, plan: ScanPlan, batch: Batch) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rope: Rope | None, plan: Any, batch: Batch) -> torch.Tensor:
         normed = self.input_layernorm(x)
         mixed = self.mamba(normed, plan) if self._is_mamba else self.self_attn(normed, rope, batch)
         x = x + mixed * self._multiplier
@@ -173,12 +173,12 @@ class GraniteHybridModel(nn.Module):
         if config.position_embedding_type == "rope":  # else the Mamba2 layers alone tell the order
             self.rotary_emb = RotaryEmbedding(config.head_dim, config.rope, ctx)
         self._multiplier = config.embedding_multiplier
-        self._history = config.mamba_d_conv - 1
+        self._ops, self._sizes = ctx.ops, config.mamba
 
     def forward(self, batch: Batch) -> torch.Tensor:
         x = self.embed_tokens(batch.input_ids) * self._multiplier  # [T, hidden]
         rope = self.rotary_emb(batch.positions) if self.rotary_emb is not None else None
-        plan = plan_scan(batch, self._history)
+        plan = self._ops.plan_mamba2(batch, self._sizes)
         for layer in self.layers:
             x = layer(x, rope, plan, batch)
         return self.norm(x)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from nanovllm.batch import Batch
+from nanovllm.cache_spec import StateSpec
 from nanovllm.errors import ConfigError
+from nanovllm.ops.graph import Recorder
 from nanovllm.ops.library import Library, library_or_reason
+from nanovllm.ops.mamba2 import Mamba2Sizes, Mamba2Weights
 from nanovllm.ops.native import NativeOps
 from nanovllm.ops.torch_ops import TorchOps
 from nanovllm.sample_row import SampleRow
@@ -100,21 +104,24 @@ class Ops(Protocol):
         """Heads x [T, H, D] by cos and sin [T, 1, R / 2], R <= D; computed in fp32, returned in x's dtype."""
         ...
 
-
-class Graph(Protocol):
-    """A recorded step."""
-
-    def replay(self) -> None:
-        """Once more, on what its input tensors hold now."""
+    def mamba2_states(self, sizes: Mamba2Sizes, dtype: torch.dtype) -> StateSpec:
+        """What `mamba2` keeps of a sequence: the convolution's last inputs and the recurrence's state."""
         ...
 
+    def plan_mamba2(self, batch: Batch, sizes: Mamba2Sizes) -> Any:
+        """What `mamba2` has to know of a step, made once for all layers."""
+        ...
 
-class Recorder(Protocol):
-    """Records steps that never run at the same time."""
-
-    def record(self, run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Graph | None]:
-        """Run once. Gives the result, a tensor that replays write again and later recordings overwrite;
-        and the graph, or None if `run` does something that cannot be replayed."""
+    def mamba2(
+        self,
+        projected: torch.Tensor,
+        weights: Mamba2Weights,
+        conv_states: torch.Tensor,
+        states: torch.Tensor,
+        plan: Any,
+    ) -> torch.Tensor:
+        """Convolution, recurrence and gated norm, in fp32: [T, gate | x | B | C | dt] -> [T, inner size].
+        The slots' states are brought up to date."""
         ...
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from nanovllm.errors import ConfigError
 
 _PATH = Path(__file__).parents[1] / "csrc" / "libnanovllm.so"
-_ABI = 4  # of csrc/library.cpp
+_ABI = 6  # of csrc/library.cpp
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ROWS = [_POINTER, _LONG, _LONG, _LONG, _LONG, _LONG]  # x, outer, inner, their strides, size
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
@@ -51,6 +51,17 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "nv_log_softmax": (None, [_POINTER, _LONG, _LONG, _LONG, _POINTER, _INT]),
     "nv_draw": (None, [_POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _INT]),
     "nv_penalise": (None, [_POINTER, _LONG, _LONG, _POINTER, _POINTER, _LONG, _INT]),
+    "nv_mamba2": (
+        None,
+        [
+            *(_POINTER, _LONG, _POINTER),  # projected, its stride, out
+            *(_LONG, _LONG, _LONG, _LONG, _LONG),  # heads, head size, groups, state size, convolution's kernel
+            *(_FLOAT, _FLOAT, _FLOAT),  # shortest and longest dt, eps
+            *([_POINTER] * 6),  # filters, convolution's bias, A, D, dt_bias, norm
+            *(_POINTER, _POINTER),  # states of the convolution and of the recurrence
+            *(_LONG, _LONG, _POINTER, _POINTER, _POINTER, _INT),  # tokens, batch, query_start, seq_lens, slots, threads
+        ],
+    ),
     "nv_record": (None, []),
     "nv_recorded": (_POINTER, []),
     "nv_tape_length": (_LONG, [_POINTER]),
@@ -89,6 +100,7 @@ class Library:
         self.gather = library.nv_gather
         self.elementwise = library.nv_elementwise
         self.log_softmax, self.draw, self.penalise = library.nv_log_softmax, library.nv_draw, library.nv_penalise
+        self.mamba2 = library.nv_mamba2
         self.record, self.recorded = library.nv_record, library.nv_recorded
         self.tape_length, self.replay, self.free = library.nv_tape_length, library.nv_replay, library.nv_free
         self._level, self._set_level = library.nv_level, library.nv_set_level

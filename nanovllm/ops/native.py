@@ -6,11 +6,15 @@ import math
 
 import torch
 
+from nanovllm.batch import Batch
+from nanovllm.cache_spec import StateSpec
 from nanovllm.ops.library import Library
+from nanovllm.ops.mamba2 import Mamba2Sizes, Mamba2Weights
 from nanovllm.ops.native_sampling import NativeSampling
 from nanovllm.ops.recorder import NativeRecorder
 
 _PANEL = 16  # rows of a weight that lie side by side once packed; csrc/kernels.h
+_STRIP = 32  # channels of a Mamba2 layer that lie side by side in its state; csrc/kernels.h
 _ACTIVATIONS = {"silu": 1, "swish": 1, "gelu": 2, "gelu_fast": 3, "gelu_new": 3, "gelu_pytorch_tanh": 3, "relu": 4}
 
 
@@ -100,6 +104,8 @@ class NativeOps:
         return out
 
     def gather(self, table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        if table.dtype not in (torch.float32, torch.bfloat16) or not table.is_contiguous():
+            table = table.float().contiguous()
         width, is_bf16 = table.shape[1], table.dtype == torch.bfloat16
         out = torch.empty(len(rows), width)
         self._library.gather(
@@ -130,6 +136,39 @@ class NativeOps:
         cos, sin = cos.contiguous(), sin.contiguous()
         self._library.rope(*_rows(rows), cos.data_ptr(), sin.data_ptr(), half, out.data_ptr(), torch.get_num_threads())
         return out.to(x.dtype)
+
+    def mamba2_states(self, sizes: Mamba2Sizes, dtype: torch.dtype) -> StateSpec:
+        """A token's bits are the same however its sequence is cut, so there is no grid."""
+        strips = -(-sizes.inner_size // sizes.num_groups // _STRIP)
+        history = (sizes.conv_kernel - 1, sizes.conv_size)
+        state = (sizes.num_groups * strips, sizes.state_size, _STRIP)
+        return StateSpec(shapes=(history, state), dtypes=(torch.float32, torch.float32))
+
+    def plan_mamba2(self, batch: Batch, sizes: Mamba2Sizes) -> Batch:
+        return batch
+
+    def mamba2(
+        self,
+        projected: torch.Tensor,
+        weights: Mamba2Weights,
+        conv_states: torch.Tensor,
+        states: torch.Tensor,
+        plan: Batch,
+    ) -> torch.Tensor:
+        sizes, slots = weights.sizes, plan.state_slots
+        assert slots is not None and projected.dtype == torch.float32
+        out = torch.empty(len(projected), sizes.inner_size)
+        self._library.mamba2(
+            *(projected.data_ptr(), projected.stride(0), out.data_ptr()),
+            *(sizes.num_heads, sizes.head_dim, sizes.num_groups, sizes.state_size, sizes.conv_kernel),
+            *(*sizes.time_step_limit, sizes.rms_norm_eps),
+            *(weights.filters.data_ptr(), weights.conv_bias.data_ptr()),
+            *(weights.A.data_ptr(), weights.D.data_ptr(), weights.dt_bias.data_ptr(), weights.norm.data_ptr()),
+            *(conv_states.data_ptr(), states.data_ptr()),
+            *(len(projected), len(slots)),
+            *(plan.query_start.data_ptr(), plan.seq_lens.data_ptr(), slots.data_ptr(), torch.get_num_threads()),
+        )
+        return out
 
 
 def _packed_shape(rows: int, cols: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:

@@ -1,9 +1,8 @@
-"""A step recorded once and replayed by one native call: on the CPU what a CUDA graph is on a GPU.
+"""A step is written down, and then run by one native call: on the CPU what a CUDA graph is on a GPU.
 
-While a step runs, the library writes down the calls it gets. The tensors of the step come from a pool
-that nothing else uses, so that the calls can run again at the same addresses. torch's dispatcher is
-watched: plain arithmetic is handed to the library, and an operation that neither the library knows
-nor is a mere view makes the step one that cannot be recorded.
+While a step is recorded nothing is computed: the library writes down the calls it gets. The tensors of
+the step come from a pool, so that the calls can run again at the same addresses. torch's dispatcher is
+watched: plain arithmetic is handed to the library, and anything else but a view ends the recording.
 """
 
 from __future__ import annotations
@@ -18,9 +17,13 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nanovllm.ops.graph import CannotRecord
 from nanovllm.ops.library import Library
 
 aten = torch.ops.aten
+# of views, or of nothing where a tensor already is what it is asked to be
+_COMPOSITE = {aten.flatten.using_ints, aten.unflatten.int, aten.reshape.default, aten.to.dtype}
+_READING = {aten.resolve_conj.default, aten.resolve_neg.default}  # what tolist() and numpy() begin with
 _LINE = 64  # bytes
 _ADD, _SCALE, _DIVIDE, _CLAMP = range(4)  # csrc/kernels.h
 
@@ -46,19 +49,15 @@ class NativeRecorder:
         self._library = library
         self._pool = _Pool()
 
-    def record(self, run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, NativeGraph | None]:
-        """Run once. Gives the result, which a replay overwrites as the next recording does, and the graph,
-        or None if `run` needs more than the library has; `unrecorded` then names it."""
+    def record(self, run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, NativeGraph]:
         self._pool.reclaim()
-        watch = _Watch(self._library, self._pool)
         self._library.record()
         try:
-            with watch:
+            with _Watch(self._library, self._pool):
                 result = run()
         finally:
             graph = NativeGraph(self._library)
-        self.unrecorded = watch.foreign
-        return result, None if watch.foreign else graph
+        return result, graph
 
 
 class _Watch(TorchDispatchMode):
@@ -66,38 +65,37 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self, library: Library, pool: _Pool) -> None:
         super().__init__()
-        self.foreign: set[str] = set()
         self._library, self._pool = library, pool
-        self._arithmetic = {
+        self._arithmetic: dict[Any, Callable[..., torch.Tensor]] = {
             aten.add.Tensor: lambda x, y: self._map(_ADD, x, y=y),
             aten.mul.Tensor: lambda x, a: self._map(_SCALE, x, a),
             aten.div.Tensor: lambda x, a: self._map(_DIVIDE, x, a),
             aten.clamp.default: lambda x, low, high: self._map(_CLAMP, x, low, high),
         }
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch would import its compiler, which takes a second, to tell it to look away."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func is aten.empty.memory_format:
             return self._pool.empty(args[0], kwargs.get("dtype") or torch.get_default_dtype())
-        if func.is_view:
+        if func.is_view and func not in _READING:
             return func(*args, **kwargs)
         if func in self._arithmetic and not kwargs:
-            result = self._arithmetic[func](*args)
-            if result is not NotImplemented:
-                return result
-        elif func._can_decompose():
+            return self._arithmetic[func](*args)
+        if func in _COMPOSITE:
             with self:
-                result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        self.foreign.add(str(func))  # its result is right now, but would be missing from a replay
-        return func(*args, **kwargs)
+                return func.decompose(*args, **kwargs)
+        raise CannotRecord(str(func))
 
     def _map(self, kind: int, x: Any, a: Any = 0.0, b: Any = 0.0, y: torch.Tensor | None = None) -> Any:
         """Of floats that lie side by side; y of the same shape."""
         tensors = [x] if y is None else [x, y]
         if not all(_is_plain(t) and t.shape == x.shape for t in tensors) or not all(map(_is_number, (a, b))):
-            return NotImplemented
+            raise CannotRecord(f"arithmetic on {[getattr(t, 'shape', t) for t in (x, y, a, b)]}")
         out = self._pool.empty(x.shape, torch.float32)
         second = None if y is None else y.data_ptr()
         threads = torch.get_num_threads()

@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from nanovllm.batch import Batch
+from nanovllm.cache_spec import StateSpec
+from nanovllm.ops import torch_mamba2
+from nanovllm.ops.mamba2 import Mamba2Sizes, Mamba2Weights
+from nanovllm.ops.ssm_plan import GRID, ScanPlan, plan_scan
 from nanovllm.ops.torch_sampling import TorchSampling
 
 
@@ -67,3 +72,21 @@ class TorchOps:
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         first, second, *rest = x.float().split(cos.shape[-1], dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin, *rest), dim=-1).to(x.dtype)
+
+    def mamba2_states(self, sizes: Mamba2Sizes, dtype: torch.dtype) -> StateSpec:
+        history = (sizes.conv_kernel - 1, sizes.conv_size)
+        state = (sizes.num_heads, sizes.head_dim, sizes.state_size)
+        return StateSpec(shapes=(history, state), dtypes=(dtype, torch.float32), grid=GRID)
+
+    def plan_mamba2(self, batch: Batch, sizes: Mamba2Sizes) -> ScanPlan:
+        return plan_scan(batch, sizes.conv_kernel - 1)
+
+    def mamba2(
+        self,
+        projected: torch.Tensor,
+        weights: Mamba2Weights,
+        conv_states: torch.Tensor,
+        states: torch.Tensor,
+        plan: ScanPlan,
+    ) -> torch.Tensor:
+        return torch_mamba2.mamba2(projected, weights, conv_states, states, plan)

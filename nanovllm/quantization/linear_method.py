@@ -65,7 +65,9 @@ class UnquantizedLinearMethod:
         weight = layer.weight.detach()
         layer.packed = self._ops.packs(weight.device, weight.dtype)
         if layer.packed:
-            layer.weight = nn.Parameter(self._ops.pack(weight, gated=layer.gated and self._fuses(layer)), requires_grad=False)
+            layer.weight = nn.Parameter(
+                self._ops.pack(weight, gated=layer.gated and self._fuses(layer)), requires_grad=False
+            )
 
     def num_bytes(self, layer: LinearWeights, device: torch.device) -> int | None:
         (rows, cols), dtype = layer.weight.shape, layer.weight.dtype

@@ -62,14 +62,14 @@ def require_fit(missing: list[str], unexpected: list[str], misshapen: list[str])
 def fill_dummy_weights(model: nn.Module, seed: int = 0) -> None:
     """Seeded random weights of a harmless size, for benchmarks without a checkpoint."""
     generator = torch.Generator().manual_seed(seed)
-    for layer in model.modules():
-        if not isinstance(layer, WeightLayer):
-            continue
+    layers = [m for m in model.modules() if isinstance(m, WeightLayer)]
+    for layer in layers:
         for parameter, shards in layer.expected_weights().items():
             for shard, shape in shards.items():
                 values = torch.randn(shape, generator=generator) * 0.02
                 is_norm = parameter == "weight" and len(shape) == 1
                 layer.load_weight(parameter, values + 1 if is_norm else values, shard)
+    for layer in layers:
         layer.finalize_weights()
 
 

@@ -235,6 +235,14 @@ def test_prompts_are_cut_on_the_grid_while_others_decode():
     assert all(start % 8 == 0 and (count % 8 == 0 or start == 48) for start, count in starts(executor)[1:])
 
 
+def test_without_a_chunk_grid_prompts_take_the_whole_budget():
+    engine, executor = mock_engine(num_slots=9, max_num_seqs=4, max_num_batched_tokens=13, chunk_grid=1)
+    output = generate(engine, [*range(50)])
+    assert starts(executor) == [(0, 13), (13, 11), (24, 13), (37, 11), (48, 2)]  # and pauses at 24 and 48
+    assert output["token_ids"] == naive_generate([*range(50)], 4, eos=None)
+    assert generate(engine, [*range(50)]).num_cached_tokens == 48
+
+
 @pytest.mark.parametrize("reset", ["reset", "salt", "off"])
 def test_snapshots_are_not_found_where_pages_are_not(reset):
     engine, _ = mock_engine(num_slots=9, max_num_seqs=4, enable_prefix_caching=reset != "off")

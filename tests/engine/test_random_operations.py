@@ -20,16 +20,18 @@ class EngineMachine(RuleBasedStateMachine):
         budget=st.integers(6, 40),
         caching=st.booleans(),
         num_slots=st.sampled_from([0, 0, 1, 2, 3, 5, 12]),
+        chunk_grid=st.sampled_from([1, 8]),
         window=st.sampled_from([None, None, 1, 5, 9, 16, 30]),
         policy=st.sampled_from(["fcfs", "priority"]),
     )
-    def start(self, num_blocks, max_num_seqs, budget, caching, num_slots, window, policy):
+    def start(self, num_blocks, max_num_seqs, budget, caching, num_slots, chunk_grid, window, policy):
         self.engine, self.executor = mock_engine(
             num_blocks=num_blocks,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
             enable_prefix_caching=caching,
             num_slots=num_slots + 1 if num_slots else 0,
+            chunk_grid=chunk_grid,
             window=window,
             scheduling_policy=policy,
         )

@@ -19,7 +19,6 @@ WAYS = {
     "large pages": {"kvcache_block_size": 64, "max_num_batched_tokens": 40, "max_num_seqs": 3},
 }
 PARAMS = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, logprobs=-1)
-RECURRENT = [name for name, config in TINY.items() if "Hybrid" in config["architectures"][0]]
 
 
 def prompts() -> list[list[int]]:
@@ -48,7 +47,7 @@ def same(ours, theirs) -> bool:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", [name for name in TINY if name not in RECURRENT])
+@pytest.mark.parametrize("family", TINY)
 def test_bits_are_the_requests_own(tiny_model, threads, family, dtype):
     found = {}
     for way, options in WAYS.items():

@@ -1,4 +1,4 @@
-"""Which tokens of a step a Mamba2 layer computes together; made once for all layers.
+"""Which tokens of a step torch computes together in a Mamba2 layer; made once for all layers.
 
 A sequence's positions are divided into cells of GRID tokens, from position 0 on and whatever the
 chunks in which they come. So a prompt that is cut between two cells is computed in the same sums as

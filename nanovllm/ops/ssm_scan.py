@@ -1,4 +1,4 @@
-"""The state space recurrence of Mamba2 (Dao and Gu 2024), for many sequences at once.
+"""The state space recurrence of Mamba2 (Dao and Gu 2024) with torch, for many sequences at once.
 
 Every head has a state S [P, N]. A token with input x [P], step size dt, and vectors B and C [N],
 which the heads of a group share, makes of it
