@@ -16,7 +16,7 @@ namespace {
 using namespace nanovllm;
 
 constexpr float INF = std::numeric_limits<float>::infinity();
-constexpr int SAMPLES = 64;      // of values, from which a pivot is guessed
+constexpr int SAMPLES = 32;      // of values, from which a pivot is guessed
 constexpr int64_t STRETCH = 1024;  // tokens whose weights are summed up before the draw
 
 // A vector of a row of n; minus infinity behind the end.
@@ -109,13 +109,14 @@ float find_floor(float* candidates, int64_t n, double goal, double total, Measur
         if (count == n) return samples[s];
         const float pivot = samples[halve ? count / 2 : s];
 
-        Mass above, equal;
+        Mass above;
+        I equal = {};
         for (int64_t i = 0; i < n; i += WIDTH) {
-            const V v = at(candidates, i, n), m = measure(v);
-            above.add(v > pivot ? m : splat(0.0f));
-            equal.add(v == pivot ? m : splat(0.0f));
+            const V v = at(candidates, i, n);
+            above.add(v > pivot ? measure(v) : splat(0.0f));
+            equal -= v == pivot;
         }
-        const double more = above.total(), same = equal.total();
+        const double more = above.total(), same = (double)sum(equal) * measure(splat(pivot))[0];
         const bool up = more >= goal;
         if (!up && more + same >= goal) return pivot;
         int64_t kept = 0;
@@ -131,12 +132,12 @@ float find_floor(float* candidates, int64_t n, double goal, double total, Measur
     }
 }
 
-struct Scaled {  // a row of logits over its temperature
-    const float* logits;
+struct Scaled {  // a row of logits over its temperature; minus infinity up to a whole vector behind the end
+    const float* values;
     int64_t size;
-    float temperature, top;
+    float top;
 
-    V operator[](int64_t i) const { return at(logits, i, size) / temperature; }
+    V operator[](int64_t i) const { return load(values + i); }
 
     V kept_weight(int64_t i, float floor) const {
         const V v = (*this)[i];
@@ -214,13 +215,14 @@ struct Scaled {  // a row of logits over its temperature
 };
 
 int64_t draw_token(const float* logits, int64_t size, const DrawRow& how) {
-    const float top = largest(logits, size) / how.temperature;
-    if (!std::isfinite(top)) return size - 1;  // no distribution: a broken model, but a valid id
-    const Scaled row = {logits, size, how.temperature, top};
     static thread_local Scratch scratch;
-    const int64_t sums = size / STRETCH + 1;
-    double* memory = (double*)scratch.get(sums * sizeof(double) + (size + WIDTH) * sizeof(float));
-    return row.draw(row.cut(how, (float*)(memory + sums)), how.uniform, memory);
+    const int64_t room = size + 2 * WIDTH;
+    float* scaled = (float*)scratch.get(2 * room * sizeof(float) + (size / STRETCH + 1) * sizeof(double));
+    for (int64_t i = 0; i < size; i += WIDTH) store(scaled + i, at(logits, i, size) / how.temperature);
+    const float top = largest(scaled, size);
+    if (!std::isfinite(top)) return size - 1;  // no distribution: a broken model, but a valid id
+    const Scaled row = {scaled, size, top};
+    return row.draw(row.cut(how, scaled + room), how.uniform, (double*)(scaled + 2 * room));
 }
 
 // --- kernels ---------------------------------------------------------------------------------------

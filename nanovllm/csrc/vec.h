@@ -101,6 +101,12 @@ inline float reduce(V v, F f) {
     return v[0];
 }
 
+inline int64_t sum(I v) {
+    int64_t total = 0;
+    for (int l = 0; l < WIDTH; ++l) total += v[l];
+    return total;
+}
+
 inline float sum(V v) {
     return reduce(v, [](float a, float b) { return a + b; });
 }
