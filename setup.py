@@ -17,6 +17,7 @@ TEST = [
     "types-psutil",
     "types-tqdm",
 ]
+BENCH = ["matplotlib>=3.9"]  # bench.py --plot
 GPU = ["triton>=3.6; sys_platform == 'linux'", "flash-attn>=2.6; sys_platform == 'linux'"]
 
 CSRC = Path("nanovllm/csrc")
@@ -77,6 +78,6 @@ setup(
         "tqdm>=4.66",
         "xxhash>=3.4",
     ],
-    extras_require={"test": TEST, "dev": TEST, "gpu": GPU, "transformers": TRANSFORMERS},
+    extras_require={"test": TEST, "dev": TEST, "bench": BENCH, "gpu": GPU, "transformers": TRANSFORMERS},
     entry_points={"console_scripts": ["nanovllm = nanovllm.cli.main:main"]},
 )

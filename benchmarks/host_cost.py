@@ -1,9 +1,9 @@
 """What a decoding step costs beside the model: the real engine around a model that computes nothing.
 
-    python -m benchmarks.host_cost [--steps 200] [--prompt 512]
+    python bench.py --preset host_cost
 
 The model gives the same logits at every step, over 512 tokens, so that what is left is the host's work:
-to schedule, build the batch, draw, book, detokenise. `waiting` repeats it with 10,000 requests in the queue.
+to schedule, build the batch, draw, book, detokenise. The last rows have 10,000 requests in the queue.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import tokenizers
 import torch
 from torch import nn
 
+from benchmarks.report import finish
 from nanovllm import SamplingParams
 from nanovllm.batch import Batch
 from nanovllm.build_context import BuildContext
@@ -38,6 +39,7 @@ from nanovllm.tokenizer.tokenizer import Tokenizer
 VOCAB = 512
 BATCHES = (1, 32, 256)
 WAITING = 10_000
+STEPS, PROMPT = 200, 512  # steps measured, tokens of each prompt
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "random": {"temperature": 0.8, "top_k": 50, "top_p": 0.9},
@@ -112,7 +114,7 @@ def make_engine(max_num_seqs: int) -> LLMEngine:
     return LLMEngine(config, _tokenizer(), executor, vocab_size=VOCAB, eos_ids=[0])
 
 
-def measure(batch: int, kind: str, *, steps: int, prompt: int, waiting: int = 0) -> dict[str, float]:
+def measure(batch: int, kind: str, waiting: int) -> dict[str, float]:
     """Microseconds a decoding step, of each part and in all; medians."""
     clock = Clock()
     with (
@@ -123,14 +125,14 @@ def measure(batch: int, kind: str, *, steps: int, prompt: int, waiting: int = 0)
         engine.scheduler.schedule = clock.wrap("schedule", engine.scheduler.schedule)  # type: ignore[method-assign]
         engine.scheduler.update = clock.wrap("update", engine.scheduler.update)  # type: ignore[method-assign]
         engine._outputs.process = clock.wrap("outputs", engine._outputs.process)  # type: ignore[method-assign]
-        params = SamplingParams(max_tokens=steps + 20, ignore_eos=True, **KINDS[kind])
+        params = SamplingParams(max_tokens=STEPS + 20, ignore_eos=True, **KINDS[kind])
         for i in range(batch + waiting):
-            engine.add(engine.prepare([1 + i % (VOCAB - 1)] * prompt, params))
+            engine.add(engine.prepare([1 + i % (VOCAB - 1)] * PROMPT, params))
         for _ in range(10):
             engine.step()
         clock.seconds.clear()
         step = clock.wrap("all", engine.step)
-        for _ in range(steps):
+        for _ in range(STEPS):
             step()
     assert len(engine.scheduler.running) == batch and engine.scheduler.num_waiting == waiting
     found = {part: statistics.median(seconds) * 1e6 for part, seconds in clock.seconds.items()}
@@ -148,17 +150,15 @@ def _tokenizer() -> Tokenizer:
 
 def run(args: argparse.Namespace) -> None:
     columns = (*PARTS, "the rest", "all")
-    print("microseconds a step" + " " * 11 + " ".join(f"{name:>11}" for name in columns))
-    for waiting in (0, WAITING):
-        for kind in KINDS if not waiting else ("greedy",):
-            for batch in BATCHES:
-                found = measure(batch, kind, steps=args.steps, prompt=args.prompt, waiting=waiting)
-                label = f"{batch} {kind}" + (f", {waiting:,} waiting" if waiting else "")
-                print(f"{label:<30}" + " ".join(f"{found[name]:11.0f}" for name in columns), flush=True)
+    print(f"{'microseconds a step':<30}" + " ".join(f"{name:>11}" for name in columns))
+    results: dict[str, dict[str, float]] = {}
+    for kind, waiting in (*((kind, 0) for kind in KINDS), ("greedy", WAITING)):
+        for batch in BATCHES:
+            label = f"{batch} {kind}" + (f", {waiting:,} waiting" if waiting else "")
+            found = results[label] = measure(batch, kind, waiting)
+            print(f"{label:<30}" + " ".join(f"{found[name]:11.0f}" for name in columns), flush=True)
+    finish(args, microseconds={label: round(found["all"], 1) for label, found in results.items()})
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--prompt", type=int, default=512, help="tokens of each prompt")
-    run(parser.parse_args())
+    run(argparse.Namespace(json=None, plot=None))

@@ -40,11 +40,12 @@ _PARITY_OPTIONS = (
     "kvcache_block_size",
     "kvcache_memory",
 )
+_VERIFY_OPTIONS = (*_PARITY_OPTIONS, "dtype")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `nanovllm ARGV...`; the exit status: 0, 1 for a negative verdict (plan, parity), 2 for
-    errors, 130 after Ctrl-C."""
+    """Run `nanovllm ARGV...`; the exit status: 0, 1 for a negative verdict (plan, parity, verify), 2
+    for errors, 130 after Ctrl-C."""
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="nanovllm: %(message)s")
     try:
@@ -76,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     command("models", "List what runs here: architectures, aliases, and models that are cached.")
     _add_plan(command("plan", "Work out the memory that a model takes, before loading anything."))
     _add_parity(command("parity", "Compare logits and greedy text with transformers'."))
+    _add_verify(command("verify", "Check that logits keep their bits in any company, order and memory."))
     return parser
 
 
@@ -103,9 +105,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_parity(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", metavar="MODEL", help=_MODEL_HELP)
-    text = "instead of MODEL: a tiny random one like this config.json, directory or model type (such as llama)"
-    parser.add_argument("--random", metavar="CONFIG", help=text)
+    _add_model_or_random(parser)
     parser.add_argument("--layers", action="store_true", help="compare module by module; name the first to differ")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of both sides")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="to compare on (repeatable)")
@@ -115,6 +115,20 @@ def _add_parity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tolerance", type=float, metavar="X", help=text.format(defaults))
     parser.set_defaults(tolerances=_TOLERANCES)
     add_engine_options(parser, only=_PARITY_OPTIONS)
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    _add_model_or_random(parser)
+    text = "to serve (repeatable; default: random token ids, as long as a word and as a paragraph)"
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help=text)
+    parser.add_argument("--max-tokens", type=_positive, default=8, metavar="N", help="of each request (8)")
+    add_engine_options(parser, only=_VERIFY_OPTIONS)
+
+
+def _add_model_or_random(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=_MODEL_HELP)
+    text = "instead of MODEL: a tiny random one like this config.json, directory or model type (such as llama)"
+    parser.add_argument("--random", metavar="CONFIG", help=text)
 
 
 def _text_of(file: str) -> str:

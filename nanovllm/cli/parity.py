@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import nn
 
 from nanovllm.cli.options import engine_options
+from nanovllm.cli.prompts import Prompt, longest, random_prompts, sizes_with_room, text_prompts
 from nanovllm.cli.reference import Reference, save_random_model
 from nanovllm.cli.trace import Divergence, Trace, compare_traces, first_divergence, num_settled, recording
 from nanovllm.config import EngineConfig
-from nanovllm.engine.build import find_model
 from nanovllm.errors import ConfigError, ModelNotFound
 from nanovllm.llm import LLM
 from nanovllm.models.base import CausalLM
@@ -44,16 +43,10 @@ def run(args: argparse.Namespace) -> int:
         checkpoint = open_checkpoint(path)
         prompts = _prompts(checkpoint, args.prompt)
         options |= {"dtype": args.dtype, "max_model_len": _length(prompts, args.max_tokens)}
-        _require_room(EngineConfig.from_options(str(path), options), checkpoint)
+        sizes_with_room(EngineConfig.from_options(str(path), options), checkpoint)
         expected = _reference_side(path, prompts, args)
         found = _our_side(path, prompts, expected, options, args.layers)
     return _report(prompts, expected, found, tolerance)
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    label: str
-    token_ids: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,37 +71,18 @@ class Found:
 
 
 def _prompts(checkpoint: Checkpoint, texts: list[str] | None) -> list[Prompt]:
-    """The given texts or ours as token ids; seeded random ids for a model without a tokenizer."""
+    """The given texts or ours; seeded random ids for a model without a tokenizer."""
     try:
-        tokenizer = checkpoint.load_tokenizer()
+        return text_prompts(checkpoint, texts or _TEXTS)
     except ModelNotFound:
         if texts:
             raise
-        random = np.random.default_rng(5)
-        vocab_size = checkpoint.config["vocab_size"]
-        return [Prompt(f"{n} random tokens", random.integers(2, vocab_size, n).tolist()) for n in (1, 7, 40)]
-    return [Prompt(repr(text), tokenizer.encode(text)) for text in texts or _TEXTS]
-
-
-def _longest(prompts: list[Prompt]) -> int:
-    return max(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
+        return random_prompts(checkpoint.config["vocab_size"], (1, 7, 40))
 
 
 def _length(prompts: list[Prompt], max_tokens: int) -> int:
     """Of the longest prompt with its text and the token that the engine adds to have its logits."""
-    return len(prompts[_longest(prompts)].token_ids) + max_tokens + 1
-
-
-def _require_room(config: EngineConfig, checkpoint: Checkpoint) -> None:
-    """Refuse what we cannot run before the reference is loaded."""
-    _, model_config = find_model(config, checkpoint)
-    positions = model_config.max_position_embeddings
-    assert config.max_model_len is not None
-    if config.max_model_len > positions:
-        raise ConfigError(
-            f"the longest prompt with its text takes {config.max_model_len} tokens of {positions} positions; "
-            "lower --max-tokens or give shorter prompts"
-        )
+    return len(prompts[longest(prompts)].token_ids) + max_tokens + 1
 
 
 def _reference_side(path: Path, prompts: list[Prompt], args: argparse.Namespace) -> Expected:
@@ -120,9 +94,9 @@ def _reference_side(path: Path, prompts: list[Prompt], args: argparse.Namespace)
     logits = [reference.logits(token_ids) for token_ids in whole]
     if not args.layers:
         return Expected(greedy, logits, None)
-    longest = whole[_longest(prompts)]
-    with recording(reference.model, len(longest)) as trace:
-        reference.logits(longest)
+    text = whole[longest(prompts)]
+    with recording(reference.model, len(text)) as trace:
+        reference.logits(text)
     return Expected(greedy, logits, trace)
 
 
@@ -136,20 +110,21 @@ def _our_side(path: Path, prompts: list[Prompt], expected: Expected, options: di
         params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
         outputs = llm.generate([p.token_ids for p in prompts], params, use_tqdm=False)
         greedy = [output.outputs[0].token_ids for output in outputs]
-        (model,) = cast("list[CausalLM]", llm.apply_model(lambda model: model))
-        logits = [_all_logits(llm, model, token_ids) for token_ids in whole]
+        logits = [all_logits(llm, token_ids) for token_ids in whole]
         if not layers:
             return Found(greedy, logits, None)
-        longest = whole[_longest(prompts)]
-        with recording(model, len(longest)) as trace:
-            _all_logits(llm, model, longest)
+        text = whole[longest(prompts)]
+        (model,) = cast("list[CausalLM]", llm.apply_model(lambda model: model))
+        with recording(model, len(text)) as trace:
+            all_logits(llm, text)
         assert expected.trace is not None
         return Found(greedy, logits, compare_traces(expected.trace, trace, model))
 
 
-def _all_logits(llm: LLM, model: CausalLM, token_ids: list[int]) -> torch.Tensor:
-    """fp32 [T, V] on the CPU of a prompt that the engine computes in one step."""
+def all_logits(llm: LLM, token_ids: list[int]) -> torch.Tensor:
+    """fp32 [T, V] on the CPU of a prompt that the engine computes in one step, with enforce_eager."""
     seen: list[torch.Tensor] = []
+    (model,) = cast("list[CausalLM]", llm.apply_model(lambda model: model))
 
     def keep(module: nn.Module, args: tuple, hidden: torch.Tensor) -> None:
         seen.append(model.compute_logits(hidden).float().cpu())
@@ -171,7 +146,7 @@ def _report(prompts: list[Prompt], expected: Expected, found: Found, tolerance: 
         theirs, ours = expected.logits[i], found.logits[i][:, : expected.logits[i].shape[1]]
         difference = (ours - theirs).abs().max().item()
         share = difference / theirs.abs().max().item()
-        kl = _kl(theirs, ours)
+        kl = kl_divergence(theirs, ours)
         equal, margin = _equal_text(prompt, expected.greedy[i], found.greedy[i], theirs)
         note = "" if margin is None else f" (then a gap of {margin:.2g})"
         print(
@@ -187,7 +162,7 @@ def _report(prompts: list[Prompt], expected: Expected, found: Found, tolerance: 
     return 0 if good else 1
 
 
-def _kl(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+def kl_divergence(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
     """KL(expected || found) of the next-token distributions, [T]; in fp64 it can be told from 0."""
     p, q = expected.double().log_softmax(-1), found.double().log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1).clamp_min(0)

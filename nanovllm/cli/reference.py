@@ -1,4 +1,5 @@
-"""transformers as the reference of `nanovllm parity`; the only place of the command line that imports it."""
+"""transformers as the reference of `nanovllm parity` and as the maker of tiny random models; the only place of
+the command line that imports it."""
 
 from __future__ import annotations
 
@@ -92,7 +93,7 @@ def _transformers() -> Any:
         import transformers
     except ImportError as error:
         raise ConfigError(
-            f"parity compares with transformers, which is not here ({error}): pip install 'nanovllm[transformers]'"
+            f"this needs transformers, which is not here ({error}): pip install 'nanovllm[transformers]'"
         ) from error
     if not logging.getLogger("nanovllm").isEnabledFor(logging.INFO):
         transformers.utils.logging.set_verbosity_error()

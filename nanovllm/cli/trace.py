@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -46,29 +46,38 @@ class Divergence:
 
 
 @contextmanager
-def recording(model: nn.Module, num_tokens: int) -> Iterator[Trace]:
-    """Trace the modules that hold parameters while one prompt of num_tokens runs through."""
-    trace: Trace = {}
+def watching(model: nn.Module, see: Callable[[str, Any, Any], None]) -> Iterator[None]:
+    """Call see(name, what it got, what it gave) as each module ends: the first floating-point tensor of
+    its arguments or None, and its output or the first of its outputs."""
 
-    def note(name: str) -> Any:
+    def watch(name: str) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            if name not in trace:
-                inputs = [v for v in (*args, *kwargs.values()) if _is_float(v)]
-                given = _rows(inputs[0], num_tokens) if inputs else None
-                trace[name] = Call(given, _rows(_first(output), num_tokens))
+            see(name, next((v for v in (*args, *kwargs.values()) if _is_float(v)), None), _first(output))
 
         return hook
 
     handles = [
-        module.register_forward_hook(note(name), with_kwargs=True)
-        for name, module in model.named_modules()
-        if name and next(module.parameters(), None) is not None
+        module.register_forward_hook(watch(name), with_kwargs=True) for name, module in model.named_modules() if name
     ]
     try:
-        yield trace
+        yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def recording(model: nn.Module, num_tokens: int) -> Iterator[Trace]:
+    """Trace the modules that hold parameters while one prompt of num_tokens runs through."""
+    trace: Trace = {}
+    held = {name for name, module in model.named_modules() if next(module.parameters(), None) is not None}
+
+    def note(name: str, given: Any, output: Any) -> None:
+        if name in held and name not in trace:
+            trace[name] = Call(token_rows(given, num_tokens), token_rows(output, num_tokens))
+
+    with watching(model, note):
+        yield trace
 
 
 def compare_traces(reference: Trace, ours: Trace, model: CausalLM) -> list[Divergence]:
@@ -150,7 +159,8 @@ def _place(name: str, call: Call, model: CausalLM) -> _Place | None:
     return _Place(module, mine, torch.cat(list(destination.convert(torch.arange(call.output.shape[1])))))
 
 
-def _rows(value: Any, num_tokens: int) -> torch.Tensor | None:
+def token_rows(value: Any, num_tokens: int) -> torch.Tensor | None:
+    """A copy, fp32 [T, N] on the CPU; None for what is no floating-point tensor with a row for each token."""
     if not _is_float(value):
         return None
     if value.dim() > 2 and value.shape[0] == 1:  # a batch of one

@@ -218,34 +218,35 @@ void span_softmax(const Row& row, float scale, const Alibi& alibi, int64_t span,
                   float* scores, typename W::Element* weights, Gathered& to) {
     const int64_t from = std::max(row.first - span, first), until = std::min(row.position + 1 - span, last);
     const int64_t end = divide_up(last, TILE) * TILE;
+    auto put = [&](int64_t i, V v) { W::put(v, weights + i / W::K_PER_STEP * W::PER_STEP); };
     to.largest = UNSEEN;
     to.total = 0;
-    if (from < until) {
-        const int64_t begin = from / WIDTH * WIDTH;
-        V most = splat(UNSEEN);
-        for (int64_t i = begin; i < until; i += WIDTH) {
-            const V key = lane_numbers() + (float)i;
-            V s = load(scores + i) * scale;
-            if (row.slope != 0.0f) s += bias(row, alibi, key + (float)span);
-            s = ((key >= (float)from) & (key < (float)until)) ? s : splat(UNSEEN);
-            store(scores + i, s);
-            most = s > most ? s : most;
-        }
-        to.largest = reduce(most, [](float a, float b) { return b > a ? b : a; });
-        V total = {};
-        for (int64_t i = first; i < begin; i += WIDTH) store(scores + i, V{});
-        for (int64_t i = begin; i < until; i += WIDTH) {
-            const V s = load(scores + i);
-            const V weight = s > UNSEEN ? exp(s - to.largest) : V{};
-            store(scores + i, weight);
-            total += weight;
-        }
-        for (int64_t i = begin + divide_up(until - begin, WIDTH) * WIDTH; i < end; i += WIDTH) store(scores + i, V{});
-        to.total = sum(total);
-    } else {
-        for (int64_t i = first; i < end; i += WIDTH) store(scores + i, V{});
+    if (from >= until) {
+        for (int64_t i = first; i < end; i += WIDTH) put(i, V{});
+        return;
     }
-    W::copy(scores + first, weights + first / W::K_PER_STEP * W::PER_STEP, end - first);
+    const int64_t begin = from / WIDTH * WIDTH, stop = divide_up(until, WIDTH) * WIDTH;
+    V most = splat(UNSEEN);
+    for (int64_t i = begin; i < stop; i += WIDTH) {
+        V s = load(scores + i) * scale;
+        const V key = lane_numbers() + (float)i;
+        if (row.slope != 0.0f) s += bias(row, alibi, key + (float)span);
+        if (i < from || i + WIDTH > until) s = ((key >= (float)from) & (key < (float)until)) ? s : splat(UNSEEN);
+        store(scores + i, s);
+        most = s > most ? s : most;
+    }
+    to.largest = reduce(most, [](float a, float b) { return b > a ? b : a; });
+    V total = {};
+    for (int64_t i = first; i < begin; i += WIDTH) put(i, V{});
+    for (int64_t i = begin; i < stop; i += WIDTH) {
+        const V s = load(scores + i);
+        V weight = exp_below(s - to.largest);
+        if (i < from || i + WIDTH > until) weight = s > UNSEEN ? weight : V{};
+        put(i, weight);
+        total += weight;
+    }
+    for (int64_t i = stop; i < end; i += WIDTH) put(i, V{});
+    to.total = sum(total);
 }
 
 // The keys of one span for all rows of a task. Its first key is where the task's first one lies, rounded

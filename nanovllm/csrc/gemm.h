@@ -11,9 +11,6 @@
 
 #include "kernels.h"
 #include "vec.h"
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
 
 namespace {
 
@@ -39,6 +36,8 @@ struct Bf16Weight {  // two products a lane and instruction; x rounded to pairs 
 #pragma GCC unroll 8
         for (int j = 0; j < N; ++j) acc[j] = (V)_mm512_dpbf16_ps((__m512)acc[j], (__m512bh)w[j], pair);
     }
+
+    static inline void put(V x, Element* to) { store_bf16((uint16_t*)to, x); }  // WIDTH elements
 
     static void copy(const float* x, Element* to, int64_t count) {
         uint16_t* out = (uint16_t*)to;
@@ -71,6 +70,8 @@ struct Bf16Weight {  // widened to float step by step; x rounded the same way
         }
     }
 
+    static inline void put(V x, Element* to) { store(to, round_to_bf16(x)); }
+
     static void copy(const float* x, Element* to, int64_t count) {
         int64_t i = 0;
         for (; i + WIDTH <= count; i += WIDTH) store(to + i, round_to_bf16(load(x + i)));
@@ -99,6 +100,7 @@ struct F32Weight {
         for (int j = 0; j < N; ++j) acc[j] += w[j] * *x;
     }
 
+    static inline void put(V x, Element* to) { store(to, x); }
     static void copy(const float* x, Element* to, int64_t count) { memcpy(to, x, count * sizeof(float)); }
     static void copy(const uint16_t*, Element*, int64_t) {}  // ops/native.py widens such rows before it calls
 };

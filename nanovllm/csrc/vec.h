@@ -6,6 +6,9 @@
 
 #include <cstdint>
 #include <cstring>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 #define NV_WIDTH 16
@@ -83,7 +86,11 @@ inline U bf16_bits(V v) {
 inline V round_to_bf16(V v) { return (V)(bf16_bits(v) << 16); }
 
 inline void store_bf16(uint16_t* p, V v) {
+#if defined(__AVX512BF16__)
+    const __m256bh h = _mm512_cvtneps_pbh((__m512)v);  // the same, but for subnormal numbers, which become zero
+#else
     const H h = __builtin_convertvector(bf16_bits(v), H);
+#endif
     memcpy(p, &h, sizeof h);
 }
 
@@ -112,9 +119,8 @@ inline float sum(V v) {
 }
 
 // e^x to 2 ulp: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (coefficients of Cephes' expf).
-inline V exp(V x) {
+inline V exp_below(V x) {  // of numbers up to 88
     x = x < -87.0f ? splat(-87.0f) : x;
-    x = x > 88.0f ? splat(88.0f) : x;
     const V magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
     const V n = (x * 1.44269504f + magic) - magic;
     const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -128,6 +134,8 @@ inline V exp(V x) {
     const I exponent = (__builtin_convertvector(n, I) + 127) << 23;
     return p * (V)exponent;
 }
+
+inline V exp(V x) { return exp_below(x > 88.0f ? splat(88.0f) : x); }
 
 // To 2e-7 (Abramowitz and Stegun, 7.1.26).
 inline V erf(V x) {

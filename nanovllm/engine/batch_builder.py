@@ -42,7 +42,8 @@ def build_batch(
         max_query_len=max(counts),
         max_seq_len=int(seq_lens.max()),
     )
-    return dataclasses.replace(batch, attention=backend.prepare(batch, block_size))
+    prepared = backend.prepare(batch, block_size)
+    return batch if prepared is None else dataclasses.replace(batch, attention=prepared)
 
 
 def _pad(rows: list[np.ndarray]) -> np.ndarray:

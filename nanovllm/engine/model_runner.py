@@ -16,6 +16,7 @@ from nanovllm.engine.batch_builder import build_batch
 from nanovllm.engine.memory import cache_memory, size_caches
 from nanovllm.engine.step import StepPlan, StepResult
 from nanovllm.engine.step_graphs import StepGraphs
+from nanovllm.host_memory import mapped_zeros
 from nanovllm.layers.attention import CachedLayer
 from nanovllm.layers.sampler import sample, token_logprobs
 from nanovllm.models.base import CausalLM, ModelConfig
@@ -158,9 +159,7 @@ class ModelRunner:
         return [self._zeros((plan.num_slots, *s), d) for s, d in zip(spec.shapes, spec.dtypes, strict=True)]
 
     def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Zeroed, because masked-out garbage times zero must not be NaN. On the CPU calloc's zeros:
-        the operating system supplies a page of them when it is first touched."""
+        """Zeroed, because masked-out garbage times zero must not be NaN."""
         if self._device.type != "cpu":
             return torch.zeros(shape, dtype=dtype, device=self._device)
-        size = int(np.prod(shape)) * dtype.itemsize
-        return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)
+        return mapped_zeros(shape, dtype)

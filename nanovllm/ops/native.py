@@ -8,6 +8,7 @@ import torch
 
 from nanovllm.batch import Batch
 from nanovllm.cache_spec import StateSpec
+from nanovllm.host_memory import mapped_zeros
 from nanovllm.ops.library import Library
 from nanovllm.ops.mamba2 import Mamba2Sizes, Mamba2Weights
 from nanovllm.ops.native_sampling import NativeSampling
@@ -27,6 +28,7 @@ class NativeOps:
     def __init__(self, library: Library) -> None:
         self._library = library
         self.sampling = NativeSampling(library)
+        self._weights = _Arena()
 
     @staticmethod
     def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -48,7 +50,7 @@ class NativeOps:
 
     def pack(self, weight: torch.Tensor, *, gated: bool) -> torch.Tensor:
         rows, cols = weight.shape
-        packed = weight.new_zeros(_packed_shape(rows, cols, weight.dtype))
+        packed = self._weights.zeros(_packed_shape(rows, cols, weight.dtype), weight.dtype)
         parts = weight.chunk(2) if gated else (weight,)
         for i, part in enumerate(parts):
             part = part.contiguous()
@@ -169,6 +171,24 @@ class NativeOps:
             *(plan.query_start.data_ptr(), plan.seq_lens.data_ptr(), slots.data_ptr(), torch.get_num_threads()),
         )
         return out
+
+
+class _Arena:
+    """Memory for weights, a piece after the other: huge pages for small weights as well, so that a step,
+    which reads all of them, looks up fewer addresses (docs/benchmarks.md)."""
+
+    _CHUNK = 64 << 20  # bytes
+
+    def __init__(self) -> None:
+        self._free = torch.empty(0, dtype=torch.uint8)
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        used = math.prod(shape) * dtype.itemsize
+        size = -(-used // 64) * 64
+        if size > len(self._free):
+            self._free = mapped_zeros((max(size, self._CHUNK),), torch.uint8)
+        taken, self._free = self._free[:used], self._free[size:]
+        return taken.view(dtype).view(shape)
 
 
 def _packed_shape(rows: int, cols: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nanovllm.host_memory import mapped_zeros
 from nanovllm.layers.activation import activation
 from nanovllm.ops.base import Ops
 
@@ -44,7 +45,7 @@ class LinearMethod(Protocol):
         ...
 
     def apply(self, layer: LinearWeights, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """act(x [T, cols] @ weight.T + bias) -> [T, rows]; where gated, act(first half) * second half -> [T, rows / 2]."""
+        """act(x [T, cols] @ weight.T + bias) -> [T, rows]; where gated, act(first half) * second half."""
         ...
 
 
@@ -55,7 +56,11 @@ class UnquantizedLinearMethod:
         self._ops = ops
 
     def create(self, layer: LinearWeights, rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> None:
-        layer.weight = nn.Parameter(torch.empty(rows, cols, dtype=dtype, device=device), requires_grad=False)
+        if self._ops.packs(device, dtype):  # soon to be freed: memory that malloc keeps would be missing then
+            weight = mapped_zeros((rows, cols), dtype)
+        else:
+            weight = torch.empty(rows, cols, dtype=dtype, device=device)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
         layer.rows, layer.packed = rows, False
 
     def load(self, layer: LinearWeights, tensor: torch.Tensor, rows: slice) -> None:

@@ -21,7 +21,7 @@ try:
 finally:
     print("loaded:", *({"torch", "numpy", "tokenizers", "transformers", "jinja2"} & set(sys.modules)))
 """
-COMMANDS = ("complete", "chat", "models", "plan", "parity")
+COMMANDS = ("complete", "chat", "models", "plan", "parity", "verify")
 
 
 def run(*args: str, **options) -> subprocess.CompletedProcess:

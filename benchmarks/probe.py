@@ -1,0 +1,95 @@
+"""What this machine gives at this moment: it is shared, and drifts by a factor of two within an hour."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from benchmarks.engines import Job
+    from benchmarks.workload import Sequences
+
+_CSRC = Path(__file__).parents[1] / "nanovllm" / "csrc"
+_MEETINGS = """
+#include <omp.h>
+#include "team.h"
+extern "C" double nanoseconds(int threads, long times) {
+    nanovllm::Commons commons;
+    double found = 0;
+    #pragma omp parallel num_threads(threads)
+    {
+        nanovllm::Team team(commons, omp_get_thread_num(), threads);
+        team.barrier();
+        const double start = omp_get_wtime();
+        for (long i = 0; i < times; ++i) team.barrier();
+        if (team.thread == 0) found = (omp_get_wtime() - start) / times * 1e9;
+    }
+    return found;
+}
+"""
+
+
+class Probe:
+    """GB/s read, GFLOP/s in bfloat16 and nanoseconds of a barrier of all threads; the best of a few times."""
+
+    def __init__(self, job: Job | None = None) -> None:
+        """The job is not looked at: the machine is the same for all."""
+        import torch
+
+        self._data = torch.ones(1 << 27)  # 512 MiB
+        self._square = torch.ones(2048, 2048, dtype=torch.bfloat16)
+        self._multiply = _multiplications(self._square)
+        self._barrier = _barrier()
+
+    def run(self, sequences: Sequences | None = None) -> dict[str, Any]:
+        read = min(_timed(self._data.sum) for _ in range(5))
+        multiply = min(_timed(way) for way in self._multiply for _ in range(5))
+        found: dict[str, Any] = {
+            "read_gb_per_s": self._data.nbytes / read / 1e9,
+            "bf16_gflop_per_s": 2 * len(self._square) ** 3 / multiply / 1e9,
+        }
+        if self._barrier is not None:
+            found["barrier_ns"] = min(self._barrier(os.cpu_count(), 20_000) for _ in range(3))
+        return found
+
+
+def probe_text(found: dict[str, float]) -> str:
+    barrier = f", barrier {found['barrier_ns']:.0f} ns" if "barrier_ns" in found else ""
+    return f"{found['read_gb_per_s']:.0f} GB/s, {found['bf16_gflop_per_s']:.0f} GFLOP/s{barrier}"
+
+
+def _multiplications(square: Any) -> list[Callable[[], Any]]:
+    """torch's and, where they were built, ours: neither is the faster one everywhere."""
+    from nanovllm.ops.base import select_ops
+
+    ops = select_ops("auto", square.device, square.dtype)
+    packed, rows = ops.pack(square, gated=False), square.float()
+    ours = [] if ops.name == "torch" else [lambda: ops.linear(rows, packed, len(square), None)]
+    return [lambda: square @ square, *ours]
+
+
+def _barrier() -> Any:
+    """The engine's own, compiled here; None without a compiler."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        source, library = Path(folder, "barrier.cpp"), Path(folder, "barrier.so")
+        source.write_text(_MEETINGS)
+        command = ["c++", "-std=c++17", "-O2", "-fopenmp", "-shared", "-fPIC", f"-I{_CSRC}", str(source), "-o"]
+        try:
+            subprocess.run([*command, str(library)], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        function = ctypes.CDLL(str(library)).nanoseconds
+    function.restype, function.argtypes = ctypes.c_double, [ctypes.c_int, ctypes.c_long]
+    return function
+
+
+def _timed(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

@@ -1,0 +1,66 @@
+"""How fast a machine could be at best: each step reads every weight once, and multiplies every row by them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.workload import Sequences
+
+_STEP = 2048  # prompt tokens that share a reading of the weights
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """layers, head: elements of weights that a token is multiplied by, without and in the head. item: bytes of
+    an element. cached: bytes of keys and values a token. attention: operations for a query and a key."""
+
+    layers: int
+    head: int
+    item: int
+    cached: int
+    attention: int
+
+    @classmethod
+    def of(cls, config: dict[str, Any], dtype: str) -> Work | None:
+        """From a config.json; None for mixtures, of which a step reads what its tokens choose."""
+        import torch
+
+        from nanovllm.attention.reference import ReferenceAttention
+        from nanovllm.build_context import BuildContext
+        from nanovllm.cache_spec import PagedKVSpec
+        from nanovllm.layers.attention import CachedLayer
+        from nanovllm.layers.linear import MergedColumnParallelLinear
+        from nanovllm.models.registry import model_class
+
+        if config.get("num_experts") or config.get("num_local_experts"):
+            return None
+        family, kind = model_class(config["architectures"]), getattr(torch, dtype)
+        ctx = BuildContext(torch.device("meta"), kind, ReferenceAttention(), 64)
+        model = family(family.read_config(config), ctx)
+        linears = [m for m in model.modules() if isinstance(m, MergedColumnParallelLinear)]
+        head, total = model.lm_head.weight.numel(), sum(m.weight.numel() for m in linears)
+        specs = [m.cache_spec for m in model.modules() if isinstance(m, CachedLayer)]
+        paged = [spec for spec in specs if isinstance(spec, PagedKVSpec)]
+        width = _heads(config) * paged[0].head_dim if paged else 0
+        return cls(total - head, head, kind.itemsize, sum(s.block_bytes(1) for s in paged), 4 * width * len(paged))
+
+    def seconds(self, sequences: Sequences, shared: int, probe: dict[str, float]) -> float:
+        """That prompts, of which `shared` tokens are common, and then the outputs need at least."""
+        read, multiply = probe["read_gb_per_s"] * 1e9, probe["bf16_gflop_per_s"] * 1e9
+        lengths = [len(p) for p, _ in sequences]
+        own = [n - shared for n in lengths]
+        tokens = shared + sum(own)
+        pairs = shared**2 / 2 + sum(n * (shared + n / 2) for n in own)
+        flop = 2 * (self.layers * tokens + self.head * len(own)) + self.attention * pairs
+        weights = (self.layers + self.head) * self.item
+        total = max(flop / multiply, weights * -(-tokens // _STEP) / read)
+        for made in range(1, max(count for _, count in sequences)):
+            seen = [n + made for n, (_, count) in zip(lengths, sequences, strict=True) if made < count]
+            flop = 2 * (self.layers + self.head) * len(seen) + self.attention * sum(seen)
+            total += max(flop / multiply, (weights + self.cached * sum(seen)) / read)
+        return total
+
+
+def _heads(config: dict[str, Any]) -> int:
+    return config.get("num_attention_heads") or config.get("n_head") or config["n_heads"]

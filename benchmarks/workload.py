@@ -1,0 +1,62 @@
+"""What is asked of every engine: presets, and the token ids that they stand for."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import dataclass
+
+Sequences = list[tuple[list[int], int]]
+"""(prompt token ids, output length) of each sequence."""
+
+_WORTH_SHARING = 32  # tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """Ranges of lengths in tokens, both ends included; shared: of a beginning that all prompts have, on top."""
+
+    num_seqs: int
+    input: tuple[int, int]
+    output: tuple[int, int]
+    shared: int = 0
+
+    @property
+    def longest(self) -> int:
+        return self.shared + self.input[1] + self.output[1]
+
+    def __str__(self) -> str:
+        shared = f"{self.shared} shared + " if self.shared else ""
+        return f"{self.num_seqs} x ({shared}{_range(self.input)} in, {_range(self.output)} out)"
+
+
+PRESETS = {
+    "single": Preset(1, (64, 64), (128, 128)),
+    "prefill": Preset(1, (1024, 1024), (1, 1)),
+    "batch8": Preset(8, (64, 64), (64, 64)),
+    "batch32": Preset(32, (64, 64), (64, 64)),
+    "batch64": Preset(64, (128, 128), (128, 128)),
+    "batch256": Preset(256, (128, 128), (128, 128)),
+    "mixed": Preset(64, (100, 400), (50, 200)),
+    "prefix": Preset(24, (32, 32), (32, 32), shared=512),
+    "long": Preset(1, (4096, 4096), (64, 64)),
+}
+
+
+def make_sequences(preset: Preset, vocab_size: int, seed: int) -> Sequences:
+    rng = random.Random(seed)
+    lengths = [(rng.randint(*preset.input), rng.randint(*preset.output)) for _ in range(preset.num_seqs)]
+    shared = [rng.randrange(vocab_size) for _ in range(preset.shared)]
+    return [(shared + [rng.randrange(vocab_size) for _ in range(n)], count) for n, count in lengths]
+
+
+def shared_beginning(sequences: Sequences) -> list[int]:
+    """Tokens that all of several prompts begin with; none where it is hardly worth it."""
+    prompts = [p[:-1] for p, _ in sequences]
+    columns = zip(*prompts, strict=False)
+    count = sum(1 for _ in itertools.takewhile(lambda tokens: len(set(tokens)) == 1, columns))
+    return prompts[0][:count] if len(prompts) > 1 and count >= _WORTH_SHARING else []
+
+
+def _range(ends: tuple[int, int]) -> str:
+    return str(ends[0]) if ends[0] == ends[1] else f"{ends[0]}-{ends[1]}"

@@ -1,0 +1,187 @@
+"""bench.py: what it asks of engines, what it shows, and that it leaves nobody behind."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import models, plot, report, roof, workload
+from benchmarks.compare import contenders
+
+ROOT = Path(__file__).parents[1]
+PROBE = {"read_gb_per_s": 40.0, "bf16_gflop_per_s": 800.0}
+ENGINE = """#!/bin/sh
+sleep 1000 &
+echo $! $$ >> {pids}
+while read line; do echo '{answer}'; done
+"""
+
+
+@pytest.fixture
+def fake(tmp_path):
+    """An interpreter that answers every question at once, and has a child; the second is the list of processes."""
+    script, pids = tmp_path / "engine", tmp_path / "pids"
+    script.write_text(ENGINE.format(pids=pids, answer=json.dumps({"seconds": 0.5, **PROBE})))
+    script.chmod(0o755)
+    return script, pids
+
+
+def command(script: Path, *argv: str) -> list[str]:
+    pythons = [f"--python={name}={script}" for name in ("probe", "hf", "vllm")]
+    return [sys.executable, str(ROOT / "bench.py"), "--shape=gpt2", *pythons, *argv]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("name", workload.PRESETS)
+def test_presets_mean_the_same_tokens_every_time(name):
+    preset = workload.PRESETS[name]
+    sequences = workload.make_sequences(preset, 100, seed=3)
+    assert sequences == workload.make_sequences(preset, 100, seed=3)
+    assert sequences != workload.make_sequences(preset, 100, seed=4)
+    assert len(sequences) == preset.num_seqs
+    least, most = preset.input
+    assert all(least <= len(p) - preset.shared <= most and 0 <= min(p) <= max(p) < 100 for p, _ in sequences)
+    assert all(preset.output[0] <= n <= preset.output[1] for _, n in sequences)
+    assert len(workload.shared_beginning(sequences)) == preset.shared
+    assert max(len(p) + n for p, n in sequences) <= preset.longest
+
+
+def test_presets_say_what_they_are():
+    assert str(workload.PRESETS["mixed"]) == "64 x (100-400 in, 50-200 out)"
+    assert str(workload.PRESETS["prefix"]) == "24 x (512 shared + 32 in, 32 out)"
+
+
+def test_a_shared_beginning_leaves_every_prompt_a_token():
+    assert workload.shared_beginning([([1] * 50, 1), ([1] * 40, 1)]) == [1] * 39
+    assert workload.shared_beginning([([1] * 50, 1)]) == []
+    assert workload.shared_beginning([([1, 2], 1), ([1, 3], 1)]) == []
+
+
+def test_contenders():
+    plain, torchs, changed = contenders(["nanovllm", "nanovllm-torch"], ["enable_prefix_caching=False"])
+    assert (plain.engine, plain.options) == ("nanovllm", {})
+    assert (torchs.engine, torchs.options["kernels"]) == ("nanovllm", "torch")
+    assert (changed.label, changed.engine) == ("enable_prefix_caching=False", "nanovllm")
+    assert changed.options == {"enable_prefix_caching": False}
+    assert contenders([], ["max_num_batched_tokens=64"])[0].options == {"max_num_batched_tokens": 64}
+    assert contenders([], ["kernels=torch"])[0].options == {"kernels": "torch"}
+
+
+def test_the_roof_of_a_shape():
+    work = roof.Work.of(models.SHAPES["qwen3-0.6b"], "bfloat16")
+    layer = 4096 * 1024 + 1024 * 2048 + 6144 * 1024 + 1024 * 3072
+    assert (work.layers, work.head) == (28 * layer, 151936 * 1024)
+    assert (work.cached, work.attention) == (28 * 2 * 8 * 128 * 2, 28 * 4 * 16 * 128)
+    one = [([5] * 10, 3)]
+    weights = (work.layers + work.head) * 2
+    expected = (3 * weights + work.cached * (11 + 12)) / 40e9
+    assert work.seconds(one, 0, PROBE) == pytest.approx(expected)
+    many = [([5] * 100, 1)] * 20
+    flop = 2 * (work.layers * 2000 + work.head * 20) + work.attention * 20 * 100**2 / 2
+    assert work.seconds(many, 0, PROBE) == pytest.approx(flop / 800e9)
+    assert work.seconds(many, 90, PROBE) < work.seconds(many, 0, PROBE) / 5
+    assert roof.Work.of({"num_local_experts": 8}, "bfloat16") is None
+
+
+def test_a_run_with_engines_that_answer_at_once(fake, tmp_path):
+    script, pids = fake
+    argv = ("--preset=batch8,prefill", "--engine=hf,vllm,llamacpp", "--rounds=2", f"--json={tmp_path / 'runs'}")
+    done = subprocess.run(command(script, *argv), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "llamacpp: does not read gpt2, random weights; left out" in done.stdout
+    assert "round 2: 40 GB/s, 800 GFLOP/s: hf 1024, vllm 1024 tok/s" in done.stdout
+    assert "batch8: 8 x (64 in, 64 out), gpt2, random weights in bfloat16, median of 2" in done.stdout
+    rows = [row.split() for row in done.stdout.splitlines()]
+    assert ["vllm", "0.50", "2048", "2", "-", "0.5", "1.00"] in rows
+    line = done.stdout.splitlines()[-1]
+    assert (tmp_path / "runs").read_text() == line + "\n"
+    assert json.loads(line)["presets"]["batch8"]["results"]["hf"]["output"] == 1024
+    assert not any(map(is_alive, map(int, pids.read_text().split())))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_whoever_ends_it_ends_the_engines_that_stand_still(fake, interruptible_children, number):
+    script, pids = fake
+    argv = command(script, "--preset=batch8", "--engine=hf,vllm", "--rounds=10000000")
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as bench:
+        assert bench.stdout.readline().startswith("round 1: ")
+        processes = [int(pid) for pid in pids.read_text().split()]
+        assert len(processes) == 6 and all(map(is_alive, processes))
+        bench.send_signal(number)
+        bench.stdout.close()
+    assert bench.returncode != 0
+    deadline = time.monotonic() + 20
+    while any(map(is_alive, processes)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_alive, processes))
+
+
+def test_engines_that_do_not_start_are_left_out(tmp_path):
+    missing = command(Path("/bin/false"), "--preset=single", "--engine=hf")
+    missing = [a for a in missing if "probe" not in a]
+    script = tmp_path / "probe"
+    script.write_text(ENGINE.format(pids=os.devnull, answer=json.dumps({"seconds": 0.5, **PROBE})))
+    script.chmod(0o755)
+    done = subprocess.run([*missing, f"--python=probe={script}"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert "hf: left out: hf ended with status 1" in done.stdout
+    assert "no engine is left" in done.stderr
+
+
+def test_wrong_usage():
+    for argv in (["--engine=nano"], ["--preset=pool,single"], ["--ab=seed"], ["--rounds=0"]):
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "bench.py"), *argv], capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 2, argv
+
+
+def measured(shape: str, **engines: tuple[int, int]) -> dict:
+    return {"shape": shape, "results": {name: {"input": i, "output": o} for name, (i, o) in engines.items()}}
+
+
+SINGLE, PREFILL = "1 x (64 in, 8 out)", "1 x (9 in, 1 out)"
+RUNS = [
+    {"model": "m", "presets": {"single": measured(SINGLE, hf=(1, 2))}},
+    {"model": "m", "kl": {}},
+    {
+        "model": "m",
+        "presets": {"prefill": measured(PREFILL, hf=(3, 4)), "single": measured(SINGLE, hf=(5, 6), vllm=(7, 8))},
+    },
+]
+
+
+def test_what_is_drawn():
+    single, prefill = f"single: {SINGLE}\noutput tok/s", f"prefill: {PREFILL}\ninput tok/s"
+    assert plot.collect(RUNS) == {single: {"hf": 6, "vllm": 8}, prefill: {"hf": 3}}
+    with pytest.raises(SystemExit, match="there is none"):
+        plot.plot(RUNS[1:2], "nowhere.png")
+
+
+def test_a_chart_from_runs_in_a_file(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    for run in RUNS:
+        args = argparse.Namespace(json=str(tmp_path / "runs"), plot=None)
+        report.finish(args, **run)
+    plot.plot(plot.read_lines(str(tmp_path / "runs")), str(tmp_path / "chart.png"))
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match=r"pip install 'nanovllm\[bench\]'"):
+        plot.plot(RUNS, "nowhere.png")
