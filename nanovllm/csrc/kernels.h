@@ -63,8 +63,8 @@ struct Rope : Rows {
 
 // y[i] = table[ids[i]], widened to float.
 struct Gather {
-    const void* table;  // rows of `width`, float or bfloat16 if bf16
-    bool bf16;
+    const void* table;  // rows of `width`, float or bfloat16 if bf16; or, if packed, a linear layer's weight
+    bool bf16, packed;
     const int64_t* ids;
     int64_t count, width;
     float* y;

@@ -182,8 +182,8 @@ void nv_rope(const float* x, int64_t outer, int64_t inner, int64_t outer_stride,
     submit(active->rope, call, threads);
 }
 
-void nv_gather(const void* table, int bf16, const int64_t* ids, int64_t count, int64_t width, float* y, int threads) {
-    const Gather call = {table, bf16 != 0, ids, count, width, y};
+void nv_gather(const void* table, int bf16, int packed, const int64_t* ids, int64_t count, int64_t width, float* y, int threads) {
+    const Gather call = {table, bf16 != 0, packed != 0, ids, count, width, y};
     submit(active->gather, call, threads);
 }
 

@@ -90,10 +90,25 @@ void rope(const Rope& rope, Team& team) {
     });
 }
 
+// A row of a packed weight: a word of one or two elements in every step of its pair of panels.
+inline void gather_packed(const Gather& g, int64_t id, float* y) {
+    const int64_t per_word = g.bf16 ? 2 : 1, words = (g.width + per_word - 1) / per_word;
+    const uint32_t* x = (const uint32_t*)g.table + id / (2 * PANEL) * words * 2 * PANEL + id % (2 * PANEL);
+    for (int64_t w = 0; w < words; ++w, x += 2 * PANEL) {
+        const uint32_t low = g.bf16 ? *x << 16 : *x, high = *x & 0xffff0000u;
+        memcpy(y + w * per_word, &low, sizeof low);
+        if (g.bf16 && 2 * w + 1 < g.width) memcpy(y + 2 * w + 1, &high, sizeof high);
+    }
+}
+
 void gather(const Gather& g, Team& team) {
     team.share(g.count, [&](int64_t first, int64_t last) {
         for (int64_t row = first; row < last; ++row) {
             float* y = g.y + row * g.width;
+            if (g.packed) {
+                gather_packed(g, g.ids[row], y);
+                continue;
+            }
             if (!g.bf16) {
                 memcpy(y, (const float*)g.table + g.ids[row] * g.width, g.width * sizeof(float));
                 continue;

@@ -69,7 +69,8 @@ def footprint(model_class: type[CausalLM], model_config: ModelConfig, config: En
             own = name == "weight" and isinstance(layer, LinearWeights) and layer.method.num_bytes(layer, device)
             whole = own or parameter.numel() * parameter.itemsize
             share = _share(layer, name, whole, group, place)
-            weights[(id(layer), name) if own else (id(parameter), "")] = share
+            place_in_memory = (id(layer), name) if own and not ops.gathers_packed else (id(parameter), "")
+            weights[place_in_memory] = max(share, weights.get(place_in_memory, 0))
             if tp > 1 and share == whole:
                 replicated[type(layer).__name__] += share
     return Footprint(

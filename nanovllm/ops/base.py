@@ -48,6 +48,7 @@ class Ops(Protocol):
     """One object serves all layers. What each gives does not depend on the other rows."""
 
     name: str
+    gathers_packed: bool  # whether there is a `gather_packed`
 
     @property
     def sampling(self) -> SamplingOps: ...
@@ -86,6 +87,10 @@ class Ops(Protocol):
 
     def gather(self, table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Rows [T] of table [N, size], in the hidden dtype [T, size]."""
+        ...
+
+    def gather_packed(self, packed: torch.Tensor, rows: torch.Tensor, cols: int) -> torch.Tensor:
+        """The same from a packed weight of `cols` columns."""
         ...
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -46,7 +46,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
         None,
         [_POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _INT, _LONG, _LONG, _LONG, _INT],
     ),
-    "nv_gather": (None, [_POINTER, _INT, _POINTER, _LONG, _LONG, _POINTER, _INT]),
+    "nv_gather": (None, [_POINTER, _INT, _INT, _POINTER, _LONG, _LONG, _POINTER, _INT]),
     "nv_elementwise": (None, [_INT, _POINTER, _POINTER, _FLOAT, _FLOAT, _POINTER, _LONG, _INT]),
     "nv_log_softmax": (None, [_POINTER, _LONG, _LONG, _LONG, _POINTER, _INT]),
     "nv_draw": (None, [_POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _INT]),

@@ -24,6 +24,7 @@ class NativeOps:
     inside. A row's bits depend neither on the other rows nor on their number, nor on the threads."""
 
     name = "native"
+    gathers_packed = True
 
     def __init__(self, library: Library) -> None:
         self._library = library
@@ -108,10 +109,16 @@ class NativeOps:
     def gather(self, table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         if table.dtype not in (torch.float32, torch.bfloat16) or not table.is_contiguous():
             table = table.float().contiguous()
-        width, is_bf16 = table.shape[1], table.dtype == torch.bfloat16
+        return self._gather(table, rows, table.shape[1], is_packed=False)
+
+    def gather_packed(self, packed: torch.Tensor, rows: torch.Tensor, cols: int) -> torch.Tensor:
+        return self._gather(packed, rows, cols, is_packed=True)
+
+    def _gather(self, table: torch.Tensor, rows: torch.Tensor, width: int, *, is_packed: bool) -> torch.Tensor:
         out = torch.empty(len(rows), width)
         self._library.gather(
-            table.data_ptr(), is_bf16, rows.data_ptr(), len(rows), width, out.data_ptr(), torch.get_num_threads()
+            *(table.data_ptr(), table.dtype == torch.bfloat16, is_packed, rows.data_ptr(), len(rows), width),
+            *(out.data_ptr(), torch.get_num_threads()),
         )
         return out
 

@@ -7,6 +7,7 @@ watched: plain arithmetic is handed to the library, and anything else but a view
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 from collections import defaultdict
@@ -21,9 +22,6 @@ from nanovllm.ops.graph import CannotRecord
 from nanovllm.ops.library import Library
 
 aten = torch.ops.aten
-# of views, or of nothing where a tensor already is what it is asked to be
-_COMPOSITE = {aten.flatten.using_ints, aten.unflatten.int, aten.reshape.default, aten.to.dtype}
-_READING = {aten.resolve_conj.default, aten.resolve_neg.default}  # what tolist() and numpy() begin with
 _LINE = 64  # bytes
 _ADD, _SCALE, _DIVIDE, _CLAMP = range(4)  # csrc/kernels.h
 
@@ -82,13 +80,13 @@ class _Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is aten.empty.memory_format:
             return self._pool.empty(args[0], kwargs.get("dtype") or torch.get_default_dtype())
-        if func.is_view and func not in _READING:
-            return func(*args, **kwargs)
         if func in self._arithmetic and not kwargs:
             return self._arithmetic[func](*args)
-        if func in _COMPOSITE:
+        if _is_composite(func):
             with self:
                 return func.decompose(*args, **kwargs)
+        if func.is_view:
+            return func(*args, **kwargs)
         raise CannotRecord(str(func))
 
     def _map(self, kind: int, x: Any, a: Any = 0.0, b: Any = 0.0, y: torch.Tensor | None = None) -> Any:
@@ -101,6 +99,14 @@ class _Watch(TorchDispatchMode):
         threads = torch.get_num_threads()
         self._library.elementwise(kind, x.data_ptr(), second, a, b, out.data_ptr(), x.numel(), threads)
         return out
+
+
+@functools.cache
+def _is_composite(func: Any) -> bool:
+    """Made of others: reshape is a view or a copy, which shows when it is taken apart."""
+    if func in (aten.resolve_conj.default, aten.resolve_neg.default):  # tolist() and numpy() begin with these
+        raise CannotRecord("reading a tensor in Python")
+    return func._can_decompose()
 
 
 def _is_plain(x: Any) -> bool:

@@ -22,6 +22,7 @@ class TorchOps:
 
     name = "torch"
     sampling = TorchSampling()
+    gathers_packed = False  # oneDNN's form is its own
 
     def hidden_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
@@ -59,6 +60,9 @@ class TorchOps:
 
     def gather(self, table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return F.embedding(rows, table)
+
+    def gather_packed(self, packed: torch.Tensor, rows: torch.Tensor, cols: int) -> torch.Tensor:
+        raise NotImplementedError
 
     def recorder(self) -> None:
         return None

@@ -262,3 +262,11 @@ def test_a_level_that_is_not_to_be_had_is_refused(monkeypatch):
     monkeypatch.setenv("NANOVLLM_ISA", "avx1024")
     with pytest.raises(ConfigError, match="NANOVLLM_ISA='avx1024': not one of generic, avx2"):
         load_library()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_a_table_and_of_a_packed_weight(level, dtype):
+    for n, k in ((70, 64), (33, 31), (1, 1), (100, 577)):
+        table, rows = normal(n, k).to(dtype), torch.randint(0, n, (19,))
+        assert torch.equal(OPS.gather(table, rows), table[rows].float())
+        assert torch.equal(OPS.gather_packed(OPS.pack(table, gated=False), rows, k), table[rows].float())
