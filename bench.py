@@ -30,6 +30,8 @@ OTHERS = {
     "load": "peak memory of loading a model (Linux)",
     "pool": "page pools of 1,000 and 1,000,000 pages",
     "linear": "linear layers, native against torch's",
+    "host_cost": "microseconds of a decoding step beside the model",
+    "sampling": "drawing tokens, native against torch",
     "accuracy": "KL divergence of bfloat16 to transformers in fp32",
 }
 NAMES = (*ENGINES, "nanovllm-torch")

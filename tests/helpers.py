@@ -13,6 +13,10 @@ from nanovllm.config import EngineConfig
 from nanovllm.engine.build import fit_model_len
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.step import StepPlan, StepResult
+from nanovllm.ops.base import SamplingOps
+from nanovllm.ops.library import Library, library_or_reason
+from nanovllm.ops.native_sampling import NativeSampling
+from nanovllm.ops.torch_sampling import TorchSampling
 from nanovllm.outputs import RequestOutput
 from nanovllm.sample_row import TokenLogprobs
 from nanovllm.tokenizer.tokenizer import _BYTE_LEVEL, Tokenizer
@@ -29,6 +33,12 @@ def byte_tokenizer(chat_template: str | None = None) -> Tokenizer:
     backend.decoder = tokenizers.decoders.ByteLevel()
     backend.add_special_tokens(["<s>", "</s>"])
     return Tokenizer(backend, bos_token="<s>", eos_token="</s>", chat_template=chat_template)
+
+
+def sampling_makers() -> dict[str, SamplingOps]:
+    library = library_or_reason()
+    native = {"native": NativeSampling(library)} if isinstance(library, Library) else {}
+    return {"torch": TorchSampling(), **native}
 
 
 def next_token(token_ids: list[int], seed: int = 0, vocab: int = VOCAB) -> int:

@@ -14,6 +14,7 @@ from nanovllm.batch import Batch
 from nanovllm.cli.trace import Divergence, first_divergence, token_rows, watching
 from nanovllm.engine import model_runner
 from nanovllm.models.base import CausalLM
+from nanovllm.ops.base import SamplingOps
 from nanovllm.sample_row import SampleRow, TokenLogprobs
 
 Prefix = tuple[int, int]
@@ -35,12 +36,14 @@ def recorded_logits(known: Container[Prefix] | None = None) -> Iterator[Logits]:
     names = vars(model_runner)
     sample = names["sample"]
 
-    def watched(logits: torch.Tensor, rows: Sequence[SampleRow]) -> tuple[np.ndarray, list[TokenLogprobs | None]]:
+    def watched(
+        logits: torch.Tensor, rows: Sequence[SampleRow], ops: SamplingOps
+    ) -> tuple[np.ndarray, list[TokenLogprobs | None]]:
         for values, row in zip(logits, rows, strict=True):
             prefix = _extend(_START, [*row.prompt.tolist(), *row.output.tolist()])
             if known is None or prefix in known:
                 seen.setdefault(prefix, []).append(values.detach().to("cpu", copy=True))
-        return sample(logits, rows)
+        return sample(logits, rows, ops)
 
     names["sample"] = watched
     try:

@@ -177,6 +177,40 @@ struct Mamba2Call {
     int64_t work() const { return tokens * inner() * state_size; }
 };
 
+// How one token is drawn; greedily where the temperature is 0. The limits are SamplingParams'.
+struct DrawRow {
+    double min_p, top_p, uniform;
+    int64_t top_k;  // 0 for all
+    float temperature;
+};
+
+// tokens[i] from logits [rows][vocab].
+struct Draw {
+    const float* logits;
+    int64_t stride, rows, vocab;
+    const DrawRow* how;  // [rows], or null: greedily
+    int64_t* tokens;
+
+    int64_t work() const { return rows * vocab; }
+};
+
+// tokens[prompt], ..., tokens[output], ..., tokens[end - 1] have been seen before `row` of the logits.
+struct PenaltyRow {
+    int64_t row, prompt, output, end;
+    double frequency, presence;
+    float repetition;
+};
+
+struct Penalties {
+    float* logits;
+    int64_t stride, vocab;
+    const int32_t* tokens;
+    const PenaltyRow* rows;
+    int64_t count;
+
+    int64_t work() const { return count == 0 ? 0 : rows[count - 1].end - rows[0].prompt; }
+};
+
 template <class Call>
 using Kernel = void (*)(const Call&, Team&);
 
@@ -191,6 +225,9 @@ struct Kernels {
     Kernel<Rope> rope;
     Kernel<Gather> gather;
     Kernel<Elementwise> elementwise;
+    Kernel<Rows> log_softmax;
+    Kernel<Draw> draw;
+    Kernel<Penalties> penalise;
     Kernel<Mamba2Call> mamba2;
 };
 

@@ -6,6 +6,7 @@
 #include "mamba.h"
 #include "moe.h"
 #include "rows.h"
+#include "sampling.h"
 
 namespace {
 
@@ -25,6 +26,9 @@ constexpr Kernels table(const char* name) {
             rope,
             gather,
             elementwise,
+            log_softmax,
+            draw,
+            penalise,
             mamba2};
 }
 

@@ -224,6 +224,24 @@ void nv_store_kv(const float* k, const float* v, int64_t k_stride, int64_t v_str
     submit(bf16 ? active->store_bf16 : active->store_f32, call, threads);
 }
 
+void nv_log_softmax(const float* x, int64_t stride, int64_t rows, int64_t size, float* y, int threads) {
+    const Rows call = {x, rows, 1, stride, 0, size, y};
+    submit(active->log_softmax, call, threads);
+}
+
+// how: null for the largest of each row.
+void nv_draw(const float* logits, int64_t stride, int64_t rows, int64_t vocab, const DrawRow* how, int64_t* tokens,
+             int threads) {
+    const Draw call = {logits, stride, rows, vocab, how, tokens};
+    submit(active->draw, call, threads);
+}
+
+void nv_penalise(float* logits, int64_t stride, int64_t vocab, const int32_t* tokens, const PenaltyRow* rows,
+                 int64_t count, int threads) {
+    const Penalties call = {logits, stride, vocab, tokens, rows, count};
+    submit(active->penalise, call, threads);
+}
+
 void nv_mamba2(const float* projected, int64_t stride, float* out, int64_t heads, int64_t head_dim, int64_t groups,
                int64_t state_size, int64_t kernel, float shortest, float longest, float eps, const float* filters,
                const float* conv_bias, const float* A, const float* D, const float* dt_bias, const float* norm,

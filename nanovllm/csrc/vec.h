@@ -18,6 +18,10 @@
 #define NV_WIDTH 4
 #endif
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace {
 
 constexpr int WIDTH = NV_WIDTH;
@@ -41,6 +45,34 @@ inline V load_part(const float* p, int64_t count) {  // zeros behind
 }
 
 inline void store_part(float* p, V v, int64_t count) { memcpy(p, &v, count * sizeof(float)); }
+
+// The lanes where `keep` is set, side by side; returns their number. Writes a whole vector.
+inline int64_t store_lanes(float* p, V v, I keep) {
+#if defined(__AVX512F__)
+    const __mmask16 lanes = _mm512_movepi32_mask((__m512i)keep);
+    _mm512_storeu_ps(p, _mm512_maskz_compress_ps(lanes, (__m512)v));
+    return __builtin_popcount(lanes);
+#else
+    int64_t count = 0;
+    float kept[WIDTH];
+    for (int l = 0; l < WIDTH; ++l) {
+        kept[count] = v[l];
+        count -= keep[l];
+    }
+    memcpy(p, kept, sizeof kept);
+    return count;
+#endif
+}
+
+inline bool any(I lanes) {
+#if defined(__AVX512F__)
+    return _mm512_movepi32_mask((__m512i)lanes) != 0;
+#else
+    int32_t found = 0;
+    for (int l = 0; l < WIDTH; ++l) found |= lanes[l];
+    return found != 0;
+#endif
+}
 
 inline V splat(float x) { return x - V{}; }  // not x + 0: that would lose the sign of -0
 
@@ -74,6 +106,12 @@ inline float reduce(V v, F f) {
     for (int i = 0; i < HALF; ++i) v[i] = f(v[i], v[i + HALF]);
     if constexpr (HALF > 1) return reduce<HALF / 2>(v, f);
     return v[0];
+}
+
+inline int64_t sum(I v) {
+    int64_t total = 0;
+    for (int l = 0; l < WIDTH; ++l) total += v[l];
+    return total;
 }
 
 inline float sum(V v) {

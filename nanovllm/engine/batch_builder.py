@@ -17,32 +17,38 @@ def build_batch(
 ) -> Batch:
     """Lay the planned sequences' tokens end to end."""
     sequences = plan.sequences
-    counts = np.array([s.num_tokens for s in sequences], dtype=np.int32)
-    starts = np.array([s.start for s in sequences], dtype=np.int32)
-    query_start = np.zeros(len(sequences) + 1, dtype=np.int32)
-    np.cumsum(counts, out=query_start[1:])
+    counts = [len(s.token_ids) for s in sequences]
+    ends = np.array(counts).cumsum()
+    starts = np.array([s.start for s in sequences])
     seq_lens = starts + counts
-    tables = np.zeros((len(sequences), int(-(-seq_lens.max() // block_size))), dtype=np.int32)
-    for row, s in zip(tables, sequences, strict=True):
-        row[: len(s.block_table)] = s.block_table
-    owner = np.repeat(np.arange(len(sequences)), counts)
-    positions = np.arange(query_start[-1]) - query_start[owner] + starts[owner]
-    slots = tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
-    logits_rows = [query_start[b + 1] - 1 for b, s in enumerate(sequences) if s.sample is not None]
+    tables = _pad([s.block_table for s in sequences])
+    owner = np.arange(len(sequences)).repeat(counts)
+    positions = np.arange(len(owner)) + (seq_lens - ends)[owner]
+    pages, offsets = np.divmod(positions, block_size)
+    samples = np.array([s.sample is not None for s in sequences])
 
-    def on_device(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-        return torch.from_numpy(array).to(device, dtype)
+    def on_device(array: np.ndarray, dtype: type[np.integer] = np.int64) -> torch.Tensor:
+        return torch.from_numpy(array.astype(dtype, copy=False)).to(device)
 
     batch = Batch(
-        input_ids=on_device(np.concatenate([s.token_ids for s in sequences]), torch.int64),
-        positions=on_device(positions, torch.int64),
-        query_start=on_device(query_start, torch.int32),
-        seq_lens=on_device(seq_lens, torch.int32),
-        slot_mapping=on_device(slots, torch.int64),
-        block_tables=on_device(tables, torch.int32),
-        state_slots=on_device(np.array([s.state_slot for s in sequences]), torch.int32) if with_states else None,
-        logits_rows=on_device(np.array(logits_rows, dtype=np.int64), torch.int64),
-        max_query_len=int(counts.max()),
+        input_ids=on_device(np.concatenate([s.token_ids for s in sequences])),
+        positions=on_device(positions),
+        query_start=on_device(np.concatenate(([0], ends)), np.int32),
+        seq_lens=on_device(seq_lens, np.int32),
+        slot_mapping=on_device(tables[owner, pages] * np.int64(block_size) + offsets),
+        block_tables=on_device(tables, np.int32),
+        state_slots=on_device(np.array([s.state_slot for s in sequences]), np.int32) if with_states else None,
+        logits_rows=on_device(ends[samples] - 1),
+        max_query_len=max(counts),
         max_seq_len=int(seq_lens.max()),
     )
-    return dataclasses.replace(batch, attention=backend.prepare(batch, block_size))
+    prepared = backend.prepare(batch, block_size)
+    return batch if prepared is None else dataclasses.replace(batch, attention=prepared)
+
+
+def _pad(rows: list[np.ndarray]) -> np.ndarray:
+    """Rows of several lengths under one another, int32, zeros behind the short ones."""
+    lengths = [len(row) for row in rows]
+    padded = np.zeros((len(rows), max(lengths)), dtype=np.int32)
+    padded[np.arange(padded.shape[1]) < np.array(lengths)[:, None]] = np.concatenate(rows)
+    return padded

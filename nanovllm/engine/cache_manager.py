@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from nanovllm.engine.block_manager import BlockManager, block_hash, root_hash
+from nanovllm.engine.page_table import PageTable
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.state_slots import StateSlots
 
 
 @dataclass(slots=True)
 class _Holding:
-    """What a sequence holds. table: its pages in order; page 0 stands for those behind the window.
+    """What a sequence holds. table: its pages; page 0 stands for those behind the window.
 
     resume_from: slot of the snapshot that its state is copied from before its next step, or 0.
     junction: where its prompt leaves the pages that others computed, if a snapshot is missing there.
     """
 
-    table: list[int]
+    table: PageTable
     slot: int = 0
     resume_from: int = 0
     junction: int | None = None
@@ -81,8 +84,12 @@ class CacheManager:
     def usage(self) -> float:
         return 1.0 - self.blocks.num_free / self.blocks.num_usable
 
-    def block_table(self, seq: Sequence) -> list[int]:
-        return self._held[seq.seq_id].table if seq.seq_id in self._held else []
+    def block_table(self, seq: Sequence) -> np.ndarray:
+        """Pages of a running sequence, int32, a view."""
+        return self._held[seq.seq_id].table.pages
+
+    def holds(self, seq: Sequence) -> bool:
+        return seq.seq_id in self._held
 
     def state_slot(self, seq: Sequence) -> int:
         return self._held[seq.seq_id].slot
@@ -109,7 +116,7 @@ class CacheManager:
             return None
         for block in shared:
             self.blocks.share(block)
-        table = hit.table + self.blocks.allocate(needed)
+        table = PageTable(hit.table + self.blocks.allocate(needed))
         released = hit.num_blocks - len(shared)
         self._held[seq.seq_id] = _Holding(table, slot, resume_from, junction, released)
         seq.num_computed = num_cached
@@ -122,12 +129,14 @@ class CacheManager:
     def reserve(self, seq: Sequence, count: int) -> bool:
         """Extend a running sequence's pages by `count` tokens beyond the computed ones."""
         held = self._held[seq.seq_id]
-        self._release_behind_window(held, seq.num_computed)
+        if self.window is not None:
+            self._release_behind_window(held, seq.num_computed)
         needed = self._pages(seq.num_computed + count) - len(held.table)
+        if needed <= 0:
+            return True
         if needed > self.blocks.num_free:
             return False
-        if needed > 0:
-            held.table.extend(self.blocks.allocate(needed))
+        held.table.extend(self.blocks.allocate(needed))
         return True
 
     def commit(self, seq: Sequence, count: int) -> None:
@@ -136,26 +145,28 @@ class CacheManager:
         Done when the step is planned: sequences of the same step may already share them,
         because a layer stores all keys and values before any row attends.
         """
-        if self._hash_key(seq) is None:
-            return
-        table = self._held[seq.seq_id].table
         first = seq.num_computed // self.block_size
         last = (seq.num_computed + count) // self.block_size
-        if first < last:
-            hashes = self._hash_chain(seq, last)
-            for i in range(first, last):
-                self.blocks.register(table[i], hashes[i])
+        if first == last or self._hash_key(seq) is None:
+            return
+        hashes = self._hash_chain(seq, last)
+        for page, digest in zip(self.block_table(seq)[first:last].tolist(), hashes[first:last], strict=True):
+            self.blocks.register(page, digest)
 
     def resume(self, seq: Sequence) -> int:
         """The slot to copy the sequence's state from before this step, or 0; told once."""
+        if self.states is None:
+            return 0
         held = self._held[seq.seq_id]
         slot, held.resume_from = held.resume_from, 0
         return slot
 
     def capture(self, seq: Sequence, count: int) -> int:
         """The slot to copy the sequence's state to after this step's `count` tokens, or 0."""
+        if self.states is None:
+            return 0
         end = seq.num_computed + count
-        if self.states is None or self._next_stop(seq, seq.num_computed, self._held[seq.seq_id].junction) != end:
+        if self._next_stop(seq, seq.num_computed, self._held[seq.seq_id].junction) != end:
             return 0
         return self.states.capture(self._digest(seq, end))
 
@@ -169,7 +180,7 @@ class CacheManager:
         held = self._held.pop(seq.seq_id, None)
         if held is None:
             return
-        self.blocks.free(block for block in reversed(held.table) if block)
+        self.blocks.free(reversed(held.table.held()))
         if self.states is not None:
             self.states.give_back(held.slot)
 
@@ -194,8 +205,7 @@ class CacheManager:
     def _release_behind_window(self, held: _Holding, num_computed: int) -> None:
         first = self._first_visible(num_computed)
         if first > held.num_released:
-            behind = held.table[held.num_released : first]
-            held.table[held.num_released : first] = [0] * len(behind)
+            behind = held.table.release(held.num_released, first)
             held.num_released = first
             self.blocks.free(reversed(behind))
 
@@ -285,13 +295,13 @@ class CacheManager:
         assert set(self._held) <= ids and set(self._hashes) <= ids
         references: dict[int, int] = {}
         for seq in live:
-            table = self.block_table(seq)
-            pages = [block for block in table if block]
+            if not self.holds(seq):
+                continue
+            table, pages = self.block_table(seq), self._held[seq.seq_id].table.held()
             assert len(set(pages)) == len(pages), "a page twice in one table"
             assert seq.num_cached <= seq.num_tokens and seq.num_computed <= len(table) * self.block_size
-            if table:
-                visible = self._first_visible(seq.num_computed)
-                assert 0 not in table[visible:], "a visible page was given back"
+            visible = self._first_visible(seq.num_computed)
+            assert 0 not in table[visible:], "a visible page was given back"
             for block in pages:
                 references[block] = references.get(block, 0) + 1
         counted = {b: n for b, n in enumerate(self.blocks._references) if n}

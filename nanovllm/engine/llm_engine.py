@@ -153,7 +153,7 @@ class LLMEngine:
         stats = self.stats
         stats.steps += 1
         stats.preemptions = self.scheduler.num_preemptions
-        for update in updates:
-            stats.generation_tokens += update.token_id is not None
-            stats.prompt_tokens += max(0, update.seq.num_prompt_tokens - update.start)
-            stats.prompt_tokens -= max(0, update.seq.num_prompt_tokens - update.seq.num_computed)
+        stats.generation_tokens += sum([update.token_id is not None for update in updates])
+        for seq, start, *_ in updates:
+            if start < seq.num_prompt_tokens:
+                stats.prompt_tokens += min(seq.num_computed, seq.num_prompt_tokens) - start

@@ -83,7 +83,8 @@ class ModelRunner:
         self._copy_states([(s.resume_from, s.state_slot) for s in plan.sequences if s.resume_from])
         logits, prompt_logprobs = self._logits(plan, batch)
         self._copy_states([(s.state_slot, s.capture_to) for s in plan.sequences if s.capture_to])
-        token_ids, logprobs = sample(logits, [s.sample for s in plan.sequences if s.sample is not None])
+        rows = [s.sample for s in plan.sequences if s.sample is not None]
+        token_ids, logprobs = sample(logits, rows, self._ops.sampling)
         return StepResult(token_ids, logprobs, prompt_logprobs)
 
     def _logits(self, plan: StepPlan, batch: Batch) -> tuple[torch.Tensor, dict[int, list[TokenLogprobs]]]:
@@ -118,7 +119,7 @@ class ModelRunner:
                     targets = s.prompt_targets[i : i + _LOGITS_ROWS].astype(np.int64)
                     logits = self._model.compute_logits(hidden[row + i : row + i + len(targets)])
                     counts = [s.num_prompt_logprobs] * len(targets)
-                    mine += token_logprobs(logits.log_softmax(dim=-1), targets, counts)
+                    mine += token_logprobs(self._ops.sampling.log_softmax(logits), targets, counts)
             row += s.num_tokens
         return found
 

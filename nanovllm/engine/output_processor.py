@@ -143,8 +143,8 @@ class OutputProcessor:
     def _settle(self, state: _RequestState, now: float) -> RequestOutput:
         output, sequences = state.output, state.request.sequences
         output.num_cached_tokens = sequences[0].num_cached
-        output.metrics.num_preemptions = sum(seq.num_preemptions for seq in sequences)
-        output.finished = all(completion.finished for completion in output.outputs)
+        output.metrics.num_preemptions = sum([seq.num_preemptions for seq in sequences])
+        output.finished = None not in [completion.finish_reason for completion in output.outputs]
         if output.finished:
             output.metrics.finished_time = now
             del self._states[output.request_id]

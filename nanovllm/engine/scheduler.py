@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import heapq
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from nanovllm.engine.cache_manager import CacheManager
 from nanovllm.engine.sequence import Sequence, SequenceStatus
@@ -12,8 +12,7 @@ from nanovllm.engine.step import PlannedSequence, StepPlan, StepResult
 from nanovllm.sample_row import SampleRow, TokenLogprobs
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceUpdate:
+class SequenceUpdate(NamedTuple):
     """What one step brought one sequence; token_id is None while its prompt is incomplete.
 
     start: position of the first token that the step computed; prompt_logprobs[i] belongs to
@@ -93,15 +92,14 @@ class Scheduler:
     def update(self, plan: StepPlan, result: StepResult) -> list[SequenceUpdate]:
         """Book a step's tokens: advance, append, and finish what has come to its end."""
         by_id = {seq.seq_id: seq for seq in self.running}
+        sampled = zip(result.token_ids.tolist(), result.logprobs, strict=True)
         updates = []
-        row = 0
         for item in plan.sequences:
             seq = by_id[item.seq_id]
             seq.num_computed += item.num_tokens
             token_id, logprobs = None, None
             if item.sample is not None:
-                token_id, logprobs = int(result.token_ids[row]), result.logprobs[row]
-                row += 1
+                token_id, logprobs = next(sampled)
                 seq.append(token_id)
                 self._finish_if_ended(seq, token_id)
             prompt_logprobs = result.prompt_logprobs.get(seq.seq_id)
@@ -127,9 +125,11 @@ class Scheduler:
         i = 0
         while i < len(self.running):
             seq = self.running[i]
-            decodes_left -= seq.num_uncomputed == 1
-            # a long prompt leaves one token for each decode behind it
-            count = self.cache.cut(seq, budget - decodes_left)
+            if seq.num_uncomputed == 1:
+                decodes_left -= 1
+                count = 1
+            else:  # a long prompt leaves one token for each decode behind it
+                count = self.cache.cut(seq, budget - decodes_left)
             if count > 0:
                 if not self._make_room(seq, count):
                     break  # seq was the last one and has been preempted itself
@@ -182,33 +182,29 @@ class Scheduler:
     def _plan(self, seq: Sequence, count: int) -> PlannedSequence:
         start, end = seq.num_computed, seq.num_computed + count
         self.cache.commit(seq, count)
-        wants_prompt_logprobs = seq.params.prompt_logprobs is not None and start < seq.num_prompt_tokens - 1
-        return PlannedSequence(
-            seq_id=seq.seq_id,
-            token_ids=seq.token_ids[start:end],
-            start=start,
-            block_table=self.cache.block_table(seq),
-            state_slot=self.cache.state_slot(seq),
-            resume_from=self.cache.resume(seq),
-            capture_to=self.cache.capture(seq, count),
-            sample=self._sample_row(seq) if end == seq.num_tokens else None,
-            num_prompt_logprobs=seq.params.prompt_logprobs if wants_prompt_logprobs else None,
-            prompt_targets=seq.token_ids[start + 1 : min(end + 1, seq.num_prompt_tokens)]
-            if wants_prompt_logprobs
-            else None,
+        planned = PlannedSequence(  # by position: names would take as long as all the rest
+            seq.seq_id,
+            seq.token_ids[start:end],
+            start,
+            self.cache.block_table(seq),
+            self.cache.state_slot(seq),
+            self._sample_row(seq) if end == seq.num_tokens else None,
+            self.cache.resume(seq),
+            self.cache.capture(seq, count),
+        )
+        if seq.params.prompt_logprobs is None or start >= seq.num_prompt_tokens - 1:
+            return planned
+        return planned._replace(
+            num_prompt_logprobs=seq.params.prompt_logprobs,
+            prompt_targets=seq.prompt_token_ids[start + 1 : end + 1],
         )
 
     @staticmethod
     def _sample_row(seq: Sequence) -> SampleRow:
-        below_min = seq.num_output_tokens < seq.params.min_tokens
+        index = seq.num_output_tokens
+        stop_ids = seq.stop_ids if index < seq.params.min_tokens else ()
         return SampleRow(
-            params=seq.params,
-            seed=seq.seed,
-            index=seq.num_output_tokens,
-            prompt=seq.token_ids[: seq.num_prompt_tokens],
-            output=seq.output_token_ids,
-            stop_ids=seq.stop_ids if below_min else (),
-            bad_words=seq.bad_words,
+            seq.params, seq.seed, index, seq.prompt_token_ids, seq.output_token_ids, stop_ids, seq.bad_words
         )
 
     def _finish_if_ended(self, seq: Sequence, token_id: int) -> None:
@@ -226,5 +222,5 @@ class Scheduler:
         assert all(s.status is SequenceStatus.RUNNING and s.num_uncomputed > 0 for s in self.running)
         assert len(self.running) <= self.max_num_seqs
         assert [self._order(s) for s in self.running] == sorted(self._order(s) for s in self.running)
-        assert all(not self.cache.block_table(s) for s in waiting), "a waiting sequence holds pages"
+        assert not any(self.cache.holds(s) for s in waiting), "a waiting sequence holds pages"
         self.cache.check_invariants(waiting + self.running)

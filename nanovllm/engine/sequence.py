@@ -59,6 +59,7 @@ class Sequence:
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
         self._tokens = np.array(prompt, dtype=np.int32)
+        self.prompt_token_ids = self._tokens  # outlives the array that grows
 
     @property
     def token_ids(self) -> np.ndarray:

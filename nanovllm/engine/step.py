@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from nanovllm.sample_row import SampleRow, TokenLogprobs
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedSequence:
-    """One sequence's part in a step: tokens [start, start + len(token_ids)) are computed.
+class PlannedSequence(NamedTuple):
+    """One sequence's part in a step: tokens [start, start + num_tokens) are computed. A tuple, as
+    hundreds of them are made for every step.
 
+    block_table: the sequence's pages, 0 for those behind its window; a view, valid for this step.
     state_slot: of the sequence's recurrent state, 0 for models without.
     resume_from: slot to copy the state from before the step, capture_to: slot to copy it to
         after the step; 0 for none.
@@ -24,7 +26,7 @@ class PlannedSequence:
     seq_id: int
     token_ids: np.ndarray  # int32 [n]
     start: int
-    block_table: list[int]
+    block_table: np.ndarray  # int32 [pages]
     state_slot: int
     sample: SampleRow | None
     resume_from: int = 0

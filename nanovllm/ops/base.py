@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from nanovllm.batch import Batch
@@ -15,8 +17,31 @@ from nanovllm.ops.library import Library, library_or_reason
 from nanovllm.ops.mamba2 import Mamba2Sizes, Mamba2Weights
 from nanovllm.ops.native import NativeOps
 from nanovllm.ops.torch_ops import TorchOps
+from nanovllm.sample_row import SampleRow
 
 logger = logging.getLogger(__name__)
+
+
+class SamplingOps(Protocol):
+    """From fp32 logits [R, V] to tokens. A row that holds no number draws some token, and harms no other."""
+
+    def argmax(self, logits: torch.Tensor) -> np.ndarray:
+        """The first of each row's largest, int64 [R]."""
+        ...
+
+    def log_softmax(self, logits: torch.Tensor) -> torch.Tensor:
+        """Log probabilities [R, V]."""
+        ...
+
+    def penalise(self, logits: torch.Tensor, rows: Mapping[int, SampleRow]) -> None:
+        """Repetition (Keskar et al. 2019) over prompt and output, then frequency and presence (the
+        OpenAI API's) over the output; in place, in the rows of these numbers."""
+        ...
+
+    def draw(self, logits: torch.Tensor, rows: Sequence[SampleRow], uniforms: np.ndarray) -> np.ndarray:
+        """Divide by temperature, cut by min_p, top_k, top_p, typical_p in turn, and take the token where the
+        mass, summed in the vocabulary's order, first exceeds the row's uniform; int64 [R]."""
+        ...
 
 
 class Ops(Protocol):
@@ -24,6 +49,9 @@ class Ops(Protocol):
 
     name: str
     gathers_packed: bool  # whether there is a `gather_packed`
+
+    @property
+    def sampling(self) -> SamplingOps: ...
 
     def hidden_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Of what flows between layers, of norms' weights and of biases, where weights have `dtype`."""

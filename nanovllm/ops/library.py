@@ -58,6 +58,9 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     ),
     "nv_gather": (None, [_POINTER, _INT, _INT, _POINTER, _LONG, _LONG, _POINTER, _INT]),
     "nv_elementwise": (None, [_INT, _POINTER, _POINTER, _FLOAT, _FLOAT, _POINTER, _LONG, _INT]),
+    "nv_log_softmax": (None, [_POINTER, _LONG, _LONG, _LONG, _POINTER, _INT]),
+    "nv_draw": (None, [_POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _INT]),
+    "nv_penalise": (None, [_POINTER, _LONG, _LONG, _POINTER, _POINTER, _LONG, _INT]),
     "nv_mamba2": (
         None,
         [
@@ -108,6 +111,7 @@ class Library:
         self.store_kv = library.nv_store_kv
         self.gather = library.nv_gather
         self.elementwise = library.nv_elementwise
+        self.log_softmax, self.draw, self.penalise = library.nv_log_softmax, library.nv_draw, library.nv_penalise
         self.mamba2 = library.nv_mamba2
         self.record, self.recorded = library.nv_record, library.nv_recorded
         self.tape_length, self.replay, self.free = library.nv_tape_length, library.nv_replay, library.nv_free

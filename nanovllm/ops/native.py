@@ -11,6 +11,7 @@ from nanovllm.cache_spec import StateSpec
 from nanovllm.host_memory import mapped_zeros
 from nanovllm.ops.library import Library
 from nanovllm.ops.mamba2 import Mamba2Sizes, Mamba2Weights
+from nanovllm.ops.native_sampling import NativeSampling
 from nanovllm.ops.recorder import NativeRecorder
 
 _PANEL = 16  # rows of a weight that lie side by side once packed; csrc/kernels.h
@@ -27,6 +28,7 @@ class NativeOps:
 
     def __init__(self, library: Library) -> None:
         self._library = library
+        self.sampling = NativeSampling(library)
         self._weights = _Arena()
 
     @staticmethod

@@ -10,6 +10,7 @@ from nanovllm.cache_spec import StateSpec
 from nanovllm.ops import torch_mamba2
 from nanovllm.ops.mamba2 import Mamba2Sizes, Mamba2Weights
 from nanovllm.ops.ssm_plan import GRID, ScanPlan, plan_scan
+from nanovllm.ops.torch_sampling import TorchSampling
 
 
 class TorchOps:
@@ -20,6 +21,7 @@ class TorchOps:
     """
 
     name = "torch"
+    sampling = TorchSampling()
     gathers_packed = False  # oneDNN's form is its own
 
     def hidden_dtype(self, dtype: torch.dtype) -> torch.dtype:

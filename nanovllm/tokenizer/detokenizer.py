@@ -22,7 +22,7 @@ class Detokenizer:
 
     def append(self, token_ids: Sequence[int]) -> str:
         """The text that these tokens complete."""
-        return self._utf8.decode(b"".join(self._tokenizer.token_bytes(i) for i in token_ids if i not in self._skip))
+        return self._utf8.decode(b"".join([self._tokenizer.token_bytes(i) for i in token_ids if i not in self._skip]))
 
     def flush(self) -> str:
         """What is left when no more tokens come: U+FFFD for an incomplete character, or nothing."""

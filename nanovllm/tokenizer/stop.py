@@ -19,6 +19,8 @@ class StopMatcher:
 
     def push(self, text: str) -> tuple[str, str | None]:
         """Returns (text that is safe to show, the stop string if one is complete)."""
+        if not self._stops:
+            return text, None
         text = self._held + text
         found = self._first_match(text)
         if found is not None:
@@ -44,7 +46,7 @@ class StopMatcher:
 
     def _possible_prefix(self, text: str) -> int:
         """Length of the longest tail of `text` that begins a stop string."""
-        longest = min(len(text), len(self._stops[0]) - 1) if self._stops else 0
+        longest = min(len(text), len(self._stops[0]) - 1)
         for size in range(longest, 0, -1):
             tail = text[len(text) - size :]
             if any(stop.startswith(tail) for stop in self._stops):

@@ -90,7 +90,7 @@ def test_plans_survive_pickling():
         copy = pickle.loads(pickle.dumps(plan))
         for a, b in zip(plan.sequences, copy.sequences, strict=True):
             assert a.token_ids.tolist() == b.token_ids.tolist()
-            assert (a.start, a.block_table) == (b.start, b.block_table)
+            assert (a.start, a.block_table.tolist()) == (b.start, b.block_table.tolist())
 
 
 def test_same_step_requests_share_pages():

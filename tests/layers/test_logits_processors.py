@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
+from helpers import sampling_makers
 
-from nanovllm.layers.logits_processors import changes_logits, process_logits
+from nanovllm.layers import logits_processors
 from nanovllm.sample_row import SampleRow
 from nanovllm.sampling_params import SamplingParams
+
+MAKERS = sampling_makers()
+
+
+@pytest.fixture(autouse=True, params=MAKERS.values(), ids=MAKERS)
+def ops(request):
+    process = functools.partial(logits_processors.process_logits, ops=request.param)
+    with mock.patch.object(logits_processors, "process_logits", process):
+        yield
 
 
 def make_row(prompt=(), output=(), stop_ids=(), bad_words=(), **params) -> SampleRow:
@@ -18,7 +31,7 @@ def make_row(prompt=(), output=(), stop_ids=(), bad_words=(), **params) -> Sampl
 
 def processed(logits: list[float], row: SampleRow) -> list[float]:
     tensor = torch.tensor([logits])
-    process_logits(tensor, [row])
+    logits_processors.process_logits(tensor, [row])
     return tensor[0].tolist()
 
 
@@ -96,27 +109,8 @@ def test_only_the_rows_that_ask_are_changed():
     rows = [make_row(output=[1]), make_row(output=[1], presence_penalty=1.0), make_row(stop_ids=(1,))]
     logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     before = logits.clone()
-    process_logits(logits, rows)
+    logits_processors.process_logits(logits, rows)
     assert torch.equal(logits[0], before[0])
     for i in (1, 2):
         assert logits[i, [0, 2, 3]].tolist() == before[i, [0, 2, 3]].tolist()
         assert logits[i, 1] < before[i, 1]
-
-
-@pytest.mark.parametrize(
-    ("row", "expected"),
-    [
-        (make_row(output=[1]), False),
-        (make_row(temperature=0.5, top_k=3, top_p=0.5, min_p=0.1, typical_p=0.5, logprobs=3), False),
-        (make_row(repetition_penalty=1.1), True),
-        (make_row(presence_penalty=0.1), True),
-        (make_row(frequency_penalty=-0.1), True),
-        (make_row(logit_bias={0: 1}), True),
-        (make_row(logit_bias={}), False),
-        (make_row(allowed_token_ids=[0]), True),
-        (make_row(stop_ids=(0,)), True),
-        (make_row(bad_words=((0,),)), True),
-    ],
-)
-def test_changes_logits(row, expected):
-    assert changes_logits(row) is expected

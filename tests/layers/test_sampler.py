@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
-from dataclasses import replace
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from helpers import sampling_makers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from nanovllm.layers import sampler
-from nanovllm.layers.sampler import sample, token_logprobs, uniforms
+from nanovllm.layers.sampler import token_logprobs, uniforms
 from nanovllm.sample_row import SampleRow
 from nanovllm.sampling_params import SamplingParams
 
-NO_TOKENS = np.array([], dtype=np.int32)
+MAKERS = sampling_makers()
+
+
+@pytest.fixture(autouse=True, scope="module", params=MAKERS.values(), ids=MAKERS)
+def ops(request):
+    with mock.patch.object(sampler, "sample", functools.partial(sampler.sample, ops=request.param)):
+        yield request.param
 
 
 def make_row(seed=0, index=0, prompt=(), output=(), stop_ids=(), bad_words=(), **params) -> SampleRow:
@@ -200,7 +207,7 @@ def test_every_stretch_of_the_distribution_is_the_plain_one(batch):
             expected += [token] * 3
         mass += p
     with mock.patch.object(sampler, "uniforms", return_value=np.array(probes)):
-        tokens, _ = sample(logits.repeat(len(probes), 1), [row] * len(probes))
+        tokens, _ = sampler.sample(logits.repeat(len(probes), 1), [row] * len(probes))
     assert tokens.tolist() == expected
 
 
@@ -212,7 +219,7 @@ def test_mixed_batches_draw_the_plain_tokens(batch):
     expected = [
         plain_draw(plain_distribution(values, row), u) for values, row, u in zip(logits.tolist(), rows, us, strict=True)
     ]
-    tokens, _ = sample(logits.clone(), rows)
+    tokens, _ = sampler.sample(logits.clone(), rows)
     assert tokens.dtype == np.int64
     assert tokens.tolist() == expected
 
@@ -221,13 +228,13 @@ def test_mixed_batches_draw_the_plain_tokens(batch):
 @given(batches(max_rows=6), st.randoms(use_true_random=False))
 def test_a_row_is_the_same_alone_and_in_any_order(batch, random):
     logits, rows = batch
-    tokens, logprobs = sample(logits.clone(), rows)
+    tokens, logprobs = sampler.sample(logits.clone(), rows)
     order = list(range(len(rows)))
     random.shuffle(order)
-    shuffled, shuffled_logprobs = sample(logits[order].clone(), [rows[i] for i in order])
+    shuffled, shuffled_logprobs = sampler.sample(logits[order].clone(), [rows[i] for i in order])
     assert shuffled.tolist() == tokens[order].tolist()
     for place, i in enumerate(order):
-        alone, (alone_logprobs,) = sample(logits[i : i + 1].clone(), [rows[i]])
+        alone, (alone_logprobs,) = sampler.sample(logits[i : i + 1].clone(), [rows[i]])
         assert alone[0] == tokens[i]
         assert_same_logprobs(logprobs[i], alone_logprobs)
         assert_same_logprobs(logprobs[i], shuffled_logprobs[place])
@@ -255,9 +262,9 @@ def test_a_row_of_a_large_vocabulary_is_the_same_alone_and_in_a_batch():
         {"repetition_penalty": 1.3, "prompt": range(0, 50000, 7), "logprobs": 100},
     ]
     rows = [make_row(seed=i, index=i, **options[i % len(options)]) for i in range(12)]
-    tokens, logprobs = sample(logits.clone(), rows)
+    tokens, logprobs = sampler.sample(logits.clone(), rows)
     for i, row in enumerate(rows):
-        alone, (alone_logprobs,) = sample(logits[i : i + 1].clone(), [row])
+        alone, (alone_logprobs,) = sampler.sample(logits[i : i + 1].clone(), [row])
         assert alone[0] == tokens[i]
         assert_same_logprobs(logprobs[i], alone_logprobs)
 
@@ -267,7 +274,7 @@ def test_frequencies_follow_the_softmax(temperature):
     logits = torch.tensor([0.5, -1.0, 2.0, 2.0, 0.0, 1.0, -3.0, 1.5])
     draws = 8000
     rows = [make_row(seed=1234, index=i, temperature=temperature) for i in range(draws)]
-    tokens, _ = sample(logits.repeat(draws, 1), rows)
+    tokens, _ = sampler.sample(logits.repeat(draws, 1), rows)
     expected = torch.softmax(logits.double() / temperature, 0).numpy() * draws
     counts = np.bincount(tokens, minlength=len(logits))
     assert ((counts - expected) ** 2 / expected).sum() < 29.9  # chi-square, 7 degrees, p = 1e-4
@@ -277,7 +284,7 @@ def test_frequencies_over_seeds_follow_the_softmax():
     """Sequences with neighbouring seeds must not draw alike."""
     draws = 8000
     rows = [make_row(seed=seed, index=5) for seed in range(draws)]
-    tokens, _ = sample(torch.zeros(draws, 10), rows)
+    tokens, _ = sampler.sample(torch.zeros(draws, 10), rows)
     counts = np.bincount(tokens, minlength=10)
     assert ((counts - draws / 10) ** 2 / (draws / 10)).sum() < 33.7  # chi-square, 9 degrees, p = 1e-4
 
@@ -297,7 +304,7 @@ def test_uniforms_lie_in_the_half_open_unit_interval_and_depend_on_seed_and_inde
     us = uniforms(rows)
     assert ((us >= 0) & (us < 1)).all()
     assert us[::-1].tolist() == uniforms(rows[::-1]).tolist()
-    other = [replace(row, params=SamplingParams(temperature=0.3), output=np.array([1], np.int32)) for row in rows]
+    other = [row._replace(params=SamplingParams(temperature=0.3), output=np.array([1], np.int32)) for row in rows]
     assert us.tolist() == uniforms(other).tolist()
 
 
@@ -306,7 +313,7 @@ def test_the_ends_of_the_unit_interval_draw_the_first_and_last_possible_tokens(u
     logits = torch.randn(1, 1000, generator=torch.Generator().manual_seed(0))
     row = make_row(allowed_token_ids=[3, 500, 900])
     with mock.patch.object(sampler, "uniforms", return_value=np.array([u])):
-        assert sample(logits, [row])[0].tolist() == [3 if u == 0 else 900]
+        assert sampler.sample(logits, [row])[0].tolist() == [3 if u == 0 else 900]
 
 
 @pytest.mark.parametrize("vocab_size", [511, 512, 513, 3000])
@@ -324,38 +331,38 @@ def test_top_p_whose_nucleus_exceeds_the_first_look(vocab_size, top_p):
         first, last = order[:size].min().item(), order[:size].max().item()
         for u, expected in ((0.0, first), (1 - 2**-53, last)):
             with mock.patch.object(sampler, "uniforms", return_value=np.full(4, u)):
-                assert sample(logits.clone(), rows)[0][i] == expected
+                assert sampler.sample(logits.clone(), rows)[0][i] == expected
 
 
 def test_ties_at_a_cut_stay_in():
     logits = torch.tensor([[1.0, 3.0, 1.0, 2.0, 1.0]])
     for params in ({"top_k": 3}, {"top_p": 0.85}):
         rows = [make_row(index=i, **params) for i in range(400)]
-        assert set(sample(logits.repeat(400, 1), rows)[0].tolist()) == {0, 1, 2, 3, 4}
+        assert set(sampler.sample(logits.repeat(400, 1), rows)[0].tolist()) == {0, 1, 2, 3, 4}
     rows = [make_row(index=i, top_k=2) for i in range(400)]
-    assert set(sample(logits.repeat(400, 1), rows)[0].tolist()) == {1, 3}
+    assert set(sampler.sample(logits.repeat(400, 1), rows)[0].tolist()) == {1, 3}
 
 
 @pytest.mark.parametrize("top_k", [4, 5, 10**9])
 def test_top_k_of_the_vocabulary_or_more_keeps_all(top_k):
     logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
     seeds = range(50)
-    with_k = sample(logits.repeat(50, 1), [make_row(seed=s, top_k=top_k) for s in seeds])[0]
-    without = sample(logits.repeat(50, 1), [make_row(seed=s) for s in seeds])[0]
+    with_k = sampler.sample(logits.repeat(50, 1), [make_row(seed=s, top_k=top_k) for s in seeds])[0]
+    without = sampler.sample(logits.repeat(50, 1), [make_row(seed=s) for s in seeds])[0]
     assert with_k.tolist() == without.tolist()
 
 
 def test_greedy_rows_take_the_first_of_the_largest_among_random_rows():
     logits = torch.tensor([[0.0, 5.0, 5.0, 1.0]]).repeat(40, 1)
     rows = [make_row(index=i, temperature=0.0 if i % 2 else 3.0, top_k=i % 3) for i in range(40)]
-    tokens, _ = sample(logits, rows)
+    tokens, _ = sampler.sample(logits, rows)
     assert (tokens[1::2] == 1).all()
     assert len(set(tokens[::2].tolist())) > 2
 
 
 def test_equal_seed_and_index_draw_the_same_and_others_differ():
     logits = torch.zeros(1, 1000)
-    draws = [[sample(logits.clone(), [make_row(seed=s, index=i)])[0][0] for i in range(20)] for s in (1, 1, 2)]
+    draws = [[sampler.sample(logits.clone(), [make_row(seed=s, index=i)])[0][0] for i in range(20)] for s in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
     assert len(set(draws[0])) > 10
 
@@ -378,7 +385,7 @@ def test_forbidding_everything_still_yields_an_allowed_token(forbidding, cut, pe
     for seed in range(20):
         row = make_row(seed=seed, prompt=[1, 2], repetition_penalty=penalty, **forbidding, **cut)
         logits = torch.randn(1, 8, generator=generator)
-        assert sample(logits, [row])[0][0] in allowed
+        assert sampler.sample(logits, [row])[0][0] in allowed
 
 
 EXTREME = [
@@ -401,13 +408,13 @@ def test_extreme_parameters_never_let_a_forbidden_token_through(params):
     rows = [make_row(index=i, prompt=range(8), stop_ids=[0], bad_words=[[1]], **params) for i in range(draws)]
     rows += [make_row(index=i, prompt=range(8), allowed_token_ids=[3, 4], **params) for i in range(draws)]
     logits = torch.tensor([3.0, 2.0, -1.0, 0.5, -0.5, 0.0, 1.0, -4.0])
-    tokens, _ = sample(logits.repeat(2 * draws, 1), rows)
+    tokens, _ = sampler.sample(logits.repeat(2 * draws, 1), rows)
     assert set(tokens[:draws].tolist()) <= {2, 3, 4, 5, 6, 7}
     assert set(tokens[draws:].tolist()) <= {3, 4}
 
 
 def test_an_extreme_temperature_is_uniform():
-    tokens, _ = sample(torch.randn(300, 4), [make_row(index=i, temperature=1e300) for i in range(300)])
+    tokens, _ = sampler.sample(torch.randn(300, 4), [make_row(index=i, temperature=1e300) for i in range(300)])
     assert (np.bincount(tokens, minlength=4) > 40).all()
 
 
@@ -415,7 +422,7 @@ def test_an_extreme_temperature_is_uniform():
 @given(batches())
 def test_logprobs_are_of_the_unmodified_logits(batch):
     logits, rows = batch
-    tokens, found = sample(logits.clone(), rows)
+    tokens, found = sampler.sample(logits.clone(), rows)
     for values, row, token, logprobs in zip(logits.tolist(), rows, tokens.tolist(), found, strict=True):
         count = row.params.logprobs
         if count is None:
@@ -431,7 +438,7 @@ def test_logprobs_are_of_the_unmodified_logits(batch):
 
 def test_the_greedy_token_is_the_first_of_the_likeliest():
     logits = torch.zeros(2, 3000)
-    tokens, logprobs = sample(logits, [make_row(temperature=0.0, logprobs=count) for count in (1, 5)])
+    tokens, logprobs = sampler.sample(logits, [make_row(temperature=0.0, logprobs=count) for count in (1, 5)])
     assert tokens.tolist() == [0, 0]
     assert [found.token_ids.tolist() for found in logprobs] == [[0, 0], [0, 0, 1, 2, 3, 4]]
 
@@ -448,8 +455,8 @@ def test_not_a_number_stays_in_its_row():
     """A broken model's NaN must neither crash the step nor change another row's token."""
     logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
     rows = [SampleRow(SamplingParams(seed=1), 1, i, np.empty(0, np.int32), np.empty(0, np.int32)) for i in range(2)]
-    expected = sample(logits.clone(), rows)[0][1]
+    expected = sampler.sample(logits.clone(), rows)[0][1]
     logits[0] = float("nan")
-    token_ids = sample(logits, rows)[0]
+    token_ids = sampler.sample(logits, rows)[0]
     assert 0 <= token_ids[0] < 50
     assert token_ids[1] == expected

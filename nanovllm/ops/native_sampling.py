@@ -1,0 +1,83 @@
+"""Sampling of csrc/: rows by themselves, cuts without a sort."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from nanovllm.ops.library import Library
+from nanovllm.ops.torch_sampling import HIGHEST_TEMPERATURE, LARGEST_PENALTY, SMALLEST_PENALTY, TorchSampling
+from nanovllm.sample_row import SampleRow
+
+# DrawRow and PenaltyRow of csrc/kernels.h
+_DRAW = np.dtype(
+    [("min_p", "f8"), ("top_p", "f8"), ("uniform", "f8"), ("top_k", "i8"), ("temperature", "f4")], align=True
+)
+_PENALTY = np.dtype(
+    [
+        *((name, "i8") for name in ("row", "prompt", "output", "end")),
+        *(("frequency", "f8"), ("presence", "f8"), ("repetition", "f4")),
+    ],
+    align=True,
+)
+
+
+class NativeSampling:
+    """What torch gives up to rounding; the typical cut, which needs a sort, is torch's."""
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+        self._torch = TorchSampling()
+
+    def argmax(self, logits: torch.Tensor) -> np.ndarray:
+        return self._draw(logits, None)
+
+    def log_softmax(self, logits: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(logits.shape)
+        self._library.log_softmax(
+            *(logits.data_ptr(), logits.stride(0), *logits.shape, out.data_ptr(), torch.get_num_threads())
+        )
+        return out
+
+    def penalise(self, logits: torch.Tensor, rows: Mapping[int, SampleRow]) -> None:
+        tokens = [part for row in rows.values() for part in (row.prompt, row.output)]
+        ends = np.cumsum([len(part) for part in tokens])
+        table = np.empty(len(rows), dtype=_PENALTY)
+        table["row"] = list(rows)
+        table["prompt"] = [0, *ends[1:-1:2]]
+        table["output"], table["end"] = ends[::2], ends[1::2]
+        params = [row.params for row in rows.values()]
+        table["frequency"] = [p.frequency_penalty for p in params]
+        table["presence"] = [p.presence_penalty for p in params]
+        table["repetition"] = [min(max(p.repetition_penalty, SMALLEST_PENALTY), LARGEST_PENALTY) for p in params]
+        seen = np.concatenate(tokens)
+        self._library.penalise(
+            *(logits.data_ptr(), logits.stride(0), logits.shape[1]),
+            *(seen.ctypes.data, table.ctypes.data, len(table), torch.get_num_threads()),
+        )
+
+    def draw(self, logits: torch.Tensor, rows: Sequence[SampleRow], uniforms: np.ndarray) -> np.ndarray:
+        params = [row.params for row in rows]
+        how = np.empty(len(rows), dtype=_DRAW)
+        how["min_p"] = [p.min_p for p in params]
+        how["top_p"] = [p.top_p for p in params]
+        how["uniform"] = uniforms
+        how["top_k"] = [min(p.top_k, logits.shape[1]) for p in params]
+        how["temperature"] = [0.0 if p.greedy else min(p.temperature, HIGHEST_TEMPERATURE) for p in params]
+        typical = [i for i, p in enumerate(params) if p.typical_p != 1.0]
+        if len(typical) == len(rows):
+            return self._torch.draw(logits, rows, uniforms)
+        token_ids = self._draw(logits, how)
+        if typical:
+            token_ids[typical] = self._torch.draw(logits[typical], [rows[i] for i in typical], uniforms[typical])
+        return token_ids
+
+    def _draw(self, logits: torch.Tensor, how: np.ndarray | None) -> np.ndarray:
+        token_ids = np.empty(len(logits), dtype=np.int64)
+        self._library.draw(
+            *(logits.data_ptr(), logits.stride(0), *logits.shape),
+            *(None if how is None else how.ctypes.data, token_ids.ctypes.data, torch.get_num_threads()),
+        )
+        return token_ids
