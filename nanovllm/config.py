@@ -52,6 +52,8 @@ class EngineConfig:
         is free.
     gpu_memory_utilization: GPU only: share of the device's memory for weights and pages.
     tensor_parallel_size: ranks; only 1 in this version.
+    num_threads: CPU only; default OMP_NUM_THREADS, else the physical cores that this process may use. It is
+        torch's number, for the whole process.
     enforce_eager: compute every step op by op. Otherwise, where the kernels are native, a step is
         recorded and run as a whole, and those that decode are recorded once for each number of sequences.
     enable_prefix_caching: reuse the pages of equal prefixes.
@@ -84,6 +86,7 @@ class EngineConfig:
     kvcache_memory: int | str | None = None
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
+    num_threads: int | None = None
     enforce_eager: bool = False
     enable_prefix_caching: bool = True
     attention_backend: str = "auto"
@@ -114,7 +117,7 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name in ("max_num_seqs", "tensor_parallel_size"):
             _require_count(name, getattr(self, name))
-        for name in ("max_model_len", "max_num_batched_tokens", "num_kvcache_blocks"):
+        for name in ("max_model_len", "max_num_batched_tokens", "num_kvcache_blocks", "num_threads"):
             if getattr(self, name) is not None:
                 _require_count(name, getattr(self, name))
         if self.seed is not None:

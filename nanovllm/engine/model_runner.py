@@ -16,6 +16,7 @@ from nanovllm.engine.batch_builder import build_batch
 from nanovllm.engine.memory import cache_memory, size_caches
 from nanovllm.engine.step import StepPlan, StepResult
 from nanovllm.engine.step_graphs import StepGraphs
+from nanovllm.engine.threads import set_threads
 from nanovllm.host_memory import mapped_zeros
 from nanovllm.layers.attention import CachedLayer
 from nanovllm.layers.sampler import sample, token_logprobs
@@ -45,6 +46,8 @@ class ModelRunner:
         self._backend: AttentionBackend = select_backend(
             config.attention_backend, self._device, dtype, self._block_size
         )
+        if self._device.type == "cpu":
+            set_threads(config.num_threads)
         self._ops = select_ops(config.kernels, self._device, dtype)
         ctx = BuildContext(self._device, dtype, self._backend, config.max_model_len, ops=self._ops)
         self._model = model_class(model_config, ctx)
