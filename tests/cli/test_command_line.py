@@ -107,7 +107,8 @@ def child(*args: str) -> subprocess.Popen:
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-ENDLESS = ("--max-tokens", "100000", "--ignore-eos")
+# torch: or the log would tell of kernels that were not built
+ENDLESS = ("--max-tokens", "100000", "--ignore-eos", "--kernels", "torch")
 
 
 @pytest.fixture
