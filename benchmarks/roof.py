@@ -30,15 +30,15 @@ class Work:
         from nanovllm.build_context import BuildContext
         from nanovllm.cache_spec import PagedKVSpec
         from nanovllm.layers.attention import CachedLayer
-        from nanovllm.layers.linear import MergedColumnParallelLinear
         from nanovllm.models.registry import model_class
+        from nanovllm.quantization.linear_method import LinearWeights
 
         if config.get("num_experts") or config.get("num_local_experts"):
             return None
         family, kind = model_class(config["architectures"]), getattr(torch, dtype)
         ctx = BuildContext(torch.device("meta"), kind, ReferenceAttention(), 64)
         model = family(family.read_config(config), ctx)
-        linears = [m for m in model.modules() if isinstance(m, MergedColumnParallelLinear)]
+        linears = [m for m in model.modules() if isinstance(m, LinearWeights)]
         head, total = model.lm_head.weight.numel(), sum(m.weight.numel() for m in linears)
         specs = [m.cache_spec for m in model.modules() if isinstance(m, CachedLayer)]
         paged = [spec for spec in specs if isinstance(spec, PagedKVSpec)]

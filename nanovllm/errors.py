@@ -25,5 +25,12 @@ class WeightError(NanoVLLMError, RuntimeError):
     """The tensors on disk do not match the model: missing, unexpected, misshapen or corrupt."""
 
 
+class PeerLost(NanoVLLMError, RuntimeError):
+    """A rank of the tensor-parallel group did not come when the others needed it: it died, hangs, or was closed."""
+
+    def __init__(self, message: str = "another rank died, hangs or was closed; this one cannot go on") -> None:
+        super().__init__(message)
+
+
 class EngineClosed(NanoVLLMError, RuntimeError):
     """The engine was closed; create a new one."""

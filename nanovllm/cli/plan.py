@@ -110,8 +110,7 @@ def _print_footprint(case: Case) -> None:
     print(f"tables             {size_text(model.tables)} for {config.max_model_len} positions")
     print(f"keys and values    {size_text(model.kv_bytes_per_token)} a token, in pages of {config.kvcache_block_size}")
     if model.state_bytes:
-        note = " (counted whole: not divided over the ranks)" if case.tp > 1 else ""
-        print(f"recurrent state    {size_text(model.state_bytes)} a sequence{note}")
+        print(f"recurrent state    {size_text(model.state_bytes)} a sequence")
 
 
 def _print_capacity(case: Case, held: tuple[EngineConfig, CachePlan], memory: int) -> None:

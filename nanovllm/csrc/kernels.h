@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 #include "team.h"
@@ -93,10 +94,11 @@ struct Rope : Rows {
     int64_t half;
 };
 
-// y[i] = table[ids[i]], widened to float.
+// y[i] = row ids[i] of the table, widened to float; zeros for a row that the table has not.
 struct Gather {
     const void* table;  // rows of `width`, float or bfloat16 if bf16; or, if packed, a linear layer's weight
     bool bf16, packed;
+    int64_t first, rows;  // the table's rows are numbers first, ..., first + rows - 1
     const int64_t* ids;
     int64_t count, width;
     float* y;
@@ -165,6 +167,7 @@ struct Mamba2Call {
     const float *filters, *conv_bias;  // [kernel][conv_size], [conv_size]
     const float *A, *D, *dt_bias;      // [heads]
     const float* norm;                 // [inner]
+    float* squares;                    // [tokens], or null: see gated_norm
     float* conv_states;                // [slots][kernel - 1][conv_size]
     float* states;                     // [slots][groups * strips][state_size][STRIP]
     int64_t tokens, batch;
@@ -175,6 +178,16 @@ struct Mamba2Call {
     int64_t work_width() const { return conv_size() + 2 * heads; }             // of x | B | C | dt | exp(dt A)
     int64_t strips() const { return (inner() / groups + STRIP - 1) / STRIP; }  // of a group
     int64_t work() const { return tokens * inner() * state_size; }
+};
+
+// y = x / sqrt(squares / over + eps) * weight, [rows][size]: a norm whose squares were summed elsewhere.
+struct RmsScale {
+    const float *x, *squares, *weight;  // squares: [rows]
+    int64_t rows, size, over;
+    float eps;
+    float* y;
+
+    int64_t work() const { return rows * size; }
 };
 
 // How one token is drawn; greedily where the temperature is 0. The limits are SamplingParams'.
@@ -211,6 +224,46 @@ struct Penalties {
     int64_t work() const { return count == 0 ? 0 : rows[count - 1].end - rows[0].prompt; }
 };
 
+// Memory that all ranks of a group have mapped, zeroed when it was new. Slots follow: [size][2][slot_bytes].
+struct Region {
+    struct Line {
+        alignas(64) std::atomic<uint64_t> written;  // parts, by this rank
+    };
+    static constexpr int64_t MOST_RANKS = 63;
+
+    alignas(64) std::atomic<int32_t> broken;  // a rank has closed, or was waited for in vain
+    int64_t slot_bytes;
+    Line lines[MOST_RANKS];
+
+    std::atomic<uint64_t>& written(int64_t rank) { return lines[rank].written; }
+    char* slot(int64_t size, int64_t rank, int64_t turn) { return (char*)(this + 1) + (rank * 2 + turn) * slot_bytes; }
+};
+
+// What one rank says of itself. timeout: seconds that it waits for another one.
+struct GroupCall {
+    Region* region;
+    int64_t rank, size;
+    double timeout;
+};
+
+// y = x of rank 0 + x of rank 1 + ..., n floats.
+struct AllReduce : GroupCall {
+    const float* x;
+    int64_t n;
+    float* y;
+
+    int64_t work() const { return n * size; }
+};
+
+// y's rows: those of all ranks side by side, of which the first out_bytes are kept.
+struct AllGather : GroupCall {
+    const void* x;  // [rows] of row_bytes
+    int64_t rows, row_bytes, out_bytes;
+    void* y;
+
+    int64_t work() const { return rows * out_bytes / 4; }
+};
+
 template <class Call>
 using Kernel = void (*)(const Call&, Team&);
 
@@ -229,6 +282,9 @@ struct Kernels {
     Kernel<Draw> draw;
     Kernel<Penalties> penalise;
     Kernel<Mamba2Call> mamba2;
+    Kernel<RmsScale> rms_scale;
+    Kernel<AllReduce> all_reduce;
+    Kernel<AllGather> all_gather;
 };
 
 // null where this build has no such level

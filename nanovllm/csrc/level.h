@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "gemm.h"
+#include "group.h"
 #include "mamba.h"
 #include "moe.h"
 #include "rows.h"
@@ -29,7 +30,10 @@ constexpr Kernels table(const char* name) {
             log_softmax,
             draw,
             penalise,
-            mamba2};
+            mamba2,
+            rms_scale,
+            all_reduce,
+            all_gather};
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -74,6 +75,9 @@ void as_team(int threads, F f) {
     }
 }
 
+// Of this thread's calls since it was last asked: 0, or -1 if one could not be completed.
+int status() { return std::exchange(commons.failed, false) ? -1 : 0; }
+
 template <class Call>
 void submit(Kernel<Call> kernel, const Call& call, int threads) {
     if (recording != nullptr) return recording->push_back(std::make_unique<Recorded<Call>>(kernel, call));
@@ -85,7 +89,7 @@ void submit(Kernel<Call> kernel, const Call& call, int threads) {
 extern "C" {
 
 // Raised whenever a function below changes; ops/library.py must agree.
-int nv_abi() { return 6; }
+int nv_abi() { return 7; }
 
 const char* nv_level() { return active->name; }
 
@@ -136,8 +140,9 @@ int64_t nv_tape_length(const Tape* tape) { return tape->size(); }
 void nv_free(Tape* tape) { delete tape; }
 
 // All calls of a tape in their order, by threads that are started once. Neighbouring calls of little work
-// are left to one thread, which needs to wait for nobody.
-void nv_replay(const Tape* tape, int threads) {
+// are left to one thread, which needs to wait for nobody. -1 if another rank was waited for in vain: what was
+// computed is worth nothing then.
+int nv_replay(const Tape* tape, int threads) {
     as_team(threads, [&](Team& team) {
         Team alone(commons, 0, 1);
         bool apart = false;
@@ -153,6 +158,7 @@ void nv_replay(const Tape* tape, int threads) {
             apart = false;
         }
     });
+    return status();
 }
 
 // --- kernels --------------------------------------------------------------------------------------------
@@ -197,8 +203,9 @@ void nv_rope(const float* x, int64_t outer, int64_t inner, int64_t outer_stride,
     submit(active->rope, call, threads);
 }
 
-void nv_gather(const void* table, int bf16, int packed, const int64_t* ids, int64_t count, int64_t width, float* y, int threads) {
-    const Gather call = {table, bf16 != 0, packed != 0, ids, count, width, y};
+void nv_gather(const void* table, int bf16, int packed, int64_t first, int64_t rows, const int64_t* ids, int64_t count,
+               int64_t width, float* y, int threads) {
+    const Gather call = {table, bf16 != 0, packed != 0, first, rows, ids, count, width, y};
     submit(active->gather, call, threads);
 }
 
@@ -245,11 +252,46 @@ void nv_penalise(float* logits, int64_t stride, int64_t vocab, const int32_t* to
 void nv_mamba2(const float* projected, int64_t stride, float* out, int64_t heads, int64_t head_dim, int64_t groups,
                int64_t state_size, int64_t kernel, float shortest, float longest, float eps, const float* filters,
                const float* conv_bias, const float* A, const float* D, const float* dt_bias, const float* norm,
-               float* conv_states, float* states, int64_t tokens, int64_t batch, const int32_t* query_start,
+               float* squares, float* conv_states, float* states, int64_t tokens, int64_t batch, const int32_t* query_start,
                const int32_t* seq_lens, const int32_t* slots, int threads) {
     const Mamba2Call call = {projected, stride,  out,       heads,    head_dim, groups,      state_size, kernel,
                              shortest,  longest, eps,       filters,  conv_bias, A,          D,          dt_bias,
-                             norm,      conv_states, states, tokens,  batch,    query_start, seq_lens,   slots};
+                             norm,      squares, conv_states, states, tokens,   batch,       query_start, seq_lens,
+                             slots};
     submit(active->mamba2, call, threads);
+}
+
+void nv_rms_scale(const float* x, const float* squares, const float* weight, int64_t rows, int64_t size, int64_t over,
+                  float eps, float* y, int threads) {
+    const RmsScale call = {x, squares, weight, rows, size, over, eps, y};
+    submit(active->rms_scale, call, threads);
+}
+
+// --- between the ranks of a group ---------------------------------------------------------------------------
+
+// Bytes of the memory that `size` ranks share, or -1 for too many of them.
+int64_t nv_region_bytes(int64_t size, int64_t slot_bytes) {
+    return size > Region::MOST_RANKS ? -1 : sizeof(Region) + size * 2 * slot_bytes;
+}
+
+// Before any rank uses it. The memory is zeroed.
+void nv_region_init(Region* region, int64_t slot_bytes) { region->slot_bytes = slot_bytes; }
+
+// From now on nobody waits for anybody.
+void nv_region_break(Region* region) { region->broken.store(1); }
+
+// 0, or -1 if another rank was waited for in vain; while recording always 0.
+int nv_all_reduce(Region* region, int64_t rank, int64_t size, double timeout, const float* x, int64_t n, float* y,
+                  int threads) {
+    const AllReduce call = {{region, rank, size, timeout}, x, n, y};
+    submit(active->all_reduce, call, threads);
+    return status();
+}
+
+int nv_all_gather(Region* region, int64_t rank, int64_t size, double timeout, const void* x, int64_t rows,
+                  int64_t row_bytes, int64_t out_bytes, void* y, int threads) {
+    const AllGather call = {{region, rank, size, timeout}, x, rows, row_bytes, out_bytes, y};
+    submit(active->all_gather, call, threads);
+    return status();
 }
 }

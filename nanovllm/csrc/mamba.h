@@ -189,7 +189,8 @@ inline void scan_strips(const Mamba2Call& m, const Chunk& chunk, int64_t first, 
     }
 }
 
-// RMSNorm of y * silu(gate), each group of a token by itself.
+// RMSNorm of y * silu(gate), each group of a token by itself. Where the one group's channels are on several
+// ranks, its squares are only given out: what follows needs their sum.
 inline void gated_norm(const Mamba2Call& m, int64_t token) {
     const int64_t size = m.inner() / m.groups;
     for (int64_t channel = 0; channel < m.inner(); channel += size) {
@@ -201,6 +202,10 @@ inline void gated_norm(const Mamba2Call& m, int64_t token) {
             store_lanes(y + i, gated, lanes);
         }
         const float squares = row_sum(y, size, [](V v, int64_t) { return v * v; });
+        if (m.squares != nullptr) {
+            m.squares[token] = squares;
+            continue;
+        }
         const float scale = 1.0f / std::sqrt(squares / size + m.eps);
         for (int64_t i = 0; i < size; i += WIDTH) {
             const int64_t lanes = std::min<int64_t>(WIDTH, size - i);

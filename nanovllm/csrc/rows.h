@@ -47,6 +47,18 @@ void rms_norm(const Norm& norm, Team& team) {
     });
 }
 
+void rms_scale(const RmsScale& c, Team& team) {
+    team.share(c.rows, [&](int64_t first, int64_t last) {
+        for (int64_t row = first; row < last; ++row) {
+            const float *x = c.x + row * c.size, scale = 1.0f / std::sqrt(c.squares[row] / c.over + c.eps);
+            for (int64_t i = 0; i < c.size; i += WIDTH) {
+                const int64_t lanes = std::min<int64_t>(WIDTH, c.size - i);
+                store_part(c.y + row * c.size + i, load_part(x + i, lanes) * scale * load_part(c.weight + i, lanes), lanes);
+            }
+        }
+    });
+}
+
 void layer_norm(const Norm& norm, Team& team) {
     const int64_t size = norm.size;
     const float *weight = norm.weight, *bias = norm.bias;
@@ -105,15 +117,20 @@ void gather(const Gather& g, Team& team) {
     team.share(g.count, [&](int64_t first, int64_t last) {
         for (int64_t row = first; row < last; ++row) {
             float* y = g.y + row * g.width;
+            const int64_t id = g.ids[row] - g.first;
+            if (id < 0 || id >= g.rows) {
+                std::fill(y, y + g.width, 0.0f);
+                continue;
+            }
             if (g.packed) {
-                gather_packed(g, g.ids[row], y);
+                gather_packed(g, id, y);
                 continue;
             }
             if (!g.bf16) {
-                memcpy(y, (const float*)g.table + g.ids[row] * g.width, g.width * sizeof(float));
+                memcpy(y, (const float*)g.table + id * g.width, g.width * sizeof(float));
                 continue;
             }
-            const uint16_t* x = (const uint16_t*)g.table + g.ids[row] * g.width;
+            const uint16_t* x = (const uint16_t*)g.table + id * g.width;
             int64_t i = 0;
             for (; i + WIDTH <= g.width; i += WIDTH) store(y + i, load_bf16(x + i));
             for (; i < g.width; ++i) {

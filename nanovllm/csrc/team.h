@@ -37,6 +37,7 @@ struct Commons {
     alignas(64) std::atomic<int64_t> next{0};
     Scratch scratch;
     void* memory = nullptr;
+    bool failed = false;
 };
 
 class Team {
@@ -88,7 +89,10 @@ public:
         return commons_.memory;
     }
 
-private:
+    // The call cannot be completed; by one thread, before all meet.
+    void fail() { commons_.failed = true; }
+    bool failed() const { return commons_.failed; }
+
     static constexpr int SPINS = 4000;  // some 50 microseconds
 
     static void pause() {
@@ -97,6 +101,7 @@ private:
 #endif
     }
 
+private:
     Commons& commons_;
     uint32_t meetings_;
 };

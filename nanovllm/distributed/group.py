@@ -3,19 +3,76 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
+
+import torch
 
 from nanovllm.errors import ConfigError
 
 
+class Communicator(Protocol):
+    """What ranks do together: all of them, in the same order, with tensors of the same shape.
+
+    PeerLost where one does not take part in time; the communicator is of no use then.
+    """
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks, in x's dtype: the same bits on all ranks and in all runs. On CPUs its terms
+        are added in the order of the ranks."""
+        ...
+
+    def all_gather(self, x: torch.Tensor, width: int | None = None) -> torch.Tensor:
+        """[R, n] of each rank -> [R, size * n] in the order of the ranks, or the first `width` columns of that."""
+        ...
+
+    def close(self) -> None:
+        """Leave: whoever waits for this rank learns it at once where the ranks share memory. Harmless when repeated."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class TPGroup:
-    """Tensor-parallel group (Shoeybi et al. 2019) as layers see it: who am I, of how many."""
+    """Tensor-parallel group (Shoeybi et al. 2019) as layers see it: who am I, of how many.
+
+    comm: None for one rank, and where a rank is only measured.
+    """
 
     rank: int = 0
     size: int = 1
+    comm: Communicator | None = None
 
     def shard(self, total: int, what: str) -> int:
-        """This rank's share of `total` rows; ConfigError when it does not divide."""
+        """This rank's share of `total` things; ConfigError where they do not divide."""
         if total % self.size:
-            raise ConfigError(f"{what}: {total} does not divide by tensor_parallel_size={self.size}")
+            sizes = [n for n in range(1, min(total, 64) + 1) if total % n == 0]
+            raise self._refusal(total, what, sizes)
         return total // self.size
+
+    def part(self, total: int, what: str) -> slice:
+        """Which ones of `total` things this rank has; ConfigError where they do not divide."""
+        count = self.shard(total, what)
+        return slice(self.rank * count, (self.rank + 1) * count)
+
+    def part_or_copy(self, total: int, what: str) -> slice:
+        """The same, but where there are fewer things than ranks, neighbouring ranks have one and the same."""
+        if total >= self.size:
+            return self.part(total, what)
+        if self.size % total:
+            sizes = [n for n in range(1, total) if total % n == 0]
+            raise self._refusal(total, what, [*sizes, *range(total, 5 * total, total)])
+        mine = self.rank * total // self.size
+        return slice(mine, mine + 1)
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of the ranks' x."""
+        return x if self.comm is None else self.comm.all_reduce(x)
+
+    def all_gather(self, x: torch.Tensor, width: int) -> torch.Tensor:
+        """The ranks' x [R, n] side by side, cut to `width` columns: what lies behind is padding."""
+        return x if self.comm is None else self.comm.all_gather(x, width)
+
+    def _refusal(self, total: int, what: str, sizes: list[int]) -> ConfigError:
+        return ConfigError(
+            f"{what}: {total} does not divide by tensor_parallel_size={self.size}; "
+            f"sizes that can: {', '.join(map(str, sizes))}"
+        )

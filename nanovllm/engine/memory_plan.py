@@ -6,7 +6,6 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from nanovllm.attention.base import select_backend
 from nanovllm.build_context import BuildContext
@@ -16,9 +15,6 @@ from nanovllm.distributed.group import TPGroup
 from nanovllm.engine.memory import size_caches
 from nanovllm.errors import ConfigError
 from nanovllm.layers.attention import CachedLayer
-from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
-from nanovllm.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
-from nanovllm.layers.weight_layer import WeightLayer
 from nanovllm.models.base import CausalLM, ModelConfig
 from nanovllm.ops.base import select_ops
 from nanovllm.quantization.linear_method import LinearWeights
@@ -49,35 +45,34 @@ class Footprint:
 
 
 def footprint(model_class: type[CausalLM], model_config: ModelConfig, config: EngineConfig, tp: int = 1) -> Footprint:
-    """Build the model without memory and add up. config: resolved.
+    """Build the model of one rank without memory and add up. config: resolved.
 
-    tp > 1 is arithmetic over the layers that tensor parallelism shards: linear layers by rows or
-    columns, embedding and head by the vocabulary (padded), key/value pages by heads. Everything
-    else is counted whole. ConfigError where heads or rows do not divide.
+    All ranks have as much. ConfigError where heads or rows do not divide.
     """
     assert config.max_model_len is not None
     device, dtype = torch.device(config.device), getattr(torch, config.dtype)
     backend = select_backend(config.attention_backend, device, dtype, config.kvcache_block_size)
     ops = select_ops(config.kernels, device, dtype)
-    model = model_class(model_config, BuildContext(torch.device("meta"), dtype, backend, config.max_model_len, ops=ops))
-    group = TPGroup(0, tp)
-    check_heads(model, group)
+    meta = torch.device("meta")
+    model, whole = (
+        model_class(model_config, BuildContext(meta, dtype, backend, config.max_model_len, TPGroup(0, size), ops))
+        for size in (tp, 1)
+    )
     replicated: Counter[str] = Counter()
     weights: dict[tuple[int, str], int] = {}  # by who owns them: tied ones count once
-    for place, layer in model.named_modules():
+    for layer, whole_layer in zip(model.modules(), whole.modules(), strict=True):
         for name, parameter in layer.named_parameters(recurse=False):
             own = name == "weight" and isinstance(layer, LinearWeights) and layer.method.num_bytes(layer, device)
-            whole = own or parameter.numel() * parameter.itemsize
-            share = _share(layer, name, whole, group, place)
-            place_in_memory = (id(layer), name) if own and not ops.gathers_packed else (id(parameter), "")
-            weights[place_in_memory] = max(share, weights.get(place_in_memory, 0))
-            if tp > 1 and share == whole:
-                replicated[type(layer).__name__] += share
+            size = own or parameter.numel() * parameter.itemsize
+            place_in_memory = (id(layer), name) if own and not ops.embeds_packed else (id(parameter), "")
+            weights[place_in_memory] = max(size, weights.get(place_in_memory, 0))
+            if tp > 1 and parameter.shape == whole_layer.get_parameter(name).shape:
+                replicated[type(layer).__name__] += size
     return Footprint(
         sum(weights.values()),
         sum(b.numel() * b.itemsize for b in model.buffers()),
         dict(replicated),
-        tuple(_sharded_spec(m.cache_spec, tp) for m in model.modules() if isinstance(m, CachedLayer)),
+        tuple(m.cache_spec for m in model.modules() if isinstance(m, CachedLayer)),
     )
 
 
@@ -90,41 +85,3 @@ def plan_memory(model: Footprint, config: EngineConfig, memory: int) -> CachePla
     if left <= 0:
         raise ConfigError(f"the weights take {model.weights + model.tables:,} bytes, and there are {memory:,}")
     return size_caches(model.specs, left, config)
-
-
-def check_heads(model: nn.Module, group: TPGroup) -> None:
-    """ConfigError, with the numbers, where a rank would get a part of a head."""
-    for module in model.modules():
-        specs = [m.cache_spec for m in module.children() if isinstance(m, CachedLayer)]
-        for spec in specs:
-            if isinstance(spec, PagedKVSpec):
-                group.shard(spec.num_kv_heads, "key/value heads")
-                for projection in module.children():
-                    if isinstance(projection, QKVParallelLinear):
-                        rows = projection.expected_weights()["weight"]["q"][0]
-                        group.shard(rows // spec.head_dim, "query heads")
-
-
-def _share(layer: nn.Module, parameter: str, whole: int, group: TPGroup, place: str) -> int:
-    """Bytes of a rank's part of a parameter; of the largest part where they differ. place: for errors."""
-    if group.size == 1 or not isinstance(layer, WeightLayer):
-        return whole
-    if isinstance(layer, (ParallelLMHead, VocabParallelEmbedding)):
-        rows = layer.get_parameter(parameter).shape[0]
-        return whole // rows * -(-rows // group.size)
-    if isinstance(layer, RowParallelLinear):
-        if parameter != "weight":
-            return whole
-        group.shard(layer.weight.shape[1], f"columns of {place}")
-        return whole // group.size
-    if isinstance(layer, MergedColumnParallelLinear):
-        for shape in layer.expected_weights()[parameter].values():
-            group.shard(shape[0], f"rows of {place}")
-        return whole // group.size
-    return whole
-
-
-def _sharded_spec(spec: CacheSpec, tp: int) -> CacheSpec:
-    if isinstance(spec, StateSpec):
-        return spec
-    return PagedKVSpec(spec.num_kv_heads // tp, spec.head_dim, spec.dtype, spec.window)

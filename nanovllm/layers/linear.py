@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from nanovllm.build_context import BuildContext
@@ -10,25 +12,31 @@ from nanovllm.layers.weight_layer import WeightLayer
 from nanovllm.quantization.linear_method import LinearWeights, UnquantizedLinearMethod
 
 
+class Shard(NamedTuple):
+    """One of several projections: its rows on disk, and those of them that this rank has."""
+
+    rows: int
+    mine: slice
+
+
 class MergedColumnParallelLinear(WeightLayer, LinearWeights):
     """Several projections of the same input in one matrix, each split by rows over the ranks.
 
-    shards: {name: rows of the whole projection}, in the order of the output.
+    shards: in the order of the output.
     """
 
     bias: torch.Tensor | None
 
-    def __init__(self, in_features: int, shards: dict[str | None, int], ctx: BuildContext, *, bias: bool) -> None:
+    def __init__(self, in_features: int, shards: dict[str | None, Shard], ctx: BuildContext, *, bias: bool) -> None:
         super().__init__()
         self._in_features = in_features
-        self._whole = shards
-        self._tp = ctx.tp
+        self._shards = shards
         self._rows: dict[str | None, slice] = {}  # of this rank's matrix
         total = 0
-        for name, rows in shards.items():
-            mine = ctx.tp.shard(rows, f"linear shard {name}")
-            self._rows[name] = slice(total, total + mine)
-            total += mine
+        for name, shard in shards.items():
+            count = shard.mine.stop - shard.mine.start
+            self._rows[name] = slice(total, total + count)
+            total += count
         self.method = UnquantizedLinearMethod(ctx.ops)
         self.method.create(self, total, in_features, ctx.dtype, ctx.device)
         self.register_parameter("bias", None)
@@ -40,15 +48,14 @@ class MergedColumnParallelLinear(WeightLayer, LinearWeights):
 
     def expected_weights(self) -> dict[str, dict[str | None, tuple[int, ...]]]:
         expected: dict[str, dict[str | None, tuple[int, ...]]] = {
-            "weight": {name: (rows, self._in_features) for name, rows in self._whole.items()}
+            "weight": {name: (shard.rows, self._in_features) for name, shard in self._shards.items()}
         }
         if self.bias is not None:
-            expected["bias"] = {name: (rows,) for name, rows in self._whole.items()}
+            expected["bias"] = {name: (shard.rows,) for name, shard in self._shards.items()}
         return expected
 
     def load_weight(self, parameter: str, tensor: torch.Tensor, shard: str | None) -> None:
-        rows = self._rows[shard]
-        mine = tensor.chunk(self._tp.size)[self._tp.rank]
+        rows, mine = self._rows[shard], tensor[self._shards[shard].mine]
         if parameter == "weight":
             self.method.load(self, mine, rows)
         else:
@@ -67,7 +74,8 @@ class GatedLinear(MergedColumnParallelLinear):
 
     def __init__(self, in_features: int, out_features: int, ctx: BuildContext, *, bias: bool, act: str) -> None:
         activation(act)
-        super().__init__(in_features, {"gate": out_features, "up": out_features}, ctx, bias=bias)
+        half = Shard(out_features, ctx.tp.part(out_features, "rows of a gate"))
+        super().__init__(in_features, {"gate": half, "up": half}, ctx, bias=bias)
         self.act, self.gated = act, True
 
 
@@ -75,7 +83,8 @@ class ColumnParallelLinear(MergedColumnParallelLinear):
     """One projection, split by rows of its weight (columns of its output)."""
 
     def __init__(self, in_features: int, out_features: int, ctx: BuildContext, *, bias: bool = False) -> None:
-        super().__init__(in_features, {None: out_features}, ctx, bias=bias)
+        rows = ctx.tp.part(out_features, "rows of a projection")
+        super().__init__(in_features, {None: Shard(out_features, rows)}, ctx, bias=bias)
 
 
 class ActivatedLinear(ColumnParallelLinear):
@@ -88,7 +97,11 @@ class ActivatedLinear(ColumnParallelLinear):
 
 
 class QKVParallelLinear(MergedColumnParallelLinear):
-    """Query, key and value projections, split by heads."""
+    """Query, key and value projections, split by heads. Where there are fewer key/value heads than ranks,
+    neighbouring ranks have the same one.
+
+    num_heads, num_kv_heads: of this rank.
+    """
 
     def __init__(
         self,
@@ -100,22 +113,51 @@ class QKVParallelLinear(MergedColumnParallelLinear):
         *,
         bias: bool = False,
     ) -> None:
-        ctx.tp.shard(num_heads, "query heads")
-        ctx.tp.shard(num_kv_heads, "key/value heads")
-        shards: dict[str | None, int] = {
-            "q": num_heads * head_dim,
-            "k": num_kv_heads * head_dim,
-            "v": num_kv_heads * head_dim,
-        }
-        super().__init__(hidden_size, shards, ctx, bias=bias)
+        heads = ctx.tp.part(num_heads, "query heads")
+        kv_heads = ctx.tp.part_or_copy(num_kv_heads, "key/value heads")
+        queries, keys = _of_heads(num_heads, heads, head_dim), _of_heads(num_kv_heads, kv_heads, head_dim)
+        super().__init__(hidden_size, {"q": queries, "k": keys, "v": keys}, ctx, bias=bias)
+        self.num_heads, self.num_kv_heads = heads.stop - heads.start, kv_heads.stop - kv_heads.start
 
 
-class RowParallelLinear(ColumnParallelLinear):
+def _of_heads(total: int, mine: slice, size: int) -> Shard:
+    return Shard(total * size, slice(mine.start * size, mine.stop * size))
+
+
+class RowParallelLinear(WeightLayer, LinearWeights):
     """A projection of what the ranks hold in parts, split by columns of its weight.
 
-    With one rank there is nothing to sum, and it is a plain linear layer.
+    reduce: False gives what this rank adds to the result, for a caller who sums several of these and then over
+    the ranks. The bias is on rank 0.
     """
 
-    def __init__(self, in_features: int, out_features: int, ctx: BuildContext, *, bias: bool = False) -> None:
-        assert ctx.tp.size == 1, "the configuration admits one rank"
-        super().__init__(in_features, out_features, ctx, bias=bias)
+    bias: torch.Tensor | None
+
+    def __init__(
+        self, in_features: int, out_features: int, ctx: BuildContext, *, bias: bool = False, reduce: bool = True
+    ) -> None:
+        super().__init__()
+        self._whole = out_features, in_features
+        self._columns = ctx.tp.part(in_features, "columns of a projection")
+        self._tp, self._reduce = ctx.tp, reduce
+        self.method = UnquantizedLinearMethod(ctx.ops)
+        self.method.create(self, out_features, in_features // ctx.tp.size, ctx.dtype, ctx.device)
+        self.register_parameter("bias", None)
+        if bias:
+            self.add_parameter("bias", (out_features,), ctx.hidden_dtype, ctx.device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [T, this rank's columns] -> [T, out]
+        part = self.method.apply(self, x, self.bias if self._tp.rank == 0 else None)
+        return self._tp.all_reduce(part) if self._reduce else part
+
+    def expected_weights(self) -> dict[str, dict[str | None, tuple[int, ...]]]:
+        return {**super().expected_weights(), "weight": {None: self._whole}}
+
+    def load_weight(self, parameter: str, tensor: torch.Tensor, shard: str | None) -> None:
+        if parameter == "weight":
+            self.method.load(self, tensor[:, self._columns], slice(None))
+        else:
+            super().load_weight(parameter, tensor, shard)
+
+    def finalize_weights(self) -> None:
+        self.method.finalize(self)

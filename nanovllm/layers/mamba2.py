@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 
 from nanovllm.build_context import BuildContext
+from nanovllm.distributed.group import TPGroup
 from nanovllm.layers.attention import CachedLayer
-from nanovllm.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+from nanovllm.layers.linear import MergedColumnParallelLinear, RowParallelLinear, Shard
 from nanovllm.layers.weight_layer import WeightLayer
 from nanovllm.ops.mamba2 import Mamba2Sizes, Mamba2Weights
 
@@ -27,15 +29,17 @@ class Mamba2(WeightLayer, CachedLayer):
 
     def __init__(self, sizes: Mamba2Sizes, ctx: BuildContext) -> None:
         super().__init__()
-        assert ctx.tp.size == 1, "the configuration admits one rank"
-        self._sizes, self._ops = sizes, ctx.ops
-        self.in_proj = MergedColumnParallelLinear(sizes.hidden_size, sizes.in_proj_shards, ctx, bias=sizes.proj_bias)
-        self.conv1d = Conv1dWeights(sizes, ctx)
+        part = Mamba2Part(sizes, ctx.tp)
+        self._sizes, self._ops = part.sizes, ctx.ops
+        self._sum_squares = ctx.tp.all_reduce if part.sizes.whole_norm_size else None
+        shards = {name: Shard(rows, part.rows[name]) for name, rows in sizes.in_proj_shards.items()}
+        self.in_proj = MergedColumnParallelLinear(sizes.hidden_size, shards, ctx, bias=sizes.proj_bias)
+        self.conv1d = Conv1dWeights(sizes, part, ctx)
         for name in ("A_log", "D", "dt_bias"):
-            self.add_parameter(name, (sizes.num_heads,), ctx.dtype, ctx.device)
-        self.norm = GatedNormWeights(sizes, ctx)
+            self.add_part(name, (sizes.num_heads,), [part.rows["dt"]], ctx.dtype, ctx.device)
+        self.norm = GatedNormWeights(sizes, part, ctx)
         self.out_proj = RowParallelLinear(sizes.inner_size, sizes.hidden_size, ctx, bias=sizes.proj_bias)
-        self.cache_spec = ctx.ops.mamba2_states(sizes, ctx.dtype)
+        self.cache_spec = ctx.ops.mamba2_states(self._sizes, ctx.dtype)
 
     def finalize_weights(self) -> None:
         bias = self.conv1d.bias
@@ -54,8 +58,33 @@ class Mamba2(WeightLayer, CachedLayer):
 
     def forward(self, x: torch.Tensor, plan: Any) -> torch.Tensor:
         """x [T, hidden] -> [T, hidden]. plan: what Ops.plan_mamba2 made of the batch."""
-        y = self._ops.mamba2(self.in_proj(x), self._weights, self._conv_states, self._states, plan)
-        return self.out_proj(y)
+        states = self._conv_states, self._states
+        return self.out_proj(self._ops.mamba2(self.in_proj(x), self._weights, *states, plan, self._sum_squares))
+
+
+class Mamba2Part:
+    """What a rank has of a layer: some heads, and the groups that these read. The only group is on all ranks,
+    and its norm needs the sum of their squares.
+
+    sizes: of the part. rows: of each segment of the input projection.
+    """
+
+    def __init__(self, sizes: Mamba2Sizes, tp: TPGroup) -> None:
+        heads = tp.part(sizes.num_heads, "Mamba heads")
+        one = sizes.num_groups == 1
+        groups = slice(0, 1) if one else tp.part(sizes.num_groups, "Mamba groups")
+        inner, shared = _times(heads, sizes.head_dim), _times(groups, sizes.state_size)
+        self.rows: dict[str | None, slice] = {"gate": inner, "x": inner, "B": shared, "C": shared, "dt": heads}
+        self.sizes = dataclasses.replace(
+            sizes,
+            num_heads=heads.stop - heads.start,
+            num_groups=groups.stop - groups.start,
+            whole_norm_size=sizes.inner_size if one and tp.size > 1 else None,
+        )
+
+
+def _times(part: slice, size: int) -> slice:
+    return slice(part.start * size, part.stop * size)
 
 
 class Conv1dWeights(WeightLayer):
@@ -64,12 +93,17 @@ class Conv1dWeights(WeightLayer):
     weight: torch.Tensor
     bias: torch.Tensor | None
 
-    def __init__(self, sizes: Mamba2Sizes, ctx: BuildContext) -> None:
+    def __init__(self, sizes: Mamba2Sizes, part: Mamba2Part, ctx: BuildContext) -> None:
         super().__init__()
-        self.add_parameter("weight", (sizes.conv_size, 1, sizes.conv_kernel), ctx.dtype, ctx.device)
+        parts, start = [], 0
+        for name in ("x", "B", "C"):
+            rows = part.rows[name]
+            parts.append(slice(start + rows.start, start + rows.stop))
+            start += sizes.in_proj_shards[name]
+        self.add_part("weight", (sizes.conv_size, 1, sizes.conv_kernel), parts, ctx.dtype, ctx.device)
         self.register_parameter("bias", None)
         if sizes.conv_bias:
-            self.add_parameter("bias", (sizes.conv_size,), ctx.dtype, ctx.device)
+            self.add_part("bias", (sizes.conv_size,), parts, ctx.dtype, ctx.device)
 
 
 class GatedNormWeights(WeightLayer):
@@ -77,6 +111,6 @@ class GatedNormWeights(WeightLayer):
 
     weight: torch.Tensor
 
-    def __init__(self, sizes: Mamba2Sizes, ctx: BuildContext) -> None:
+    def __init__(self, sizes: Mamba2Sizes, part: Mamba2Part, ctx: BuildContext) -> None:
         super().__init__()
-        self.add_parameter("weight", (sizes.inner_size,), ctx.dtype, ctx.device)
+        self.add_part("weight", (sizes.inner_size,), [part.rows["x"]], ctx.dtype, ctx.device)

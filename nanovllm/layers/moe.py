@@ -22,6 +22,7 @@ class SparseMoE(nn.Module):
 
     normalise: whether a token's weights sum to one. They are the softmax over the chosen scores then
     (Granite), which is the softmax over all, cut and divided by its sum (Mixtral); else it is not divided.
+    reduce: as in RowParallelLinear. Ranks share each expert, and sum once a token, not once an expert.
     """
 
     def __init__(
@@ -34,24 +35,28 @@ class SparseMoE(nn.Module):
         *,
         normalise: bool,
         act: str = "silu",
+        reduce: bool = True,
     ) -> None:
         super().__init__()
         if not 0 < top_k <= num_experts:
             raise ModelNotSupported(f"config.json: {top_k} experts a token of {num_experts} experts")
         self.gate = Router(hidden_size, num_experts, ctx)
-        experts = [GatedMLP(hidden_size, intermediate_size, ctx, act=act) for _ in range(num_experts)]
+        experts = [GatedMLP(hidden_size, intermediate_size, ctx, act=act, reduce=False) for _ in range(num_experts)]
         self.experts = nn.ModuleList(experts)
         self._top_k = top_k
         self._normalise = normalise
-        self._inner, self._act = intermediate_size, act
+        self._inner, self._act = intermediate_size // ctx.tp.size, act
+        self._tp, self._reduce = ctx.tp, reduce
         self._ops = ctx.ops
         self._weights = _stack(experts) if ctx.ops.fuses(act) else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [T, H] -> [T, H]
         weights, chosen = self._ops.route(self.gate(x), self._top_k, normalise=self._normalise)
         if self._weights is not None:
-            return self._ops.mixture(x, weights, chosen, *self._weights, self._inner, self._act)
-        return self._one_by_one(x, weights, chosen.flatten())
+            out = self._ops.mixture(x, weights, chosen, *self._weights, self._inner, self._act)
+        else:
+            out = self._one_by_one(x, weights, chosen.flatten())
+        return self._tp.all_reduce(out) if self._reduce else out
 
     def _one_by_one(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         by_expert = chosen.argsort(stable=True)  # chosen: [T * k], a token's choices side by side

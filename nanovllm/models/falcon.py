@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 from nanovllm.attention.alibi import Alibi, alibi_slopes
 from nanovllm.batch import Batch
 from nanovllm.build_context import BuildContext
+from nanovllm.distributed.group import TPGroup
 from nanovllm.errors import ModelNotSupported
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
@@ -94,9 +96,13 @@ class FalconAttention(nn.Module):
         super().__init__()
         width, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_kv_heads
         self.head_dim = config.head_dim
-        self.query_key_value = QKVParallelLinear(width, heads, kv_heads, self.head_dim, ctx, bias=config.bias)
-        self.dense = RowParallelLinear(width, width, ctx, bias=config.bias)
-        self.num_heads, self.num_kv_heads = heads // ctx.tp.size, kv_heads // ctx.tp.size
+        group = attention_group(config, ctx.tp)
+        alone = dataclasses.replace(ctx, tp=group)
+        self.query_key_value = QKVParallelLinear(width, heads, kv_heads, self.head_dim, alone, bias=config.bias)
+        self.dense = RowParallelLinear(width, width, ctx, bias=config.bias, reduce=not config.parallel_attn)
+        self.num_heads, self.num_kv_heads = self.query_key_value.num_heads, self.query_key_value.num_kv_heads
+        # a rank that has computed all heads projects only its part of them
+        self.mine = slice(None) if group.size == ctx.tp.size else ctx.tp.part(width, "attention's results")
         self.attn = Attention(
             self.num_heads, self.num_kv_heads, self.head_dim, ctx, scale=self.head_dim**-0.5, alibi=alibi
         )
@@ -107,7 +113,14 @@ class FalconAttention(nn.Module):
         if rope is not None:
             qk = apply_rotary(qk, *rope)
         q, k = qk.split((self.num_heads, self.num_kv_heads), dim=1)
-        return self.dense(self.attn(q, k, v, batch))
+        return self.dense(self.attn(q, k, v, batch)[:, self.mine])
+
+
+def attention_group(config: FalconConfig, tp: TPGroup) -> TPGroup:
+    """The ranks that share the heads. 7B has 71 of them, which no number of ranks divides: then each rank computes
+    all, with all of the one key/value head, and its part of every other matrix."""
+    is_whole = config.num_kv_heads == 1 and config.num_attention_heads % tp.size != 0
+    return TPGroup() if is_whole else tp
 
 
 class FalconMLP(nn.Module):
@@ -116,7 +129,9 @@ class FalconMLP(nn.Module):
         self.dense_h_to_4h = ActivatedLinear(
             config.hidden_size, config.ffn_hidden_size, ctx, bias=config.bias, act=config.activation
         )
-        self.dense_4h_to_h = RowParallelLinear(config.ffn_hidden_size, config.hidden_size, ctx, bias=config.bias)
+        self.dense_4h_to_h = RowParallelLinear(
+            config.ffn_hidden_size, config.hidden_size, ctx, bias=config.bias, reduce=not config.parallel_attn
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.dense_4h_to_h(self.dense_h_to_4h(x))
@@ -129,6 +144,7 @@ class FalconDecoderLayer(nn.Module):
         super().__init__()
         self.self_attention = FalconAttention(config, alibi, ctx)
         self.mlp = FalconMLP(config, ctx)
+        self._tp = ctx.tp
 
 
 class SequentialLayer(FalconDecoderLayer):
@@ -153,7 +169,7 @@ class OneNormLayer(FalconDecoderLayer):
 
     def forward(self, x: torch.Tensor, rope: Rope | None, batch: Batch) -> torch.Tensor:
         normed = self.input_layernorm(x)
-        return x + (self.mlp(normed) + self.self_attention(normed, rope, batch))
+        return x + self._tp.all_reduce(self.mlp(normed) + self.self_attention(normed, rope, batch))
 
 
 class TwoNormLayer(FalconDecoderLayer):
@@ -165,7 +181,7 @@ class TwoNormLayer(FalconDecoderLayer):
         self.ln_mlp = LayerNorm(config.hidden_size, config.layer_norm_epsilon, ctx)
 
     def forward(self, x: torch.Tensor, rope: Rope | None, batch: Batch) -> torch.Tensor:
-        return x + (self.mlp(self.ln_mlp(x)) + self.self_attention(self.ln_attn(x), rope, batch))
+        return x + self._tp.all_reduce(self.mlp(self.ln_mlp(x)) + self.self_attention(self.ln_attn(x), rope, batch))
 
 
 def layer_class(config: FalconConfig) -> type[FalconDecoderLayer]:
@@ -194,7 +210,8 @@ class FalconModel(nn.Module):
 
 def _alibi(config: FalconConfig, ctx: BuildContext) -> Alibi:
     """Added to the scores before they are scaled, and so scaled like them."""
-    slopes = alibi_slopes(config.num_attention_heads).chunk(ctx.tp.size)[ctx.tp.rank]
+    heads = attention_group(config, ctx.tp).part(config.num_attention_heads, "query heads")
+    slopes = alibi_slopes(config.num_attention_heads)[heads]
     return Alibi(slopes.to(ctx.device), rounded=True, factor=config.head_dim**-0.5)
 
 

@@ -71,8 +71,8 @@ class Gemma3Attention(nn.Module):
         super().__init__()
         heads, kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         bias, scale = config.attention_bias, config.query_pre_attn_scalar**-0.5
-        self.num_heads, self.num_kv_heads = heads // ctx.tp.size, kv_heads // ctx.tp.size
         self.qkv_proj = QKVParallelLinear(config.hidden_size, heads, kv_heads, self.head_dim, ctx, bias=bias)
+        self.num_heads, self.num_kv_heads = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads
         self.o_proj = RowParallelLinear(heads * self.head_dim, config.hidden_size, ctx, bias=bias)
         self.q_norm = GemmaRMSNorm(self.head_dim, config.rms_norm_eps, ctx)
         self.k_norm = GemmaRMSNorm(self.head_dim, config.rms_norm_eps, ctx)

@@ -73,7 +73,7 @@ class GPT2Attention(nn.Module):
             scale /= layer + 1
         self.c_attn = QKVParallelLinear(width, heads, heads, self.head_dim, ctx, bias=True)
         self.c_proj = RowParallelLinear(width, width, ctx, bias=True)
-        mine = heads // ctx.tp.size
+        mine = self.c_attn.num_heads
         self.attn = Attention(mine, mine, self.head_dim, ctx, scale=scale)
 
     def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -53,8 +53,8 @@ class GPTNeoXAttention(nn.Module):
         width, heads, bias = config.hidden_size, config.num_attention_heads, config.attention_bias
         self.head_dim = config.head_dim
         self.query_key_value = QKVParallelLinear(width, heads, heads, self.head_dim, ctx, bias=bias)
-        self.dense = RowParallelLinear(width, width, ctx, bias=bias)
-        self.num_heads = heads // ctx.tp.size
+        self.dense = RowParallelLinear(width, width, ctx, bias=bias, reduce=not config.use_parallel_residual)
+        self.num_heads = self.query_key_value.num_heads
         self.attn = Attention(self.num_heads, self.num_heads, self.head_dim, ctx, scale=self.head_dim**-0.5)
 
     def forward(self, x: torch.Tensor, rope: Rope, batch: Batch) -> torch.Tensor:
@@ -70,7 +70,9 @@ class GPTNeoXMLP(nn.Module):
         self.dense_h_to_4h = ActivatedLinear(
             config.hidden_size, config.intermediate_size, ctx, bias=True, act=config.hidden_act
         )
-        self.dense_4h_to_h = RowParallelLinear(config.intermediate_size, config.hidden_size, ctx, bias=True)
+        self.dense_4h_to_h = RowParallelLinear(
+            config.intermediate_size, config.hidden_size, ctx, bias=True, reduce=not config.use_parallel_residual
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.dense_4h_to_h(self.dense_h_to_4h(x))
@@ -79,7 +81,7 @@ class GPTNeoXMLP(nn.Module):
 class GPTNeoXLayer(nn.Module):
     def __init__(self, config: GPTNeoXConfig, ctx: BuildContext) -> None:
         super().__init__()
-        self.parallel = config.use_parallel_residual
+        self.parallel, self._tp = config.use_parallel_residual, ctx.tp
         self.input_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps, ctx)
         self.post_attention_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps, ctx)
         self.attention = GPTNeoXAttention(config, ctx)
@@ -88,7 +90,7 @@ class GPTNeoXLayer(nn.Module):
     def forward(self, x: torch.Tensor, rope: Rope, batch: Batch) -> torch.Tensor:
         attended = self.attention(self.input_layernorm(x), rope, batch)
         if self.parallel:
-            return self.mlp(self.post_attention_layernorm(x)) + attended + x
+            return self._tp.all_reduce(self.mlp(self.post_attention_layernorm(x)) + attended) + x
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 

@@ -113,8 +113,8 @@ class GraniteHybridAttention(nn.Module):
         super().__init__()
         heads, kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         bias = config.attention_bias
-        self.num_heads, self.num_kv_heads = heads // ctx.tp.size, kv_heads // ctx.tp.size
         self.qkv_proj = QKVParallelLinear(config.hidden_size, heads, kv_heads, self.head_dim, ctx, bias=bias)
+        self.num_heads, self.num_kv_heads = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads
         self.o_proj = RowParallelLinear(heads * self.head_dim, config.hidden_size, ctx, bias=bias)
         self.attn = Attention(self.num_heads, self.num_kv_heads, self.head_dim, ctx, scale=config.attention_multiplier)
 
@@ -145,8 +145,10 @@ class GraniteHybridDecoderLayer(nn.Module):
                 config.num_experts_per_tok,
                 ctx,
                 normalise=True,
+                reduce=False,
             )
-        self.shared_mlp = GatedMLP(hidden, config.shared_intermediate_size, ctx)
+        self.shared_mlp = GatedMLP(hidden, config.shared_intermediate_size, ctx, reduce=False)
+        self._tp = ctx.tp
         self.input_layernorm = RMSNorm(hidden, config.rms_norm_eps, ctx)
         self.post_attention_layernorm = RMSNorm(hidden, config.rms_norm_eps, ctx)
         self._is_mamba, self._is_sparse = layer_type == "mamba", config.num_local_experts > 0
@@ -160,7 +162,7 @@ class GraniteHybridDecoderLayer(nn.Module):
         fed = self.shared_mlp(normed)
         if self._is_sparse:
             fed = self.block_sparse_moe(normed) + fed
-        return x + fed * self._multiplier
+        return x + self._tp.all_reduce(fed) * self._multiplier
 
 
 class GraniteHybridModel(nn.Module):

@@ -38,9 +38,11 @@ class GraniteMoeDecoderLayer(nn.Module):
             config.num_experts_per_tok,
             ctx,
             normalise=True,
+            reduce=False,
         )
         shared = config.shared_intermediate_size
-        self.shared_mlp = GatedMLP(config.hidden_size, shared, ctx) if shared else None
+        self.shared_mlp = GatedMLP(config.hidden_size, shared, ctx, reduce=False) if shared else None
+        self._tp = ctx.tp
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ctx)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ctx)
         self._multiplier = config.residual_multiplier
@@ -51,7 +53,7 @@ class GraniteMoeDecoderLayer(nn.Module):
         out = self.block_sparse_moe(normed)
         if self.shared_mlp is not None:
             out = out + self.shared_mlp(normed)
-        return x + out * self._multiplier
+        return x + self._tp.all_reduce(out) * self._multiplier
 
 
 class GraniteMoeForCausalLM(CausalLM):

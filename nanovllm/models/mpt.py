@@ -72,7 +72,7 @@ class MptAttention(nn.Module):
         self.clip = config.attn_config.clip_qkv
         self.Wqkv = QKVParallelLinear(width, heads, heads, self.head_dim, ctx)
         self.out_proj = RowParallelLinear(width, width, ctx)
-        mine = heads // ctx.tp.size
+        mine = self.Wqkv.num_heads
         scale = config.attn_config.softmax_scale or self.head_dim**-0.5
         self.attn = Attention(mine, mine, self.head_dim, ctx, scale=scale, alibi=alibi)
 
@@ -112,7 +112,7 @@ class MptModel(nn.Module):
     def __init__(self, config: MptConfig, ctx: BuildContext) -> None:
         super().__init__()
         slopes = alibi_slopes(config.n_heads, config.attn_config.alibi_bias_max)
-        alibi = Alibi(slopes.chunk(ctx.tp.size)[ctx.tp.rank].to(ctx.device))
+        alibi = Alibi(slopes[ctx.tp.part(config.n_heads, "query heads")].to(ctx.device))
         self.wte = VocabParallelEmbedding(config.vocab_size, config.d_model, ctx)
         self.blocks = nn.ModuleList(MptBlock(config, alibi, ctx) for _ in range(config.n_layers))
         self.norm_f = LayerNorm(config.d_model, config.layer_norm_epsilon, ctx, bias=False)

@@ -14,7 +14,7 @@ from nanovllm.cache_spec import StateSpec
 from nanovllm.errors import ConfigError
 from nanovllm.ops.graph import Recorder
 from nanovllm.ops.library import Library, library_or_reason
-from nanovllm.ops.mamba2 import Mamba2Sizes, Mamba2Weights
+from nanovllm.ops.mamba2 import Mamba2Sizes, Mamba2Weights, SumOverRanks
 from nanovllm.ops.native import NativeOps
 from nanovllm.ops.torch_ops import TorchOps
 from nanovllm.sample_row import SampleRow
@@ -48,7 +48,7 @@ class Ops(Protocol):
     """One object serves all layers. What each gives does not depend on the other rows."""
 
     name: str
-    gathers_packed: bool  # whether there is a `gather_packed`
+    embeds_packed: bool  # whether there is an `embed_packed`
 
     @property
     def sampling(self) -> SamplingOps: ...
@@ -113,8 +113,13 @@ class Ops(Protocol):
         """Rows [T] of table [N, size], in the hidden dtype [T, size]."""
         ...
 
-    def gather_packed(self, packed: torch.Tensor, rows: torch.Tensor, cols: int) -> torch.Tensor:
-        """The same from a packed weight of `cols` columns."""
+    def embed(self, table: torch.Tensor, ids: torch.Tensor, first: int) -> torch.Tensor:
+        """The same for ids [T] of a vocabulary of which the table has `first` and those that follow: zeros for
+        an id that it has not."""
+        ...
+
+    def embed_packed(self, packed: torch.Tensor, ids: torch.Tensor, first: int, shape: tuple[int, int]) -> torch.Tensor:
+        """The same from a packed weight that was of this shape."""
         ...
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -148,9 +153,13 @@ class Ops(Protocol):
         conv_states: torch.Tensor,
         states: torch.Tensor,
         plan: Any,
+        sum_squares: SumOverRanks | None = None,
     ) -> torch.Tensor:
         """Convolution, recurrence and gated norm, in fp32: [T, gate | x | B | C | dt] -> [T, inner size].
-        The slots' states are brought up to date."""
+        The slots' states are brought up to date.
+
+        sum_squares: where the channels of the only group are on several ranks: makes of the sums of this rank's
+        squares [T, 1] those of all ranks'."""
         ...
 
 

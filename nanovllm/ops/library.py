@@ -11,8 +11,9 @@ from typing import Any
 from nanovllm.errors import ConfigError
 
 _PATH = Path(__file__).parents[1] / "csrc" / "libnanovllm.so"
-_ABI = 6  # of csrc/library.cpp
+_ABI = 7  # of csrc/library.cpp
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_GROUP = [_POINTER, _LONG, _LONG, ctypes.c_double]  # region, rank, size, timeout in seconds
 _ROWS = [_POINTER, _LONG, _LONG, _LONG, _LONG, _LONG]  # x, outer, inner, their strides, size
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "nv_abi": (_INT, []),
@@ -56,7 +57,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
         None,
         [_POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _INT, _LONG, _LONG, _LONG, _INT],
     ),
-    "nv_gather": (None, [_POINTER, _INT, _INT, _POINTER, _LONG, _LONG, _POINTER, _INT]),
+    "nv_gather": (None, [_POINTER, _INT, _INT, _LONG, _LONG, _POINTER, _LONG, _LONG, _POINTER, _INT]),
     "nv_elementwise": (None, [_INT, _POINTER, _POINTER, _FLOAT, _FLOAT, _POINTER, _LONG, _INT]),
     "nv_log_softmax": (None, [_POINTER, _LONG, _LONG, _LONG, _POINTER, _INT]),
     "nv_draw": (None, [_POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _INT]),
@@ -67,15 +68,21 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
             *(_POINTER, _LONG, _POINTER),  # projected, its stride, out
             *(_LONG, _LONG, _LONG, _LONG, _LONG),  # heads, head size, groups, state size, convolution's kernel
             *(_FLOAT, _FLOAT, _FLOAT),  # shortest and longest dt, eps
-            *([_POINTER] * 6),  # filters, convolution's bias, A, D, dt_bias, norm
+            *([_POINTER] * 7),  # filters, convolution's bias, A, D, dt_bias, norm, squares
             *(_POINTER, _POINTER),  # states of the convolution and of the recurrence
             *(_LONG, _LONG, _POINTER, _POINTER, _POINTER, _INT),  # tokens, batch, query_start, seq_lens, slots, threads
         ],
     ),
+    "nv_rms_scale": (None, [_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _FLOAT, _POINTER, _INT]),
+    "nv_region_bytes": (_LONG, [_LONG, _LONG]),
+    "nv_region_init": (None, [_POINTER, _LONG]),
+    "nv_region_break": (None, [_POINTER]),
+    "nv_all_reduce": (_INT, [*_GROUP, _POINTER, _LONG, _POINTER, _INT]),
+    "nv_all_gather": (_INT, [*_GROUP, _POINTER, _LONG, _LONG, _LONG, _POINTER, _INT]),
     "nv_record": (None, []),
     "nv_recorded": (_POINTER, []),
     "nv_tape_length": (_LONG, [_POINTER]),
-    "nv_replay": (None, [_POINTER, _INT]),
+    "nv_replay": (_INT, [_POINTER, _INT]),
     "nv_free": (None, [_POINTER]),
     "nv_rope": (None, [*_ROWS, _POINTER, _POINTER, _LONG, _POINTER, _INT]),
 }
@@ -112,7 +119,10 @@ class Library:
         self.gather = library.nv_gather
         self.elementwise = library.nv_elementwise
         self.log_softmax, self.draw, self.penalise = library.nv_log_softmax, library.nv_draw, library.nv_penalise
-        self.mamba2 = library.nv_mamba2
+        self.mamba2, self.rms_scale = library.nv_mamba2, library.nv_rms_scale
+        self.region_bytes, self.region_init = library.nv_region_bytes, library.nv_region_init
+        self.region_break = library.nv_region_break
+        self.all_reduce, self.all_gather = library.nv_all_reduce, library.nv_all_gather
         self.record, self.recorded = library.nv_record, library.nv_recorded
         self.tape_length, self.replay, self.free = library.nv_tape_length, library.nv_replay, library.nv_free
         self._level, self._set_level = library.nv_level, library.nv_set_level

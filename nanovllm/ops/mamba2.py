@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+SumOverRanks = Callable[[torch.Tensor], torch.Tensor]
+
 
 @dataclass(frozen=True, slots=True)
 class Mamba2Sizes:
-    """num_groups: of heads that share B and C. time_step_limit: of dt, after the softplus."""
+    """num_groups: of heads that share B and C. time_step_limit: of dt, after the softplus. whole_norm_size: of the
+    one group, where the others of its channels lie on other ranks."""
 
     hidden_size: int
     num_heads: int
@@ -21,6 +25,7 @@ class Mamba2Sizes:
     conv_bias: bool = True
     proj_bias: bool = False
     time_step_limit: tuple[float, float] = (0.0, float("inf"))
+    whole_norm_size: int | None = None
 
     @property
     def inner_size(self) -> int:
@@ -29,6 +34,10 @@ class Mamba2Sizes:
     @property
     def conv_size(self) -> int:
         return self.inner_size + 2 * self.num_groups * self.state_size
+
+    @property
+    def norm_size(self) -> int:
+        return self.whole_norm_size or self.inner_size // self.num_groups
 
     @property
     def in_proj_shards(self) -> dict[str | None, int]:

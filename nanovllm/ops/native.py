@@ -10,7 +10,7 @@ from nanovllm.batch import Batch
 from nanovllm.cache_spec import StateSpec
 from nanovllm.host_memory import mapped_zeros
 from nanovllm.ops.library import Library
-from nanovllm.ops.mamba2 import Mamba2Sizes, Mamba2Weights
+from nanovllm.ops.mamba2 import Mamba2Sizes, Mamba2Weights, SumOverRanks
 from nanovllm.ops.native_sampling import NativeSampling
 from nanovllm.ops.recorder import NativeRecorder
 
@@ -24,7 +24,7 @@ class NativeOps:
     inside. A row's bits depend neither on the other rows nor on their number, nor on the threads."""
 
     name = "native"
-    gathers_packed = True
+    embeds_packed = True
 
     def __init__(self, library: Library) -> None:
         self._library = library
@@ -157,16 +157,22 @@ class NativeOps:
     def gather(self, table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         if table.dtype not in (torch.float32, torch.bfloat16) or not table.is_contiguous():
             table = table.float().contiguous()
-        return self._gather(table, rows, table.shape[1], is_packed=False)
+        return self._gather(table, rows, table.shape, 0, is_packed=False)
 
-    def gather_packed(self, packed: torch.Tensor, rows: torch.Tensor, cols: int) -> torch.Tensor:
-        return self._gather(packed, rows, cols, is_packed=True)
+    def embed(self, table: torch.Tensor, ids: torch.Tensor, first: int) -> torch.Tensor:
+        return self._gather(table, ids, table.shape, first, is_packed=False)
 
-    def _gather(self, table: torch.Tensor, rows: torch.Tensor, width: int, *, is_packed: bool) -> torch.Tensor:
-        out = torch.empty(len(rows), width)
+    def embed_packed(self, packed: torch.Tensor, ids: torch.Tensor, first: int, shape: tuple[int, int]) -> torch.Tensor:
+        return self._gather(packed, ids, shape, first, is_packed=True)
+
+    def _gather(
+        self, table: torch.Tensor, ids: torch.Tensor, shape: tuple[int, ...], first: int, *, is_packed: bool
+    ) -> torch.Tensor:
+        rows, width = shape
+        out = torch.empty(len(ids), width)
         self._library.gather(
-            *(table.data_ptr(), table.dtype == torch.bfloat16, is_packed, rows.data_ptr(), len(rows), width),
-            *(out.data_ptr(), torch.get_num_threads()),
+            *(table.data_ptr(), table.dtype == torch.bfloat16, is_packed, first, rows),
+            *(ids.data_ptr(), len(ids), width, out.data_ptr(), torch.get_num_threads()),
         )
         return out
 
@@ -211,21 +217,32 @@ class NativeOps:
         conv_states: torch.Tensor,
         states: torch.Tensor,
         plan: Batch,
+        sum_squares: SumOverRanks | None = None,
     ) -> torch.Tensor:
         sizes, slots = weights.sizes, plan.state_slots
         assert slots is not None and projected.dtype == torch.float32
         out = torch.empty(len(projected), sizes.inner_size)
+        squares = None if sum_squares is None else torch.empty(len(projected), 1)
         self._library.mamba2(
             *(projected.data_ptr(), projected.stride(0), out.data_ptr()),
             *(sizes.num_heads, sizes.head_dim, sizes.num_groups, sizes.state_size, sizes.conv_kernel),
             *(*sizes.time_step_limit, sizes.rms_norm_eps),
             *(weights.filters.data_ptr(), weights.conv_bias.data_ptr()),
             *(weights.A.data_ptr(), weights.D.data_ptr(), weights.dt_bias.data_ptr(), weights.norm.data_ptr()),
+            *(None if squares is None else squares.data_ptr(),),
             *(conv_states.data_ptr(), states.data_ptr()),
             *(len(projected), len(slots)),
             *(plan.query_start.data_ptr(), plan.seq_lens.data_ptr(), slots.data_ptr(), torch.get_num_threads()),
         )
-        return out
+        if squares is None or sum_squares is None:
+            return out
+        squares = sum_squares(squares)
+        normed = torch.empty(out.shape)
+        self._library.rms_scale(
+            *(out.data_ptr(), squares.data_ptr(), weights.norm.data_ptr(), *out.shape, sizes.norm_size),
+            *(sizes.rms_norm_eps, normed.data_ptr(), torch.get_num_threads()),
+        )
+        return normed
 
 
 class _Arena:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nanovllm.errors import PeerLost
 from nanovllm.ops.graph import CannotRecord
 from nanovllm.ops.library import Library
 
@@ -36,7 +37,8 @@ class NativeGraph:
         weakref.finalize(self, library.free, tape)
 
     def replay(self) -> None:
-        self._library.replay(self._tape, torch.get_num_threads())
+        if self._library.replay(self._tape, torch.get_num_threads()) != 0:
+            raise PeerLost()
 
 
 class NativeRecorder:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from nanovllm.ops.mamba2 import Mamba2Weights
+from nanovllm.ops.mamba2 import Mamba2Weights, SumOverRanks
 from nanovllm.ops.ssm_plan import CellBlock, ScanPlan
 from nanovllm.ops.ssm_scan import scan_cells, silu, softplus, update_states
 
@@ -19,6 +19,7 @@ def mamba2(
     conv_states: torch.Tensor,  # [slots, h, C], updated in place
     states: torch.Tensor,  # [slots, H, P, S], updated in place
     plan: ScanPlan,
+    sum_squares: SumOverRanks | None = None,
 ) -> torch.Tensor:
     """[T, H * P], in the dtype of `projected`."""
     sizes = weights.sizes
@@ -37,6 +38,10 @@ def mamba2(
         states[plan.scanned_slots] = scanned
     if plan.update_runs:
         y[plan.update_rows] = _update(weights, buffer, dt, states, plan)
+    if sum_squares is not None:
+        gated = silu(gate.float()).mul_(y)
+        mean = sum_squares(gated.square().sum(1, keepdim=True)) / sizes.norm_size
+        return (gated * (mean + sizes.rms_norm_eps).rsqrt() * weights.norm).to(projected.dtype)
     return gated_rms_norm(y, gate, weights.norm, sizes.num_groups, sizes.rms_norm_eps).to(projected.dtype)
 
 

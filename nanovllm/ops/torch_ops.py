@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from nanovllm.batch import Batch
 from nanovllm.cache_spec import StateSpec
 from nanovllm.ops import torch_mamba2
-from nanovllm.ops.mamba2 import Mamba2Sizes, Mamba2Weights
+from nanovllm.ops.mamba2 import Mamba2Sizes, Mamba2Weights, SumOverRanks
 from nanovllm.ops.ssm_plan import GRID, ScanPlan, plan_scan
 from nanovllm.ops.torch_sampling import TorchSampling
 
@@ -22,7 +22,7 @@ class TorchOps:
 
     name = "torch"
     sampling = TorchSampling()
-    gathers_packed = False  # oneDNN's form is its own
+    embeds_packed = False  # oneDNN's form is its own
 
     def hidden_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
@@ -78,7 +78,12 @@ class TorchOps:
     def gather(self, table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return F.embedding(rows, table)
 
-    def gather_packed(self, packed: torch.Tensor, rows: torch.Tensor, cols: int) -> torch.Tensor:
+    def embed(self, table: torch.Tensor, ids: torch.Tensor, first: int) -> torch.Tensor:
+        rows = ids - first
+        missing = (rows < 0) | (rows >= len(table))
+        return F.embedding(rows.masked_fill(missing, 0), table).masked_fill(missing[:, None], 0.0)
+
+    def embed_packed(self, packed: torch.Tensor, ids: torch.Tensor, first: int, shape: tuple[int, int]) -> torch.Tensor:
         raise NotImplementedError
 
     def recorder(self) -> None:
@@ -109,5 +114,6 @@ class TorchOps:
         conv_states: torch.Tensor,
         states: torch.Tensor,
         plan: ScanPlan,
+        sum_squares: SumOverRanks | None = None,
     ) -> torch.Tensor:
-        return torch_mamba2.mamba2(projected, weights, conv_states, states, plan)
+        return torch_mamba2.mamba2(projected, weights, conv_states, states, plan, sum_squares)

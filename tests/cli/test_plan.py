@@ -92,7 +92,10 @@ def test_ranks(plan, config_only, capsys):
     assert "whole on each    RMSNorm 7.0 KiB" in out
     assert "1.5 KiB a token" in out
     assert main(["plan", str(config_only), "--tp", "3"]) == 2
-    assert "key/value heads: 8 does not divide by tensor_parallel_size=3" in capsys.readouterr().err
+    assert (
+        "query heads: 8 does not divide by tensor_parallel_size=3; sizes that can: 1, 2, 4, 8"
+        in capsys.readouterr().err
+    )
 
 
 def test_recurrent_states_and_windows(plan, tiny_model):

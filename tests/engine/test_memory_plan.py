@@ -79,10 +79,10 @@ def test_ranks_share_linear_layers_vocabulary_and_heads(tmp_path):
 @pytest.mark.parametrize(
     ("family", "tp", "message"),
     [
-        ("llama", 4, "key/value heads: 2 does not divide by tensor_parallel_size=4"),
-        ("falcon-7b", 5, "key/value heads: 1 does not"),
-        ("qwen3", 8, "key/value heads: 2"),
-        ("granite", 3, "rows of model.layers.0.mlp.gate_up_proj: 101 does not divide"),
+        ("llama", 8, "query heads: 4 does not divide by tensor_parallel_size=8; sizes that can: 1, 2, 4"),
+        ("falcon-7b", 7, "columns of a projection: 60 does not"),
+        ("falcon-40b", 3, "query heads: 8"),
+        ("granite", 3, "rows of a gate: 101 does not divide"),
     ],
 )
 def test_what_does_not_divide_is_refused_with_the_numbers(tiny_model, family, tp, message):

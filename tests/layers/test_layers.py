@@ -18,6 +18,7 @@ from nanovllm.layers.linear import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
     RowParallelLinear,
+    Shard,
 )
 from nanovllm.layers.mlp import GatedMLP
 
@@ -131,7 +132,8 @@ def load_shards(layer, shapes: dict, parameter: str, dtype=torch.float32) -> dic
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_merged_linear_is_its_shards_side_by_side(dtype, rows, bias):
     """In bfloat16 the weight may be packed for oneDNN; the result must not tell."""
-    layer = MergedColumnParallelLinear(40, {"a": 24, "b": 8, "c": 16}, context(dtype), bias=bias)
+    shards = {name: Shard(n, slice(0, n)) for name, n in (("a", 24), ("b", 8), ("c", 16))}
+    layer = MergedColumnParallelLinear(40, shards, context(dtype), bias=bias)
     expected = layer.expected_weights()
     assert expected["weight"] == {"a": (24, 40), "b": (8, 40), "c": (16, 40)}
     weights = load_shards(layer, expected["weight"], "weight", dtype)
@@ -191,7 +193,9 @@ def test_weights_of_another_float_type_are_converted():
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_takes_its_rows_of_each_shard(rank):
-    layer = MergedColumnParallelLinear(8, {"a": 4, "b": 6}, context(tp=TPGroup(rank, 2)), bias=True)
+    tp = TPGroup(rank, 2)
+    shards = {name: Shard(n, tp.part(n, name)) for name, n in (("a", 4), ("b", 6))}
+    layer = MergedColumnParallelLinear(8, shards, context(tp=tp), bias=True)
     assert layer.expected_weights()["weight"] == {"a": (4, 8), "b": (6, 8)}  # whole, as on disk
     weights = load_shards(layer, {"a": (4, 8), "b": (6, 8)}, "weight")
     biases = load_shards(layer, {"a": (4,), "b": (6,)}, "bias")

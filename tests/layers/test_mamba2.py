@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,6 +21,7 @@ from mamba2_cases import (
 )
 
 from nanovllm.distributed.group import TPGroup
+from nanovllm.errors import ConfigError
 from nanovllm.layers.mamba2 import Mamba2
 from nanovllm.ops.library import Library, library_or_reason
 from nanovllm.ops.native import NativeOps
@@ -81,6 +84,8 @@ def test_the_state_is_declared_as_each_maker_wants_it():
         assert spec.grid == 1
 
 
-def test_more_than_one_rank_is_not_admitted():
-    with pytest.raises(AssertionError, match="one rank"):
-        Mamba2(SIZES, context(TorchOps(), tp=TPGroup(0, 2)))
+@pytest.mark.parametrize(("size", "what"), [(4, "Mamba heads: 6"), (2, "Mamba groups: 3")])
+def test_sizes_that_do_not_divide_are_refused(size, what):
+    sizes = dataclasses.replace(SIZES, num_heads=6, num_groups=3)
+    with pytest.raises(ConfigError, match=what):
+        Mamba2(sizes, context(TorchOps(), tp=TPGroup(0, size)))

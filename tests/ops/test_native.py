@@ -269,4 +269,4 @@ def test_rows_of_a_table_and_of_a_packed_weight(level, dtype):
     for n, k in ((70, 64), (33, 31), (1, 1), (100, 577)):
         table, rows = normal(n, k).to(dtype), torch.randint(0, n, (19,))
         assert torch.equal(OPS.gather(table, rows), table[rows].float())
-        assert torch.equal(OPS.gather_packed(OPS.pack(table, gated=False), rows, k), table[rows].float())
+        assert torch.equal(OPS.embed_packed(OPS.pack(table, gated=False), rows, 0, table.shape), table[rows].float())
