@@ -31,7 +31,7 @@ def join_group(rank: int, size: int, *, init_method: str, device: torch.device, 
     try:
         store = _store(dist, rank, size, init_method, timeout_s)
         return TPGroup(rank, size, _communicator(store, rank, size, device, timeout_s))
-    except dist.DistError as error:
+    except RuntimeError as error:  # of several kinds, for as many kinds of stores
         raise PeerLost(f"the {size} ranks did not meet at {init_method} within {timeout_s:g} s: {error}") from error
 
 
@@ -40,7 +40,9 @@ def _store(dist: Any, rank: int, size: int, init_method: str, timeout_s: float) 
     timeout = timedelta(seconds=timeout_s)
     try:
         store, _, _ = next(dist.rendezvous(init_method, rank, size, timeout=timeout))
-    except (ValueError, OSError) as error:
+    except dist.DistError:
+        raise
+    except (ValueError, OSError, RuntimeError) as error:
         raise ConfigError(f"the ranks cannot meet at {init_method!r}: {error}") from error
     store.set_timeout(timeout)
     nth = store.add(f"nanovllm/joins/{rank}", 1)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import multiprocessing
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ def engine_of_rank(group: TPGroup, path: str, **options: Any) -> LLMEngine:
     asked = EngineConfig.from_options(path, {"skip_tokenizer_init": True, "device": "cpu", **options})
     family, sizes = find_model(asked, checkpoint)
     config = asked.resolve(checkpoint_dtype=checkpoint.dtype, max_positions=sizes.max_position_embeddings, cuda=False)
-    model_runner.BuildContext = functools.partial(BuildContext, tp=group)
+    model_runner.BuildContext = lambda *args, **options: replace(BuildContext(*args, **options), tp=group)
     executor = InProcessExecutor(config, family, sizes, checkpoint)
     return LLMEngine(config, None, executor, vocab_size=sizes.vocab_size, eos_ids=[])
 

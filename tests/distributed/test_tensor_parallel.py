@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import numpy as np
 import pytest
 import torch
@@ -14,8 +13,8 @@ from nanovllm.ops.library import Library, library_or_reason
 
 # Largest difference of any logit in fp32, which are up to about 10: ranks add in another order.
 TOLERANCE = 2e-5
-# In bfloat16, of the largest logit.
-BF16_TOLERANCE = 2e-2
+# In bfloat16, of the logits' norm; of single ones it may be more, as other experts may be chosen.
+BF16_TOLERANCE = 5e-2
 
 # By ranks: the families, with sizes in the place of those that do not divide. Vocabularies of 131 and 128 do
 # not divide by 3; key/value heads are fewer than the ranks in many.
@@ -64,7 +63,7 @@ KERNELS = ["native", "torch"] if isinstance(library_or_reason(), Library) else [
 PROMPTS = [np.random.default_rng(n).integers(2, 128, n).tolist() for n in (1, 9, 40)]
 PROMPTS.append(PROMPTS[-1][:33] + PROMPTS[1])  # two pages in common
 # prompts in pieces, and too few pages for all: some sequences begin anew
-SCARCE = {"max_num_batched_tokens": 13, "max_num_seqs": 4, "num_kvcache_blocks": 8}
+SCARCE = {"max_num_batched_tokens": 13, "max_num_seqs": 4, "num_kvcache_blocks": 5}
 
 
 def test_no_family_is_forgotten():
@@ -106,8 +105,8 @@ def test_logits_are_those_of_one_rank(found):
     for case, expected in alone.items():
         difference = np.abs(ranks[0][case]["logits"] - expected["logits"]).max()
         assert difference < TOLERANCE, case
-        largest = np.abs(expected["bfloat16"]).max()
-        assert np.abs(ranks[0][case]["bfloat16"] - expected["bfloat16"]).max() < BF16_TOLERANCE * largest, case
+        difference = np.linalg.norm(ranks[0][case]["bfloat16"] - expected["bfloat16"])
+        assert difference < BF16_TOLERANCE * np.linalg.norm(expected["bfloat16"]), case
 
 
 def test_text_is_that_of_one_rank(found):
