@@ -2,14 +2,13 @@
 in company, in chunks, after a prefix hit, preempted, and on other pages, as `nanovllm verify` serves them."""
 
 import pytest
+from kernels import native_library
 from tiny_models import TINY
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.cli.main import main
-from nanovllm.ops.library import Library, library_or_reason
 
-LIBRARY = library_or_reason()
-pytestmark = pytest.mark.skipif(not isinstance(LIBRARY, Library), reason=str(LIBRARY))
+native_library()
 NATIVE = ("--kernels", "native", "--attention-backend", "native")
 
 
