@@ -11,7 +11,7 @@ from typing import Any
 from nanovllm.errors import ConfigError
 
 _PATH = Path(__file__).parents[1] / "csrc" / "libnanovllm.so"
-_ABI = 7  # of csrc/library.cpp
+_ABI = 8  # of csrc/library.cpp
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _GROUP = [_POINTER, _LONG, _LONG, ctypes.c_double]  # region, rank, size, timeout in seconds
 _ROWS = [_POINTER, _LONG, _LONG, _LONG, _LONG, _LONG]  # x, outer, inner, their strides, size
@@ -81,7 +81,6 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "nv_all_gather": (_INT, [*_GROUP, _POINTER, _LONG, _LONG, _LONG, _POINTER, _INT]),
     "nv_record": (None, []),
     "nv_recorded": (_POINTER, []),
-    "nv_tape_length": (_LONG, [_POINTER]),
     "nv_replay": (_INT, [_POINTER, _INT]),
     "nv_free": (None, [_POINTER]),
     "nv_rope": (None, [*_ROWS, _POINTER, _POINTER, _LONG, _POINTER, _INT]),
@@ -124,7 +123,7 @@ class Library:
         self.region_break = library.nv_region_break
         self.all_reduce, self.all_gather = library.nv_all_reduce, library.nv_all_gather
         self.record, self.recorded = library.nv_record, library.nv_recorded
-        self.tape_length, self.replay, self.free = library.nv_tape_length, library.nv_replay, library.nv_free
+        self.replay, self.free = library.nv_replay, library.nv_free
         self._level, self._set_level = library.nv_level, library.nv_set_level
 
     @property

