@@ -46,10 +46,10 @@ class NCCLCommunicator:
 
     def __init__(self, store: Any, rank: int, size: int, device: torch.device, timeout_s: float) -> None:
         self._size = size
+        torch.cuda.set_device(device)
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=timeout_s)
         self._backend: Any = dist.ProcessGroupNCCL(store, rank, size, options)
-        torch.cuda.set_device(device)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         out = x.clone(memory_format=torch.contiguous_format)
