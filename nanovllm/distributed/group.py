@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
+
+import torch
 
 from nanovllm.errors import ConfigError
+
+
+class Communicator(Protocol):
+    """Sums and gathers over the ranks of a group."""
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor: ...
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor: ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,6 +26,7 @@ class TPGroup:
 
     rank: int = 0
     size: int = 1
+    comm: Communicator | None = None
 
     def shard(self, total: int, what: str) -> int:
         """This rank's share of `total` rows; ConfigError when it does not divide."""
