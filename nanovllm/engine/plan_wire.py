@@ -97,7 +97,7 @@ class PlanReader:
             seq = self._known[seq_id]
             seq.append(token_ids[0])
             return seq
-        seq = Sequence(seq_id, sample.prompt, sample.params, seed=sample.seed, bad_words=sample.bad_words)
+        seq = Sequence(seq_id, sample.prompt.tolist(), sample.params, seed=sample.seed, bad_words=sample.bad_words)
         for token_id in sample.output:
             seq.append(token_id)
         return seq
