@@ -72,7 +72,9 @@ class SumForCausalLM(CausalLM):
 
     def compute_logits(self, hidden):
         wanted = (hidden.long().squeeze(1) * 7 + 3) % 190
-        return nn.functional.one_hot(wanted, VOCAB).float() * 3
+        logits = nn.functional.one_hot(wanted, VOCAB).float() * 3
+        logits[:, RAISE:] = float("-inf")
+        return logits
 
 
 def misbehave(token_ids):
