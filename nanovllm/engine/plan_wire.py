@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step import PlannedSequence, StepPlan
 from nanovllm.sample_row import SampleRow
 
@@ -66,38 +65,40 @@ class PlanReader:
     """The other end of a PlanWriter: every plan that was written, in order."""
 
     def __init__(self) -> None:
-        self._known: dict[int, Sequence] = {}
+        self._known: dict[int, SampleRow] = {}  # of the last plan
+        self._tokens: dict[int, np.ndarray] = {}  # their output, with room to grow
 
     def read(self, wire: WirePlan) -> StepPlan:
         token_ids, pages = np.frombuffer(wire.token_ids, np.int32), np.frombuffer(wire.pages, np.int32)
-        known: dict[int, Sequence] = {}
+        known: dict[int, SampleRow] = {}
+        tokens: dict[int, np.ndarray] = {}
         planned: list[PlannedSequence] = []
         token, page = 0, 0
-        for i, (seq_id, tokens, start, length, state_slot, resume_from, capture_to, stop_ids) in enumerate(wire.rows):
-            ids = token_ids[token : token + tokens]
+        for i, (seq_id, count, start, length, state_slot, resume_from, capture_to, stop_ids) in enumerate(wire.rows):
+            ids, table = token_ids[token : token + count], pages[page : page + length]
+            token, page = token + count, page + length
             sample = None
             if stop_ids is not None:
-                seq = known[seq_id] = self._sequence(seq_id, wire.samples.get(i), ids)
-                sample = SampleRow(
-                    *(seq.params, seq.seed, seq.num_output_tokens, seq.prompt_token_ids, seq.output_token_ids),
-                    *(stop_ids, seq.bad_words),
-                )
-            table = pages[page : page + length]
-            prompt: tuple[Any, ...] = wire.prompts.get(i, ())
-            planned.append(
-                PlannedSequence(seq_id, ids, start, table, state_slot, sample, resume_from, capture_to, *prompt)
-            )
-            token += tokens
-            page += length
-        self._known = known
+                sample = wire.samples.get(i)
+                if sample is None:
+                    last, tokens[seq_id] = self._known[seq_id], self._appended(seq_id, ids)
+                    index = last.index + 1
+                    sample = SampleRow(
+                        *(last.params, last.seed, index, last.prompt, tokens[seq_id][:index], stop_ids, last.bad_words)
+                    )
+                known[seq_id] = sample
+            planned.append(PlannedSequence(seq_id, ids, start, table, state_slot, sample, resume_from, capture_to))
+        for i, (logprobs, targets) in wire.prompts.items():
+            planned[i] = planned[i]._replace(num_prompt_logprobs=logprobs, prompt_targets=targets)
+        self._known, self._tokens = known, tokens
         return StepPlan(planned)
 
-    def _sequence(self, seq_id: int, sample: SampleRow | None, token_ids: np.ndarray) -> Sequence:
-        if sample is None:
-            seq = self._known[seq_id]
-            seq.append(token_ids[0])
-            return seq
-        seq = Sequence(seq_id, sample.prompt.tolist(), sample.params, seed=sample.seed, bad_words=sample.bad_words)
-        for token_id in sample.output:
-            seq.append(token_id)
-        return seq
+    def _appended(self, seq_id: int, token_id: np.ndarray) -> np.ndarray:
+        """The sequence's output with one more token."""
+        index = self._known[seq_id].index
+        room = self._tokens.get(seq_id)
+        if room is None or index == len(room):
+            room = np.empty(2 * index + 16, dtype=np.int32)
+            room[:index] = self._known[seq_id].output
+        room[index] = token_id[0]
+        return room
