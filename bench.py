@@ -32,6 +32,7 @@ OTHERS = {
     "linear": "linear layers, native against torch's",
     "host_cost": "microseconds of a decoding step beside the model",
     "sampling": "drawing tokens, native against torch",
+    "ways32": "32 sequences sampled and streamed, against greedy generation",
     "accuracy": "KL divergence of bfloat16 to transformers in fp32",
 }
 NAMES = (*ENGINES, "nanovllm-torch")

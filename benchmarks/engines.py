@@ -77,6 +77,7 @@ class VLLM:
 
     def __init__(self, job: Job) -> None:
         os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")  # else it leaves one core unused
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # its processes would compete for two cores
         from vllm import LLM, SamplingParams
 
         self._llm = LLM(

@@ -30,6 +30,7 @@ from nanovllm.cache_spec import PagedKVSpec
 from nanovllm.config import EngineConfig
 from nanovllm.engine import model_runner
 from nanovllm.engine.build import fit_model_len
+from nanovllm.engine.decode_batch import DecodeBatch
 from nanovllm.engine.executor import InProcessExecutor
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.layers.attention import CachedLayer
@@ -105,7 +106,7 @@ class Clock:
 
 
 def make_engine(max_num_seqs: int) -> LLMEngine:
-    options = {"load_format": "dummy", "device": "cpu", "max_num_seqs": max_num_seqs, "enforce_eager": True}
+    options = {"load_format": "dummy", "device": "cpu", "max_num_seqs": max_num_seqs}
     options |= {"max_num_batched_tokens": 1 << 16, "kvcache_memory": "256MiB"}
     config = EngineConfig.from_options("idle", options)
     config = config.resolve(checkpoint_dtype="float32", max_positions=1 << 15, cuda=False)
@@ -118,7 +119,7 @@ def measure(batch: int, kind: str, waiting: int) -> dict[str, float]:
     """Microseconds a decoding step, of each part and in all; medians."""
     clock = Clock()
     with (
-        mock.patch.object(model_runner, "build_batch", clock.wrap("build batch", model_runner.build_batch)),
+        mock.patch.object(DecodeBatch, "write", clock.wrap("build batch", DecodeBatch.write)),
         mock.patch.object(model_runner, "sample", clock.wrap("sample", model_runner.sample)),
     ):
         engine = make_engine(batch)

@@ -22,7 +22,7 @@ def speed(preset: Preset, sequences: Sequences, seconds: float) -> float:
 
 def print_table(title: str, results: dict[str, dict[str, Any]]) -> None:
     """ratio: how many times faster the first one is."""
-    width = max(14, *map(len, results))
+    width = max([14, *map(len, results)])
     print(f"\n{title}")
     print(
         f"{'engine':<{width}} {'seconds':>8} {'in tok/s':>9} {'out tok/s':>9} {'of roof':>8} {'load s':>7} {'ratio':>6}"

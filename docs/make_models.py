@@ -18,8 +18,9 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "models")]
 
+from native_calls import COLUMNS, native_row  # noqa: E402
 from published_sizes import PUBLISHED  # noqa: E402
-from tiny_models import TINY  # noqa: E402
+from tiny_models import TINY, make_tiny_model  # noqa: E402
 
 from nanovllm.config import EngineConfig  # noqa: E402
 from nanovllm.engine.memory_plan import footprint  # noqa: E402
@@ -89,6 +90,14 @@ dequantises is read.
 To repeat a row: `pytest tests/models/test_formats.py tests/weights/test_gguf_families.py -k VARIANT`.
 
 """
+NATIVE_HEAD = """
+## Native kernels
+
+What each variant's steps call on CPUs: linear layers with what they end with, attention by its heads,
+and the rest. All write down and run whole steps in the library; none is left to torch
+(`pytest tests/models/test_exactness.py`, which also compares the bits of every way to serve a request).
+
+"""
 MEMORY_HEAD = """
 ## Memory
 
@@ -102,7 +111,8 @@ of one sequence. `nanovllm plan MODEL --memory 8GiB` says what fits beside them.
 
 def main() -> int:
     results = run_tests()
-    text = HEAD + architectures() + PARITY_HEAD + matrix(results, FEATURES) + FORMATS_HEAD + matrix(results, FILES)
+    text = HEAD + architectures() + PARITY_HEAD + matrix(results, FEATURES) + NATIVE_HEAD + native_rows()
+    text += FORMATS_HEAD + matrix(results, FILES)
     (ROOT / "docs" / "models.md").write_text(text + MEMORY_HEAD + memory_rows(), encoding="utf-8")
     return 0 if all(results.values()) else 1
 
@@ -135,6 +145,15 @@ def matrix(results: dict[str, bool], columns: dict[str, tuple[str, str | None]])
         names = (f"{test}[{variant}{f'-{option}' if option else ''}]" for test, option in columns.values())
         cells = " | ".join(signs[results.get(name)] for name in names)
         rows.append(f"| {variant} | {config['architectures'][0]} | {cells} |")
+    return "\n".join(rows) + "\n"
+
+
+def native_rows() -> str:
+    rows = [f"| variant | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for variant in TINY:
+        with tempfile.TemporaryDirectory() as directory:
+            cells = native_row(make_tiny_model(variant, Path(directory)))
+        rows.append(f"| {variant} | {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from types import TracebackType
 from typing import Any, TypeVar, cast
@@ -37,7 +36,7 @@ class LLM:
         Raises ConfigError, ModelNotFound, ModelNotSupported or WeightError.
         """
         self._engine: LLMEngine = build_engine(EngineConfig.from_options(model, options))
-        self._mailboxes: dict[str, deque[RequestOutput]] = {}
+        self._streamed: dict[str, RequestOutput | None] = {}  # by request id
 
     @property
     def engine(self) -> LLMEngine:
@@ -125,13 +124,17 @@ class LLM:
         """Yield the completion's text in pieces as they come; the generator's return value
         (`output = yield from llm.stream(...)`) is the finished RequestOutput.
 
-        Closing the generator early aborts the request. Other calls may run between pieces.
+        The request is queued by this call, so several streams that are read in turn run together, as
+        the prompts of one `generate` do, and other calls may run between pieces. Closing or dropping
+        the generator aborts the request.
         """
         params = sampling_params or self.get_default_sampling_params()
         if params.n != 1 or not params.detokenize:
             raise RequestError("stream yields the text of one completion: it needs n=1 and detokenize=True")
         self.get_tokenizer()
-        return self._stream(self._engine.prepare(prompt, params))
+        stream = self._stream(self._engine.prepare(prompt, params))
+        next(stream)  # up to where the request is queued: from there on, to close it is to abort
+        return stream
 
     def apply_model(self, function: Callable[[nn.Module], T]) -> list[T]:
         """What `function` says of the model, on each rank: for looking, hooking and measuring."""
@@ -169,22 +172,24 @@ class LLM:
         return request.with_text(text)
 
     def _stream(self, request: Request) -> Generator[str, None, RequestOutput]:
-        box = self._mailboxes[request.request_id] = deque()
+        """Yields once as soon as the request is queued, then the pieces of its text."""
+        self._engine.add(request)
+        self._streamed[request.request_id] = None
         shown = 0
         try:
-            self._engine.add(request)
+            yield ""
             while True:
-                while not box:
-                    self._step()
-                output = box.popleft()
-                text = output.outputs[0].text
-                if len(text) > shown:
+                output = self._streamed[request.request_id]
+                if output is not None and len(output.outputs[0].text) > shown:
+                    text = output.outputs[0].text
                     piece, shown = text[shown:], len(text)
-                    yield piece
-                if output.finished:
+                    yield piece  # other steps may go on meanwhile
+                elif output is not None and output.finished:
                     return output
+                else:
+                    self._step()
         finally:
-            del self._mailboxes[request.request_id]
+            del self._streamed[request.request_id]
             self._engine.abort(request.request_id)  # if it has not finished
 
     def _run(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
@@ -207,11 +212,11 @@ class LLM:
         return [finished[request.request_id] for request in requests]
 
     def _step(self) -> list[RequestOutput]:
-        """One step of the engine; streams that wait find their outputs in their mailboxes."""
+        """One step of the engine; streams find their outputs, which are updated in place."""
         outputs = self._engine.step()
         for output in outputs:
-            if output.request_id in self._mailboxes:
-                self._mailboxes[output.request_id].append(output)
+            if output.request_id in self._streamed:
+                self._streamed[output.request_id] = output
         return outputs
 
 

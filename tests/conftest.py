@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernels import at_level
 from tiny_models import make_chat_model, make_tiny_model
+
+from nanovllm.ops.library import LEVELS
 
 ALIAS = "smollm2-135m"
 
@@ -26,6 +29,15 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest):
+    """Every instruction set that this processor has kernels for, one after the other."""
+    with at_level(request.param) as supported:
+        if not supported:
+            pytest.skip("not on this processor")
+        yield request.param
 
 
 @pytest.fixture(scope="session")

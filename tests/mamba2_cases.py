@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
+from kernels import normal
 from torch import nn
 
 from nanovllm.attention.reference import ReferenceAttention
@@ -31,10 +32,6 @@ VARIANTS = {
     "no-history": dataclasses.replace(SIZES, conv_kernel=1),
 }
 SLOTS = 9
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def context(ops: Ops, dtype=torch.float32, tp=None) -> BuildContext:
@@ -63,9 +60,13 @@ def forget_everything(layer: Mamba2) -> None:
 
 
 def only_the_recurrence(layer: Mamba2) -> Mamba2:
-    """Without the projections: x is what in_proj would give."""
+    """Without the projections: x is what in_proj would give, [T, width]."""
     layer.in_proj = layer.out_proj = nn.Identity()
     return layer
+
+
+def width(sizes: Mamba2Sizes) -> int:
+    return sum(sizes.in_proj_shards.values())
 
 
 def make_batch(chunks: list[tuple[int, int, int]]) -> Batch:

@@ -127,6 +127,32 @@ def test_other_calls_may_run_between_pieces_of_a_stream(llm):
     assert text + "".join(stream) == expected
 
 
+def test_streams_that_are_read_in_turn_run_together(llm):
+    """Each was queued when its first piece was asked for, so that every prompt took a step of its own.
+    One that ended while it showed a piece lost what had come meanwhile."""
+    params = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
+    prompts = ["one", "two", "three", "four"]
+    expected = [output["text"] for output in llm.generate(prompts, params, use_tqdm=False)]
+    before = llm.engine.stats.steps
+    streams = dict(enumerate(llm.stream(prompt, params) for prompt in prompts))
+    texts = [""] * len(prompts)
+    while streams:
+        for i in list(streams):
+            piece = next(streams[i], None)
+            texts[i] += piece or ""
+            if piece is None:
+                del streams[i]
+    assert texts == expected
+    assert llm.engine.stats.steps - before == 10
+
+
+def test_dropping_a_stream_that_was_never_read_aborts_it(llm):
+    stream = llm.stream("hello", SamplingParams(max_tokens=200, ignore_eos=True))
+    assert llm.engine.has_unfinished
+    del stream
+    assert not llm.engine.has_unfinished
+
+
 def test_leaving_a_stream_aborts_it(llm):
     stream = llm.stream("hello", SamplingParams(max_tokens=200, ignore_eos=True))
     next(stream)

@@ -1,7 +1,10 @@
 """What README shows works as it stands there."""
 
 import re
+import shlex
 from pathlib import Path
+
+import bench
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -15,6 +18,17 @@ def test_the_api_example_runs(capsys):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     exec(compile(code, "README.md", "exec"), {})
     assert "Paris" in capsys.readouterr().out
+
+
+def test_bench_commands_parse_and_name_an_interpreter_for_each_peer(monkeypatch):
+    """The command of the table named peers alone, which are not where nanovllm is."""
+    commands = re.findall(r"python (bench\.py (?:[^`\n\\]|\\\n)*)", README)
+    assert len(commands) == README.count("bench.py")
+    for command in commands:
+        monkeypatch.setattr("sys.argv", shlex.split(command.replace("\\\n", "")))
+        args = bench.parse_args()
+        peers = {name for name in args.engine if not name.startswith("nanovllm")}
+        assert peers == {given.partition("=")[0] for given in args.python}, command
 
 
 def test_links_lead_somewhere():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -11,17 +10,16 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from nanovllm.cli.options import engine_options
 from nanovllm.cli.prompts import Prompt, longest, random_prompts, sizes_with_room, text_prompts
-from nanovllm.cli.reference import Reference, save_random_model
+from nanovllm.cli.reference import Reference
+from nanovllm.cli.subject import subject
 from nanovllm.cli.trace import Divergence, Trace, compare_traces, first_divergence, num_settled, recording
 from nanovllm.config import EngineConfig
-from nanovllm.errors import ConfigError, ModelNotFound
+from nanovllm.errors import ModelNotFound
 from nanovllm.llm import LLM
 from nanovllm.models.base import CausalLM
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.weights.checkpoint import Checkpoint, open_checkpoint
-from nanovllm.weights.hub import resolve_model
+from nanovllm.weights.checkpoint import Checkpoint
 
 _TEXTS = (
     "The capital of France is",
@@ -31,21 +29,13 @@ _TEXTS = (
 
 
 def run(args: argparse.Namespace) -> int:
-    if (args.model is None) == (args.random is None):
-        raise ConfigError("parity compares one model: give MODEL or --random CONFIG")
     tolerance = args.tolerances[args.dtype] if args.tolerance is None else args.tolerance
-    with tempfile.TemporaryDirectory(prefix="nanovllm-parity-") as folder:
-        if args.random is not None:
-            save_random_model(args.random, Path(folder))
-        options = engine_options(args)
-        revision = options.pop("revision", None)
-        path = Path(folder) if args.random is not None else resolve_model(args.model, revision)
-        checkpoint = open_checkpoint(path)
-        prompts = _prompts(checkpoint, args.prompt)
-        options |= {"dtype": args.dtype, "max_model_len": _length(prompts, args.max_tokens)}
-        sizes_with_room(EngineConfig.from_options(str(path), options), checkpoint)
-        expected = _reference_side(path, prompts, args)
-        found = _our_side(path, prompts, expected, options, args.layers)
+    with subject(args) as model:
+        prompts = _prompts(model.checkpoint, args.prompt)
+        options = model.options | {"dtype": args.dtype, "max_model_len": _length(prompts, args.max_tokens)}
+        sizes_with_room(EngineConfig.from_options(str(model.path), options), model.checkpoint)
+        expected = _reference_side(model.path, prompts, args)
+        found = _our_side(model.path, prompts, expected, options, args.layers)
     return _report(prompts, expected, found, tolerance)
 
 

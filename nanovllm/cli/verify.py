@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,38 +12,28 @@ from typing import Any, cast
 
 import torch
 
-from nanovllm.cli.options import engine_options
 from nanovllm.cli.prompts import Prompt, random_prompts, sizes_with_room, text_prompts
-from nanovllm.cli.reference import save_random_model
 from nanovllm.cli.replay import Way, longest_request, serve, ways
 from nanovllm.cli.row_bits import Logits, ModuleBits, first_module, recorded_logits, recorded_modules, same_bits
+from nanovllm.cli.subject import subject
 from nanovllm.cli.trace import Divergence
 from nanovllm.config import EngineConfig
-from nanovllm.errors import ConfigError
 from nanovllm.llm import LLM
 from nanovllm.models.base import CausalLM
 from nanovllm.outputs import RequestOutput
-from nanovllm.weights.checkpoint import Checkpoint, open_checkpoint
-from nanovllm.weights.hub import resolve_model
+from nanovllm.weights.checkpoint import Checkpoint
 
 _LENGTHS = (1, 5, 16, 37, 90)
 
 
 def run(args: argparse.Namespace) -> int:
-    if (args.model is None) == (args.random is None):
-        raise ConfigError("verify serves one model: give MODEL or --random CONFIG")
-    with tempfile.TemporaryDirectory(prefix="nanovllm-verify-") as folder:
-        if args.random is not None:
-            save_random_model(args.random, Path(folder))
-        options = engine_options(args)
-        revision = options.pop("revision", None)
-        path = Path(folder) if args.random is not None else resolve_model(args.model, revision)
-        checkpoint = open_checkpoint(path)
-        prompts = [p.token_ids for p in _prompts(checkpoint, args.prompt)]
+    with subject(args) as model:
+        path, options = model.path, model.options
+        prompts = [p.token_ids for p in _prompts(model.checkpoint, args.prompt)]
         block_size = EngineConfig.from_options(str(path), options).kvcache_block_size
         options |= {"max_model_len": longest_request(prompts, args.max_tokens, block_size), "skip_tokenizer_init": True}
         config = EngineConfig.from_options(str(path), options)
-        sizes = sizes_with_room(config, checkpoint)
+        sizes = sizes_with_room(config, model.checkpoint)
         alone, others = ways(prompts, args.max_tokens, sizes.vocab_size, block_size)
         return _report(path, options, alone, others)
 

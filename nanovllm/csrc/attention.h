@@ -49,11 +49,26 @@ struct Pages {
     }
 };
 
-// Keys that are needed after those at hand: `count` of them from position `first` on.
+// The keys [first, last) of a span: where each tile of them lies, and of their values. Offsets are from
+// the span's start, and the first key is that of a tile.
 template <class W>
-struct Ahead {
-    Pages<W> pages;
-    int64_t first, count;
+struct Span {
+    int64_t start, first, last;
+    const char *keys[SPAN / TILE], *values[SPAN / TILE];
+
+    // of the span that starts there, what lies in [first_key, last_key)
+    Span(const Pages<W>& pages, int64_t start, int64_t first_key, int64_t last_key)
+        : start(start),
+          first(std::max<int64_t>(0, first_key - start) / TILE * TILE),
+          last(std::min<int64_t>(SPAN, last_key - start)) {
+        for (int64_t i = 0; i < tiles(); ++i) {
+            keys[i] = pages.at(pages.keys, start + first + i * TILE);
+            values[i] = pages.at(pages.values, start + first + i * TILE);
+        }
+    }
+
+    int64_t tiles() const { return divide_up(last - first, TILE); }
+    int64_t offset(int64_t tile) const { return first + tile * TILE; }
 };
 
 struct Row {
@@ -89,49 +104,45 @@ struct Scratchpad {
 
 // --- products ------------------------------------------------------------------------------------
 
-// scores[row][key] of N tiles of keys from `position` on. Meanwhile their values are fetched.
+// scores[row][key] of N tiles of keys from the `tile`th on. Meanwhile their values are fetched.
 template <class W, int R, int N>
-void score_tiles(const typename W::Element* q, const Pages<W>& pages, int64_t position, float* scores) {
+void score_tiles(const typename W::Element* q, const Span<W>& span, int64_t tile, int64_t head_dim, float* scores) {
     constexpr int NV = N * TILE_VECTORS;
     V acc[R][NV] = {};
-    const char *at[N], *values[N];
-    for (int j = 0; j < N; ++j) {
-        at[j] = pages.at(pages.keys, position + j * TILE);
-        values[j] = pages.at(pages.values, position + j * TILE);
-    }
-    const int64_t steps = pages.head_dim / W::K_PER_STEP;
+    const int64_t steps = head_dim / W::K_PER_STEP;
     for (int64_t d = 0; d < steps; ++d) {
         V b[NV];
 #pragma GCC unroll 8
         for (int j = 0; j < NV; ++j)
-            b[j] = load(at[j / TILE_VECTORS] + d * TILE * sizeof(float) + j % TILE_VECTORS * sizeof(V));
+            b[j] = load(span.keys[tile + j / TILE_VECTORS] + d * TILE * sizeof(float) + j % TILE_VECTORS * sizeof(V));
         if constexpr (R <= FETCH_ROWS)
-            for (int j = 0; j < N; ++j) __builtin_prefetch(values[j] + d * TILE * sizeof(float), 0, 2);
+            for (int j = 0; j < N; ++j) __builtin_prefetch(span.values[tile + j] + d * TILE * sizeof(float), 0, 2);
 #pragma GCC unroll 16
         for (int i = 0; i < R; ++i) W::template step<NV>(acc[i], b, q + i * Task<W>::STRIDE + d * W::PER_STEP);
     }
+    scores += span.offset(tile);
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 8
         for (int j = 0; j < NV; ++j) store(scores + i * SPAN + j * WIDTH, acc[i][j]);
 }
 
-// values[row][dim] of N vectors of dimensions from `dim` on, the last one `lanes` wide, summed over
-// the keys [first, last) of a span. Meanwhile the keys are fetched that are needed next.
+// values[row][dim] of N vectors of dimensions from `dim` on, the last one `lanes` wide, summed over a
+// span's keys. Meanwhile the keys are fetched that are needed next, if any.
 template <class W, int R, int N>
-void sum_values(const typename W::Element* weights, const Pages<W>& pages, int64_t span, int64_t first, int64_t last,
-                int64_t dim, int64_t lanes, const Ahead<W>& ahead, Gathered* to) {
+void sum_values(const typename W::Element* weights, const Span<W>& span, int64_t head_dim, int64_t dim, int64_t lanes,
+                const Span<W>* next, Gathered* to) {
     V acc[R][N] = {};
-    for (int64_t key = first; key < last; key += TILE) {
-        const char* v = pages.at(pages.values, span + key) + dim * sizeof(float);
-        const int64_t steps = divide_up(std::min<int64_t>(TILE, last - key), W::K_PER_STEP);
-        const typename W::Element* w = weights + key / W::K_PER_STEP * W::PER_STEP;
-        const char* next = R <= FETCH_ROWS && key < ahead.count ? ahead.pages.at(ahead.pages.keys, ahead.first + key) : v;
-        next += next == v ? 0 : dim * sizeof(float);
-        for (int64_t k = 0; k < steps; ++k, v += pages.head_dim * sizeof(float), w += W::PER_STEP) {
+    const int64_t to_fetch = R <= FETCH_ROWS && next != nullptr ? next->tiles() : 0;
+    for (int64_t tile = 0; tile < span.tiles(); ++tile) {
+        const char* v = span.values[tile] + dim * sizeof(float);
+        const char* fetched = tile < to_fetch ? next->keys[tile] + dim * sizeof(float) : v;
+        const int64_t steps = divide_up(std::min<int64_t>(TILE, span.last - span.offset(tile)), W::K_PER_STEP);
+        const typename W::Element* w = weights + span.offset(tile) / W::K_PER_STEP * W::PER_STEP;
+        for (int64_t k = 0; k < steps; ++k, v += head_dim * sizeof(float), w += W::PER_STEP) {
             if constexpr (R <= FETCH_ROWS) {
-                for (int j = 0; j < N * (int)sizeof(V); j += 64) __builtin_prefetch(next + j, 0, 2);
-                next += pages.head_dim * sizeof(float);
+                for (int j = 0; j < N * (int)sizeof(V); j += 64) __builtin_prefetch(fetched + j, 0, 2);
+                fetched += head_dim * sizeof(float);
             }
             V b[N];
 #pragma GCC unroll 8
@@ -148,25 +159,25 @@ void sum_values(const typename W::Element* weights, const Pages<W>& pages, int64
 }
 
 template <class W, int R>
-void span_scores(const Task<W>& task, int row, int64_t span, int64_t first, int64_t last, Scratchpad<W>& pad) {
+void span_scores(const Task<W>& task, int row, const Span<W>& span, Scratchpad<W>& pad) {
     constexpr int N = WIDTH == 16 ? (R > 6 ? 2 : 4) : 1;
-    int64_t key = first;
-    for (; key + N * TILE <= divide_up(last, TILE) * TILE; key += N * TILE)
-        score_tiles<W, R, N>(task.q[row], task.pages, span + key, pad.scores[row] + key);
-    for (; key < last; key += TILE) score_tiles<W, R, 1>(task.q[row], task.pages, span + key, pad.scores[row] + key);
+    int64_t tile = 0;
+    for (; tile + N <= span.tiles(); tile += N)
+        score_tiles<W, R, N>(task.q[row], span, tile, task.pages.head_dim, pad.scores[row]);
+    for (; tile < span.tiles(); ++tile)
+        score_tiles<W, R, 1>(task.q[row], span, tile, task.pages.head_dim, pad.scores[row]);
 }
 
 template <class W, int R>
-void span_values(const Task<W>& task, int row, int64_t span, int64_t first, int64_t last, const Scratchpad<W>& pad,
-                 const Ahead<W>& ahead, Gathered* to) {
+void span_values(const Task<W>& task, int row, const Span<W>& span, const Scratchpad<W>& pad, const Span<W>* next,
+                 Gathered* to) {
     constexpr int N = WIDTH == 16 ? (R > 6 ? 2 : 4) : 2;
     const int64_t head_dim = task.pages.head_dim;
     int64_t dim = 0;
     for (; dim + N * WIDTH <= head_dim; dim += N * WIDTH)
-        sum_values<W, R, N>(pad.weights[row], task.pages, span, first, last, dim, WIDTH, ahead, to + row);
+        sum_values<W, R, N>(pad.weights[row], span, head_dim, dim, WIDTH, next, to + row);
     for (; dim < head_dim; dim += WIDTH)
-        sum_values<W, R, 1>(pad.weights[row], task.pages, span, first, last, dim,
-                            std::min<int64_t>(WIDTH, head_dim - dim), ahead, to + row);
+        sum_values<W, R, 1>(pad.weights[row], span, head_dim, dim, std::min<int64_t>(WIDTH, head_dim - dim), next, to + row);
 }
 
 // f(R, first row) for all rows in groups of as many as the registers hold. R may exceed the rows that are
@@ -200,48 +211,61 @@ inline V lane_numbers() {
     return v;
 }
 
-struct Alibi {
-    bool rounded;  // see attention/alibi.py
+// From scores to the exponents of weights.
+struct Softmax {
+    float scale;
+    bool rounded;  // ALiBi: see attention/alibi.py
     float factor;
+
+    static constexpr float LOG2_E = 1.44269504f;  // weights are powers of two, one operation less than of e
+
+    float exponent_scale(const Row& row) const { return row.slope == 0.0f ? scale * LOG2_E : LOG2_E; }
+
+    // the scores of the keys at these positions, scaled and biased
+    V with_bias(const Row& row, V scores, V keys) const {
+        if (rounded) return scores * scale + factor * round_to_bf16(to_bf16(row.slope) * round_to_bf16(keys));
+        return scores * scale + factor * row.slope * (keys - (float)row.position);
+    }
 };
 
-// What is added to the scores of the keys at these positions.
-inline V bias(const Row& row, const Alibi& alibi, V keys) {
-    if (alibi.rounded) return alibi.factor * round_to_bf16(to_bf16(row.slope) * round_to_bf16(keys));
-    return alibi.factor * row.slope * (keys - (float)row.position);
-}
-
-// The scores of a span's keys [first, last) into weights relative to the largest: zero for keys that the
-// row does not see, and up to the end of the last tile.
+// A span's scores into weights relative to the largest: zero for keys that the row does not see, and up to
+// the end of the last tile. `largest` is an exponent of two.
 template <class W>
-void span_softmax(const Row& row, float scale, const Alibi& alibi, int64_t span, int64_t first, int64_t last,
-                  float* scores, typename W::Element* weights, Gathered& to) {
-    const int64_t from = std::max(row.first - span, first), until = std::min(row.position + 1 - span, last);
-    const int64_t end = divide_up(last, TILE) * TILE;
+void span_softmax(const Row& row, const Softmax& softmax, const Span<W>& span, float* scores,
+                  typename W::Element* weights, Gathered& to) {
+    const int64_t from = std::max(row.first - span.start, span.first);
+    const int64_t until = std::min(row.position + 1 - span.start, span.last);
+    const int64_t end = divide_up(span.last, TILE) * TILE;
     auto put = [&](int64_t i, V v) { W::put(v, weights + i / W::K_PER_STEP * W::PER_STEP); };
     to.largest = UNSEEN;
     to.total = 0;
     if (from >= until) {
-        for (int64_t i = first; i < end; i += WIDTH) put(i, V{});
+        for (int64_t i = span.first; i < end; i += WIDTH) put(i, V{});
         return;
     }
     const int64_t begin = from / WIDTH * WIDTH, stop = divide_up(until, WIDTH) * WIDTH;
+    if (row.slope != 0.0f)
+        for (int64_t i = begin; i < stop; i += WIDTH)
+            store(scores + i, softmax.with_bias(row, load(scores + i), lane_numbers() + (float)(span.start + i)));
+    auto hide = [&](int64_t i) {  // what the row does not see of a vector
+        const V key = lane_numbers() + (float)i;
+        store(scores + i, ((key >= (float)from) & (key < (float)until)) ? load(scores + i) : splat(UNSEEN));
+    };
+    if (begin < from) hide(begin);
+    if (stop > until) hide(stop - WIDTH);
     V most = splat(UNSEEN);
     for (int64_t i = begin; i < stop; i += WIDTH) {
-        V s = load(scores + i) * scale;
-        const V key = lane_numbers() + (float)i;
-        if (row.slope != 0.0f) s += bias(row, alibi, key + (float)span);
-        if (i < from || i + WIDTH > until) s = ((key >= (float)from) & (key < (float)until)) ? s : splat(UNSEEN);
-        store(scores + i, s);
+        const V s = load(scores + i);
         most = s > most ? s : most;
     }
-    to.largest = reduce(most, [](float a, float b) { return b > a ? b : a; });
+    const float scale = softmax.exponent_scale(row);
+    to.largest = scale * reduce(most, [](float a, float b) { return b > a ? b : a; });
     V total = {};
-    for (int64_t i = first; i < begin; i += WIDTH) put(i, V{});
+    for (int64_t i = span.first; i < begin; i += WIDTH) put(i, V{});
     for (int64_t i = begin; i < stop; i += WIDTH) {
         const V s = load(scores + i);
-        V weight = exp_below(s - to.largest);
-        if (i < from || i + WIDTH > until) weight = s > UNSEEN ? weight : V{};
+        V weight = exp2_below(s * scale - to.largest);
+        if (i < from || i + WIDTH > until) weight = s == UNSEEN ? V{} : weight;
         put(i, weight);
         total += weight;
     }
@@ -249,37 +273,38 @@ void span_softmax(const Row& row, float scale, const Alibi& alibi, int64_t span,
     to.total = sum(total);
 }
 
-// The keys of one span for all rows of a task. Its first key is where the task's first one lies, rounded
-// down to a tile.
+// One span for all rows of a task.
 template <class W>
-void gather_span(const Task<W>& task, float scale, const Alibi& alibi, int64_t span, const Ahead<W>& ahead,
+void gather_span(const Task<W>& task, const Softmax& softmax, const Span<W>& span, const Span<W>* next,
                  Scratchpad<W>& pad, Gathered* to) {
-    const int64_t first = std::max<int64_t>(0, task.first_key - span) / TILE * TILE;
-    const int64_t last = std::min<int64_t>(SPAN, task.last_key - span);
-    in_groups(task.count, [&](auto rows, int row) { span_scores<W, rows()>(task, row, span, first, last, pad); });
+    in_groups(task.count, [&](auto rows, int row) { span_scores<W, rows()>(task, row, span, pad); });
     for (int i = 0; i < task.count; ++i)
-        span_softmax<W>(task.rows[i], scale, alibi, span, first, last, pad.scores[i], pad.weights[i], to[i]);
-    in_groups(task.count, [&](auto rows, int row) { span_values<W, rows()>(task, row, span, first, last, pad, ahead, to); });
+        span_softmax<W>(task.rows[i], softmax, span, pad.scores[i], pad.weights[i], to[i]);
+    in_groups(task.count, [&](auto rows, int row) { span_values<W, rows()>(task, row, span, pad, next, to); });
 }
 
 // Add a later span to what there is.
 inline void merge(Gathered& all, const Gathered& span, int64_t head_dim) {
     if (span.total == 0.0f) return;  // it saw nothing
     if (all.total == 0.0f) {
-        all = span;
+        all.largest = span.largest, all.total = span.total;
+        memcpy(all.values, span.values, head_dim * sizeof(float));
         return;
     }
-    const float largest = std::max(all.largest, span.largest);
-    const float before = exp(splat(all.largest - largest))[0], now = exp(splat(span.largest - largest))[0];
+    const float change = span.largest - all.largest;
+    const float less = exp2_below(splat(change > 0.0f ? -change : change))[0];
+    const float before = change > 0.0f ? less : 1.0f, now = change > 0.0f ? 1.0f : less;
     all.total = all.total * before + span.total * now;
-    all.largest = largest;
+    all.largest = std::max(all.largest, span.largest);
     for (int64_t d = 0; d < head_dim; d += WIDTH)
         store(all.values + d, load(all.values + d) * before + load(span.values + d) * now);
 }
 
 inline void finish(const Row& row, const Gathered& all, int64_t head_dim) {
-    for (int64_t d = 0; d < head_dim; d += WIDTH)
-        store_part(row.out + d, load(all.values + d) / all.total, std::min<int64_t>(WIDTH, head_dim - d));
+    const float scale = 1.0f / all.total;
+    int64_t d = 0;
+    for (; d + WIDTH <= head_dim; d += WIDTH) store(row.out + d, load(all.values + d) * scale);
+    if (d < head_dim) store_part(row.out + d, load(all.values + d) * scale, head_dim - d);
 }
 
 // --- a step ------------------------------------------------------------------------------------------
@@ -328,6 +353,31 @@ struct Tasks {
         task.first_key = task.rows[0].first;
         task.last_key = task.rows[task.count - 1].position + 1;
     }
+
+    // Towards the cache: the queries of a task and the place of its results.
+    void fetch(int64_t index) const {
+        const int64_t b = sequence(index), of_head = tasks_a_head(b), kv_head = (index - begin[b]) / of_head;
+        const int64_t row0 = (index - begin[b]) % of_head * ROWS, group = call.heads / call.kv_heads;
+        const int64_t rows = std::min<int64_t>(ROWS, rows_a_head(b) - row0);
+        for (int64_t t = row0 / group; t <= (row0 + rows - 1) / group; ++t) {
+            const float* q = call.q + (call.query_start[b] + t) * call.q_stride + kv_head * group * call.head_dim;
+            const float* out = call.out + ((call.query_start[b] + t) * call.heads + kv_head * group) * call.head_dim;
+            for (int64_t i = 0; i < group * call.head_dim; i += 16) {
+                __builtin_prefetch(q + i);
+                __builtin_prefetch(out + i, 1);
+            }
+        }
+    }
+
+    // What a task reads first; nothing if there is none.
+    template <class W>
+    Span<W> beginning(int64_t index, int64_t end) const {
+        if (index >= end) return {{}, 0, 0, 0};
+        const int64_t b = sequence(index), first_key = call.seq_lens[b] - call.seen(b);
+        return {pages<W>(b, (index - begin[b]) / tasks_a_head(b)), first_key / SPAN * SPAN, first_key, call.seq_lens[b]};
+    }
+
+    Softmax softmax() const { return {call.scale, call.rounded, call.factor}; }
 };
 
 template <class W>
@@ -343,29 +393,25 @@ Worker<W>& worker() {
     return *mine;
 }
 
-// What a task, if there is one, reads first.
-template <class W>
-Ahead<W> beginning(const Tasks& tasks, int64_t index, int64_t end) {
-    if (index >= end) return {{}, 0, 0};
-    const int64_t b = tasks.sequence(index), of_head = tasks.tasks_a_head(b), seq_len = tasks.call.seq_lens[b];
-    const int64_t first = (seq_len - tasks.call.seen(b)) / TILE * TILE;
-    return {tasks.pages<W>(b, (index - tasks.begin[b]) / of_head), first, std::min<int64_t>(SPAN, seq_len - first)};
-}
-
 // The thread goes on to the next task if that is before `end`.
 template <class W>
 void whole_task(const Tasks& tasks, int64_t index, int64_t end) {
-    const AttentionCall& call = tasks.call;
+    const int64_t head_dim = tasks.call.head_dim;
     Worker<W>& w = worker<W>();
     tasks.prepare(index, w.task);
-    for (int i = 0; i < w.task.count; ++i) w.all[i].total = 0;
-    for (int64_t span = w.task.first_key / SPAN * SPAN; span < w.task.last_key; span += SPAN) {
-        const int64_t left = w.task.last_key - span - SPAN;
-        const Ahead<W> ahead = left > 0 ? Ahead<W>{w.task.pages, span + SPAN, left} : beginning<W>(tasks, index + 1, end);
-        gather_span(w.task, call.scale, {call.rounded, call.factor}, span, ahead, w.pad, w.span);
-        for (int i = 0; i < w.task.count; ++i) merge(w.all[i], w.span[i], call.head_dim);
+    if (index + 1 < end) tasks.fetch(index + 1);
+    const int64_t begin = w.task.first_key / SPAN * SPAN, last_key = w.task.last_key;
+    Span<W> span(w.task.pages, begin, w.task.first_key, last_key);
+    for (;;) {
+        const bool more = span.start + SPAN < last_key;
+        const Span<W> next = more ? Span<W>(w.task.pages, span.start + SPAN, 0, last_key) : tasks.beginning<W>(index + 1, end);
+        gather_span(w.task, tasks.softmax(), span, &next, w.pad, span.start == begin ? w.all : w.span);
+        if (span.start > begin)
+            for (int i = 0; i < w.task.count; ++i) merge(w.all[i], w.span[i], head_dim);
+        if (!more) break;
+        span = next;
     }
-    for (int i = 0; i < w.task.count; ++i) finish(w.task.rows[i], w.all[i], call.head_dim);
+    for (int i = 0; i < w.task.count; ++i) finish(w.task.rows[i], w.all[i], head_dim);
 }
 
 // Too few tasks for the threads: each span of each task is a job of its own, merged in order afterwards.
@@ -377,12 +423,14 @@ void by_spans(const Tasks& tasks, int64_t max_spans, Team& team) {
     Worker<W>& w = worker<W>();
     team.each(count * max_spans, [&](int64_t job) {
         tasks.prepare(job / max_spans, w.task);
-        const int64_t span = (w.task.first_key / SPAN + job % max_spans) * SPAN;
+        const int64_t start = (w.task.first_key / SPAN + job % max_spans) * SPAN;
         Gathered* to = parts + job * ROWS;
-        if (span < w.task.last_key)
-            gather_span(w.task, call.scale, {call.rounded, call.factor}, span, {}, w.pad, to);
-        else
+        if (start < w.task.last_key) {
+            const Span<W> span(w.task.pages, start, w.task.first_key, w.task.last_key);
+            gather_span<W>(w.task, tasks.softmax(), span, nullptr, w.pad, to);
+        } else {
             for (int i = 0; i < w.task.count; ++i) to[i].total = 0;
+        }
     });
     team.barrier();
     team.each(count, [&](int64_t index) {

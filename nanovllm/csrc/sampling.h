@@ -17,6 +17,7 @@ using namespace nanovllm;
 
 constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr int SAMPLES = 32;      // of values, from which a pivot is guessed
+constexpr int64_t LIKELIEST = 512;  // tokens, which are most of the mass as a rule
 constexpr int64_t STRETCH = 1024;  // tokens whose weights are summed up before the draw
 
 // A vector of a row of n; minus infinity behind the end.
@@ -90,6 +91,20 @@ inline V weight(V x, float top) {
 
 // --- cuts ------------------------------------------------------------------------------------------
 
+// In descending order; without branches, as nobody could predict them.
+void sort_samples(float* samples, int64_t count) {
+    float unsorted[SAMPLES + WIDTH];
+    memcpy(unsorted, samples, count * sizeof(float));
+    for (int64_t first = 0; first < count; first += WIDTH) {
+        const V mine = at(unsorted, first, count);
+        I rank = {}, place;
+        for (int l = 0; l < WIDTH; ++l) place[l] = first + l;
+        for (int32_t other = 0; other < count; ++other)
+            rank -= (unsorted[other] > mine) | ((unsorted[other] == mine) & (other < place));
+        for (int64_t l = 0; l < std::min<int64_t>(WIDTH, count - first); ++l) samples[rank[l]] = mine[l];
+    }
+}
+
 // Values that are no smaller than the wanted floor are worth `goal` by a measure, and those above it less.
 // candidates, n: the values in no order; destroyed. total: what they are worth.
 template <class Measure>
@@ -98,7 +113,7 @@ float find_floor(float* candidates, int64_t n, double goal, double total, Measur
     for (bool halve = false;;) {
         const int64_t count = std::min<int64_t>(n, SAMPLES);
         for (int64_t s = 0; s < count; ++s) samples[s] = candidates[s * n / count];
-        std::sort(samples, samples + count, [](float a, float b) { return a > b; });
+        sort_samples(samples, count);
         double sampled = 0;
         for (int64_t s = 0; s < count; s += WIDTH) store(worth + s, measure(at(samples, s, count)));
         for (int64_t s = 0; s < count; ++s) sampled += worth[s];
@@ -146,7 +161,8 @@ struct Scaled {  // a row of logits over its temperature; minus infinity up to a
 
     double mass(int64_t first, int64_t last, float floor) const {
         Mass mass;
-        for (int64_t i = first; i < std::min(size, last); i += WIDTH) mass.add(kept_weight(i, floor));
+        for (int64_t i = first; i < std::min(size, last); i += WIDTH)
+            if (any((*this)[i] >= floor)) mass.add(kept_weight(i, floor));  // few are behind a cut
         return mass.total();
     }
 
@@ -174,21 +190,38 @@ struct Scaled {  // a row of logits over its temperature; minus infinity up to a
         return count;
     }
 
+    // A value that twice as many as `count` should exceed, guessed from samples.
+    float guess(int64_t count) const {
+        float samples[SAMPLES + WIDTH];
+        for (int64_t s = 0; s < SAMPLES; ++s) samples[s] = values[s * size / SAMPLES];
+        sort_samples(samples, SAMPLES);
+        return samples[std::min<int64_t>(2 * count * SAMPLES / size, SAMPLES - 1)];
+    }
+
+    float top_k_floor(int64_t top_k, float floor, float* to) const {
+        int64_t count = gather(std::max(floor, guess(top_k)), to);
+        if (count < top_k && (count = gather(floor, to)) <= top_k) return floor;
+        return find_floor(to, count, top_k, count, [](V) { return splat(1.0f); });
+    }
+
     float cut(const DrawRow& how, float* values) const {
         float floor = how.min_p > 0 ? min_p_floor(how.min_p) : std::numeric_limits<float>::lowest();
-        if (how.top_k > 0 && how.top_k < size) {
-            const int64_t count = gather(floor, values);
-            if (how.top_k < count)
-                floor = find_floor(values, count, how.top_k, count, [](V) { return splat(1.0f); });
+        if (how.top_k > 0 && how.top_k < size) floor = top_k_floor(how.top_k, floor, values);
+        return how.top_p < 1 ? top_p_floor(how.top_p, floor, values) : floor;
+    }
+
+    // Sought among the likeliest first, then among all but those so unlikely that all of them may be dropped.
+    float top_p_floor(double top_p, float floor, float* to) const {
+        const double total = mass(0, size, floor), goal = top_p * total;
+        int64_t count = gather(std::max(floor, guess(LIKELIEST)), to);
+        Mass found;
+        for (int64_t i = 0; i < count; i += WIDTH) found.add(weight(at(to, i, count), top));
+        double worth = found.total();
+        if (worth < goal) {
+            const float enough = top + std::log((total - goal) / size) - 1e-3f;
+            count = gather(std::max(floor, enough), to), worth = total;
         }
-        if (how.top_p < 1) {
-            const double total = mass(0, size, floor), rest = (1 - how.top_p) * total;
-            // tokens that are less likely than this may all be dropped
-            const float enough = top + std::log(rest / size) - 1e-3f;
-            const int64_t count = gather(std::max(floor, enough), values);
-            floor = find_floor(values, count, how.top_p * total, total, [this](V v) { return weight(v, top); });
-        }
-        return floor;
+        return find_floor(to, count, goal, worth, [this](V v) { return weight(v, top); });
     }
 
     // The token where the mass, summed in the vocabulary's order, first exceeds the uniform's share of it.
@@ -218,9 +251,9 @@ int64_t draw_token(const float* logits, int64_t size, const DrawRow& how) {
     static thread_local Scratch scratch;
     const int64_t room = size + 2 * WIDTH;
     float* scaled = (float*)scratch.get(2 * room * sizeof(float) + (size / STRETCH + 1) * sizeof(double));
-    for (int64_t i = 0; i < size; i += WIDTH) store(scaled + i, at(logits, i, size) / how.temperature);
-    const float top = largest(scaled, size);
+    const float top = largest(logits, size) / how.temperature;
     if (!std::isfinite(top)) return size - 1;  // no distribution: a broken model, but a valid id
+    for (int64_t i = 0; i < size; i += WIDTH) store(scaled + i, at(logits, i, size) / how.temperature);
     const Scaled row = {scaled, size, top};
     return row.draw(row.cut(how, scaled + room), how.uniform, (double*)(scaled + 2 * room));
 }

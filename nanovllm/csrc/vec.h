@@ -135,6 +135,20 @@ inline V exp_below(V x) {  // of numbers up to 88
     return p * (V)exponent;
 }
 
+// 2^x to 2 ulp, by a polynomial with the least largest error on [-1/2, 1/2]; not less than 2^-126.
+inline V exp2_below(V x) {  // of numbers up to 127
+    x = x < -126.0f ? splat(-126.0f) : x;
+    const V magic = splat(12582912.0f);  // as above; the integer is then in the lowest bits
+    const V n = x + magic, r = x - (n - magic);
+    V p = splat(1.326472684e-3f);
+    p = p * r + 9.671512665e-3f;
+    p = p * r + 5.550733744e-2f;
+    p = p * r + 2.402224208e-1f;
+    p = p * r + 6.931469776e-1f;
+    p = p * r + 1.0f;
+    return (V)((I)p + ((I)n << 23));
+}
+
 inline V exp(V x) { return exp_below(x > 88.0f ? splat(88.0f) : x); }
 
 // To 2e-7 (Abramowitz and Stegun, 7.1.26).

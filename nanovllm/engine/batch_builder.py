@@ -21,7 +21,8 @@ def build_batch(
     ends = np.array(counts).cumsum()
     starts = np.array([s.start for s in sequences])
     seq_lens = starts + counts
-    tables = _pad([s.block_table for s in sequences])
+    tables = np.zeros((len(sequences), max([len(s.block_table) for s in sequences])), dtype=np.int32)
+    fill_tables(tables, [s.block_table for s in sequences])
     owner = np.arange(len(sequences)).repeat(counts)
     positions = np.arange(len(owner)) + (seq_lens - ends)[owner]
     pages, offsets = np.divmod(positions, block_size)
@@ -46,9 +47,8 @@ def build_batch(
     return batch if prepared is None else dataclasses.replace(batch, attention=prepared)
 
 
-def _pad(rows: list[np.ndarray]) -> np.ndarray:
-    """Rows of several lengths under one another, int32, zeros behind the short ones."""
+def fill_tables(tables: np.ndarray, rows: list[np.ndarray]) -> None:
+    """Put rows of several lengths under one another, into int32 that is left as it is behind them."""
     lengths = [len(row) for row in rows]
-    padded = np.zeros((len(rows), max(lengths)), dtype=np.int32)
-    padded[np.arange(padded.shape[1]) < np.array(lengths)[:, None]] = np.concatenate(rows)
-    return padded
+    columns = np.arange(max(lengths))
+    tables[:, : len(columns)][columns < np.array(lengths)[:, None]] = np.concatenate(rows)

@@ -80,10 +80,6 @@ class CacheManager:
         self._held: dict[int, _Holding] = {}
         self._hashes: dict[int, list[bytes]] = {}  # of a sequence's full pages, as far as needed
 
-    @property
-    def usage(self) -> float:
-        return 1.0 - self.blocks.num_free / self.blocks.num_usable
-
     def block_table(self, seq: Sequence) -> np.ndarray:
         """Pages of a running sequence, int32, a view."""
         return self._held[seq.seq_id].table.pages

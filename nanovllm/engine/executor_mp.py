@@ -71,6 +71,8 @@ class MultiprocessExecutor:
 
     def _tasks(self, config: EngineConfig, model_class: type[CausalLM], checkpoint: Checkpoint) -> list[bytes]:
         model = None if config.model_plugin else model_class
+        if model_class.__module__ == "__main__":
+            raise ConfigError(f"workers cannot import {model_class.__name__} from the script itself: use model_plugin")
         level = logging.getLogger("nanovllm").getEffectiveLevel()
         try:
             return [

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import psutil
 import torch
 
 from nanovllm.cache_spec import CachePlan, CacheSpec, plan_cache
 from nanovllm.config import EngineConfig, parse_bytes
+from nanovllm.engine.control_group import memory_left
 from nanovllm.errors import ConfigError
 
-_CONTROL_GROUP = Path("/sys/fs/cgroup")  # ours, as seen from inside a container
 _DEFAULT_SHARE = 0.4  # of what is free on the host; pages that are never used cost nothing
 
 
@@ -46,13 +45,7 @@ def size_caches(specs: Sequence[CacheSpec], memory: int, config: EngineConfig) -
 
 def free_host_memory() -> int:
     """Bytes this process can still get: what the machine has, within its control group's limit."""
-    free = psutil.virtual_memory().available
-    try:
-        limit = (_CONTROL_GROUP / "memory.max").read_text().strip()
-        used = int((_CONTROL_GROUP / "memory.current").read_text())
-    except (OSError, ValueError):
-        return free
-    return free if limit == "max" else max(0, min(free, int(limit) - used))
+    return int(min(psutil.virtual_memory().available, memory_left()))
 
 
 def _cuda_memory(config: EngineConfig, device: torch.device) -> int:

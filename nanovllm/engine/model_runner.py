@@ -15,6 +15,7 @@ from nanovllm.cache_spec import CachePlan, CacheSpec, PagedKVSpec, StateSpec
 from nanovllm.config import EngineConfig
 from nanovllm.distributed.group import TPGroup
 from nanovllm.engine.batch_builder import build_batch
+from nanovllm.engine.decode_batch import DecodeBatch
 from nanovllm.engine.memory import cache_memory, size_caches
 from nanovllm.engine.step import StepPlan, StepResult
 from nanovllm.engine.step_graphs import StepGraphs
@@ -89,15 +90,8 @@ class ModelRunner:
     def execute(self, plan: StepPlan) -> StepResult:
         """One forward pass over the planned tokens, then one token for each sequence that samples: drawn by
         rank 0 alone, so that ranks cannot disagree."""
-        batch = build_batch(
-            plan,
-            block_size=self._block_size,
-            device=self._device,
-            backend=self._backend,
-            with_states=self.cache_plan.num_slots > 0,
-        )
         self._copy_states([(s.resume_from, s.state_slot) for s in plan.sequences if s.resume_from])
-        logits, prompt_logprobs = self._logits(plan, batch)
+        logits, prompt_logprobs = self._logits(plan)
         self._copy_states([(s.state_slot, s.capture_to) for s in plan.sequences if s.capture_to])
         if self._tp.rank > 0:
             return StepResult(np.empty(0, np.int64), [])
@@ -105,14 +99,24 @@ class ModelRunner:
         token_ids, logprobs = sample(logits, rows, self._ops.sampling)
         return StepResult(token_ids, logprobs, prompt_logprobs)
 
-    def _logits(self, plan: StepPlan, batch: Batch) -> tuple[torch.Tensor, dict[int, list[TokenLogprobs]]]:
+    def _build_batch(self, plan: StepPlan) -> Batch:
+        return build_batch(
+            plan,
+            block_size=self._block_size,
+            device=self._device,
+            backend=self._backend,
+            with_states=self.cache_plan.num_slots > 0,
+        )
+
+    def _logits(self, plan: StepPlan) -> tuple[torch.Tensor, dict[int, list[TokenLogprobs]]]:
         """Of the rows that are sampled, and what was asked about prompts."""
         if self._graphs is not None and all(s.prompt_targets is None for s in plan.sequences):
             try:
-                return self._graphs.logits(batch), {}
+                return self._graphs.logits(plan), {}
             except CannotRecord as error:
                 logger.info("steps run op by op: %s cannot be recorded", error)
                 self._graphs = None
+        batch = self._build_batch(plan)
         hidden = self._model(batch)  # [T, H]
         prompt_logprobs = self._prompt_logprobs(plan, hidden)
         return self._sampled_logits(hidden, batch), prompt_logprobs
@@ -146,14 +150,13 @@ class ModelRunner:
         if recorder is None or self._backend.name != "native":
             return None
         assert config.max_model_len is not None
-        return StepGraphs(
-            lambda batch: self._sampled_logits(self._model(batch), batch),
-            recorder,
-            self._backend,
+        decoding = DecodeBatch(
             max_num_seqs=config.max_num_seqs,
-            block_size=self._block_size,
             max_pages=-(-config.max_model_len // self._block_size),
-            device=self._device,
+            block_size=self._block_size,
+        )
+        return StepGraphs(
+            self._build_batch, lambda batch: self._sampled_logits(self._model(batch), batch), recorder, decoding
         )
 
     def _create_caches(

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from pathlib import Path
 
 import psutil
 import torch
 
-_CONTROL_GROUP = Path("/sys/fs/cgroup")  # ours, as seen from inside a container
+from nanovllm.engine.control_group import cpu_quota
 
 
 def set_threads(asked: int | None, ranks: int = 1) -> None:
@@ -26,20 +25,5 @@ def usable_cores() -> int:
     """Physical cores, within what this process may run on and its control group's quota. A second thread on
     a core shares the multipliers that the first one keeps busy."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = min(psutil.cpu_count(logical=False) or math.inf, allowed or math.inf, _quota())
+    cores = min(psutil.cpu_count(logical=False) or math.inf, allowed or math.inf, cpu_quota())
     return max(1, int(cores)) if cores < math.inf else 1
-
-
-def _quota() -> float:
-    """Cores' worth of time that the control group gets (version 2, then version 1)."""
-    try:
-        quota, period = (_CONTROL_GROUP / "cpu.max").read_text().split()
-    except (OSError, ValueError):
-        try:
-            quota, period = ((_CONTROL_GROUP / "cpu" / f"cpu.cfs_{n}_us").read_text() for n in ("quota", "period"))
-        except OSError:
-            return math.inf
-    try:
-        return math.ceil(int(quota) / int(period)) if int(quota) > 0 else math.inf
-    except (ValueError, ZeroDivisionError):  # "max"
-        return math.inf

@@ -11,7 +11,7 @@ from typing import Any
 from nanovllm.errors import ConfigError
 
 _PATH = Path(__file__).parents[1] / "csrc" / "libnanovllm.so"
-_ABI = 6  # of csrc/library.cpp
+_ABI = 7  # of csrc/library.cpp
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ROWS = [_POINTER, _LONG, _LONG, _LONG, _LONG, _LONG]  # x, outer, inner, their strides, size
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
@@ -74,7 +74,6 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     ),
     "nv_record": (None, []),
     "nv_recorded": (_POINTER, []),
-    "nv_tape_length": (_LONG, [_POINTER]),
     "nv_replay": (None, [_POINTER, _INT]),
     "nv_free": (None, [_POINTER]),
     "nv_rope": (None, [*_ROWS, _POINTER, _POINTER, _LONG, _POINTER, _INT]),
@@ -114,7 +113,7 @@ class Library:
         self.log_softmax, self.draw, self.penalise = library.nv_log_softmax, library.nv_draw, library.nv_penalise
         self.mamba2 = library.nv_mamba2
         self.record, self.recorded = library.nv_record, library.nv_recorded
-        self.tape_length, self.replay, self.free = library.nv_tape_length, library.nv_replay, library.nv_free
+        self.replay, self.free = library.nv_replay, library.nv_free
         self._level, self._set_level = library.nv_level, library.nv_set_level
 
     @property

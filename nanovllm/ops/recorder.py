@@ -30,10 +30,8 @@ class NativeGraph:
     """The calls of one step."""
 
     def __init__(self, library: Library) -> None:
-        tape = library.recorded()
-        self._library, self._tape = library, tape
-        self.length: int = library.tape_length(tape)
-        weakref.finalize(self, library.free, tape)
+        self._library, self._tape = library, library.recorded()
+        weakref.finalize(self, library.free, self._tape)
 
     def replay(self) -> None:
         self._library.replay(self._tape, torch.get_num_threads())

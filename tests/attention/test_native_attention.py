@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels import native_library
 from test_backends import CPU, MIXED, make_batch, pages_needed, plain_attention
 
 from nanovllm.attention.alibi import Alibi, alibi_slopes
@@ -15,20 +16,9 @@ from nanovllm.attention.native import NativeAttention
 from nanovllm.cache_spec import PagedKVSpec
 from nanovllm.errors import ConfigError
 from nanovllm.ops import library
-from nanovllm.ops.library import LEVELS, Library, library_or_reason
 
-LIBRARY = library_or_reason()
-pytestmark = pytest.mark.skipif(not isinstance(LIBRARY, Library), reason=str(LIBRARY))
+native_library()
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
-
-
-@pytest.fixture(params=LEVELS)
-def level(request):
-    before = LIBRARY.level
-    if not LIBRARY.set_level(request.param):
-        pytest.skip(f"no {request.param} here")
-    yield request.param
-    LIBRARY.set_level(before)
 
 
 class Case:

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from kernels import native_library
 
 from nanovllm.attention.base import select_backend
 from nanovllm.cli.main import main
@@ -14,10 +15,8 @@ from nanovllm.engine import model_runner
 from nanovllm.layers.embed_head import ParallelLMHead
 from nanovllm.layers.mlp import GatedMLP
 from nanovllm.models.base import CausalLM
-from nanovllm.ops.library import Library, library_or_reason
 
-LIBRARY = library_or_reason()
-pytestmark = pytest.mark.skipif(not isinstance(LIBRARY, Library), reason=str(LIBRARY))  # torch's bits do depend
+native_library()  # torch's bits do depend
 FP32 = select_backend("auto", torch.device("cpu"), torch.float32, 16)
 
 

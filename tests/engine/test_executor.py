@@ -20,9 +20,10 @@ from nanovllm import LLM, ConfigError, EngineClosed, RequestError, SamplingParam
 from nanovllm.cache_spec import CachePlan
 from nanovllm.config import EngineConfig
 from nanovllm.engine import executor_mp
-from nanovllm.engine.executor_mp import require_devices, smallest
+from nanovllm.engine.executor_mp import MultiprocessExecutor, require_devices, smallest
 from nanovllm.engine.plan_wire import PlanWriter
 from nanovllm.engine.threads import usable_cores
+from nanovllm.weights.checkpoint import open_checkpoint
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = {
@@ -281,6 +282,14 @@ def test_what_workers_cannot_import(two_ranks):
     llm = two_ranks()
     with pytest.raises(RequestError, match="at the top of a module"):
         llm.apply_model(lambda model: 1)
+
+
+def test_a_model_that_workers_cannot_import(model, monkeypatch):
+    monkeypatch.setattr(rank_models.SumForCausalLM, "__module__", "__main__")
+    config = EngineConfig(model, device="cpu", tensor_parallel_size=2)
+    with pytest.raises(ConfigError, match="use model_plugin"):
+        MultiprocessExecutor(config, rank_models.SumForCausalLM, open_checkpoint(Path(model)))
+    assert all(worker.status() != psutil.STATUS_ZOMBIE for worker in workers_of(os.getpid()))
 
 
 def test_more_gpus_than_there_are(monkeypatch):

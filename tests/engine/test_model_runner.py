@@ -10,7 +10,7 @@ from torch import nn
 from nanovllm import ConfigError, SamplingParams
 from nanovllm.cache_spec import StateSpec
 from nanovllm.config import EngineConfig
-from nanovllm.engine import memory
+from nanovllm.engine import control_group, memory
 from nanovllm.engine.build import fit_model_len
 from nanovllm.engine.executor import InProcessExecutor
 from nanovllm.engine.llm_engine import LLMEngine
@@ -126,7 +126,7 @@ def test_a_snapshot_carries_the_state():
 def test_host_memory_respects_the_control_group(tmp_path, monkeypatch):
     (tmp_path / "memory.max").write_text("3000\n")
     (tmp_path / "memory.current").write_text("1000\n")
-    monkeypatch.setattr(memory, "_CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(control_group, "_ROOT", tmp_path)
     assert memory.free_host_memory() == 2000
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.free_host_memory() > 2**20

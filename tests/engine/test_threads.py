@@ -5,13 +5,14 @@ import os
 import pytest
 import torch
 
+from nanovllm.engine import control_group
 from nanovllm.engine import threads as module
 from nanovllm.engine.threads import set_threads, usable_cores
 
 
 @pytest.fixture
 def group(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(control_group, "_ROOT", tmp_path)
     monkeypatch.setattr(module.psutil, "cpu_count", lambda logical: 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
     return tmp_path

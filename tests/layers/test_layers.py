@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernels import normal
 from torch import nn
 
 from nanovllm.attention.reference import ReferenceAttention
@@ -26,10 +27,6 @@ CPU = torch.device("cpu")
 
 def context(dtype=torch.float32, max_model_len=128, tp=None) -> BuildContext:
     return BuildContext(CPU, dtype, ReferenceAttention(), max_model_len, tp or TPGroup())
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 # --- normalisation and activation ----------------------------------------------------------

@@ -5,17 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings
+from kernels import normal
 from mamba2_cases import (
     SIZES,
     VARIANTS,
     context,
     make_layer,
     naive,
-    normal,
     only_the_recurrence,
     run_steps,
     schedules,
     step,
+    width,
 )
 
 from nanovllm.distributed.group import TPGroup
@@ -59,8 +60,7 @@ def test_extreme_decays_neither_overflow_nor_lose_what_is_remembered(ops, dt_bia
 def test_an_infinite_sequence_spoils_only_itself(ops):
     """Places of a cell that hold no token stood for another sequence's: zero times infinity."""
     layer = only_the_recurrence(make_layer(SIZES, ops))
-    width = SIZES.inner_size + SIZES.conv_size + SIZES.num_heads
-    spoilt, sound = normal(70, width), normal(70, width, seed=1)
+    spoilt, sound = normal(70, width(SIZES)), normal(70, width(SIZES), seed=1)
     [alone] = step(layer, [(1, 0, sound)])
     spoilt[30:] = float("inf")
     for chunks in ([(2, 0, spoilt), (1, 0, sound)], [(1, 0, sound), (2, 0, spoilt)]):

@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_layers import context, normal
+from kernels import normal
+from test_layers import context
 from torch import nn
 
 from nanovllm.errors import ModelNotSupported

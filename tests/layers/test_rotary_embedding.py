@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels import normal
 from transformers import Gemma3TextConfig, GPTNeoXConfig, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.gpt_neox import modeling_gpt_neox
@@ -37,10 +38,6 @@ LLAMA3 = {
 
 def context(max_model_len: int = 128) -> BuildContext:
     return BuildContext(torch.device("cpu"), torch.float32, ReferenceAttention(), max_model_len)
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def hf_llama(config: dict, head_dim: int) -> LlamaConfig:

@@ -1,15 +1,17 @@
 """On the native CPU path a request's bits are its own: every logit of every token, to the last bit, alone and
 in company, in chunks, after a prefix hit, preempted, and on other pages, as `nanovllm verify` serves them."""
 
+from pathlib import Path
+
 import pytest
+from kernels import native_library
+from native_calls import native_row
 from tiny_models import TINY
 
-from nanovllm import LLM, SamplingParams
 from nanovllm.cli.main import main
-from nanovllm.ops.library import Library, library_or_reason
 
-LIBRARY = library_or_reason()
-pytestmark = pytest.mark.skipif(not isinstance(LIBRARY, Library), reason=str(LIBRARY))
+native_library()
+PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
 NATIVE = ("--kernels", "native", "--attention-backend", "native")
 
 
@@ -24,7 +26,6 @@ def test_bits_are_the_requests_own(tiny_model, capsys, family, dtype):
 
 @pytest.mark.parametrize("family", TINY)
 def test_every_step_is_recorded(tiny_model, family):
-    """None falls back to computing op by op without anybody noticing."""
-    with LLM(str(tiny_model(family)), skip_tokenizer_init=True, max_num_batched_tokens=16, max_num_seqs=4) as llm:
-        llm.generate([[5, 6, 7], list(range(2, 40))], SamplingParams(max_tokens=4, temperature=0), use_tqdm=False)
-        assert llm.engine._executor._runner._graphs is not None
+    """None falls back to computing op by op without anybody noticing, and docs/models.md says what each calls."""
+    row = f"| {family} | {' | '.join(native_row(tiny_model(family)))} |"
+    assert row in PAGE, row

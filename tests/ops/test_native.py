@@ -9,34 +9,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels import at_level, native_library, normal
 
 from nanovllm.errors import ConfigError
 from nanovllm.layers.activation import activation
 from nanovllm.ops.base import select_ops
-from nanovllm.ops.library import LEVELS, NativeUnavailable, load_library
+from nanovllm.ops.library import LEVELS, load_library
 from nanovllm.ops.native import NativeOps
 
-try:
-    LIBRARY = load_library()
-except NativeUnavailable as reason:
-    pytest.skip(str(reason), allow_module_level=True)
-OPS = NativeOps(LIBRARY)
-BEST = LIBRARY.level
+OPS = NativeOps(native_library())
 DTYPES = [torch.float32, torch.bfloat16]
 EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9}  # half a unit in the last place
 GATES = ["silu", "gelu", "gelu_pytorch_tanh", "relu"]
-
-
-@pytest.fixture(params=LEVELS)
-def level(request):
-    if not LIBRARY.set_level(request.param):
-        pytest.skip("not on this processor")
-    yield request.param
-    LIBRARY.set_level(BEST)
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def products(x, weight, bias=None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,9 +57,8 @@ def test_linear(level, dtype, shape):
 def test_linear_of_any_shape(dtype, shape, seed, level):
     rows, n, k = shape
     x, weight = normal(rows, k, seed=seed), normal(n, k, seed=seed + 1).to(dtype)
-    supported = LIBRARY.set_level(level)
-    out = OPS.linear(x, OPS.pack(weight, gated=False), n, None)
-    LIBRARY.set_level(BEST)
+    with at_level(level) as supported:
+        out = OPS.linear(x, OPS.pack(weight, gated=False), n, None)
     assert_linear_is_right(out, x, weight)
     assert supported or level != "generic"
 
@@ -251,11 +234,10 @@ def test_native_ops_are_chosen_on_cpus_for_what_they_have():
         select_ops("native", torch.device("cuda"), torch.bfloat16)
 
 
-@pytest.mark.parametrize("level", [name for name in LEVELS if LIBRARY.set_level(name)])
 def test_an_environment_variable_names_the_level(monkeypatch, level):
-    monkeypatch.setenv("NANOVLLM_ISA", level)
-    assert load_library().level == level
-    LIBRARY.set_level(BEST)
+    with at_level("generic"):
+        monkeypatch.setenv("NANOVLLM_ISA", level)
+        assert load_library().level == level
 
 
 def test_a_level_that_is_not_to_be_had_is_refused(monkeypatch):

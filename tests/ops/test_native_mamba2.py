@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from hypothesis import given, settings
+from kernels import native_library, normal
 from mamba2_cases import (
     SIZES,
     SLOTS,
@@ -14,22 +15,18 @@ from mamba2_cases import (
     forget_everything,
     make_layer,
     naive,
-    normal,
     only_the_recurrence,
     run_steps,
     schedules,
     step,
+    width,
 )
 
-from nanovllm.ops.library import LEVELS, Library, library_or_reason
 from nanovllm.ops.mamba2 import Mamba2Sizes
 from nanovllm.ops.native import NativeOps
 from nanovllm.ops.torch_ops import TorchOps
 
-LIBRARY = library_or_reason()
-if not isinstance(LIBRARY, Library):
-    pytest.skip(LIBRARY, allow_module_level=True)
-OPS = NativeOps(LIBRARY)
+OPS = NativeOps(native_library())
 GRANITE = Mamba2Sizes(20, 48, 32, 1, 128, 4, 1e-5)
 # heads of a vector, of several, of parts; states that are no multiple of what registers hold
 MORE = {
@@ -38,19 +35,6 @@ MORE = {
     "wide": dataclasses.replace(SIZES, num_heads=4, head_dim=64, state_size=21, num_groups=2),
     "slim": dataclasses.replace(SIZES, num_heads=6, head_dim=16, state_size=9, num_groups=2),
 }
-
-
-@pytest.fixture(params=LEVELS)
-def level(request):
-    before = LIBRARY.level
-    if not LIBRARY.set_level(request.param):
-        pytest.skip("not on this processor")
-    yield request.param
-    LIBRARY.set_level(before)
-
-
-def width(sizes: Mamba2Sizes) -> int:
-    return sizes.inner_size + sizes.conv_size + sizes.num_heads
 
 
 @pytest.mark.parametrize("variant", MORE)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_native import BEST, DTYPES, GATES, LIBRARY, OPS, level, normal  # noqa: F401 - a fixture
+from kernels import at_level, normal
+from test_native import DTYPES, GATES, OPS
 
 from nanovllm.ops.library import LEVELS
 from nanovllm.ops.torch_ops import TorchOps
@@ -38,7 +39,7 @@ def test_the_largest_scores_and_the_lower_of_equal_ones(ops, normalise, data):
 
 @pytest.mark.parametrize("normalise", [False, True])
 @pytest.mark.parametrize(("experts", "k"), [(1, 1), (8, 2), (32, 8), (61, 7), (128, 8)])
-def test_a_routed_row_has_the_same_bits_in_any_batch(level, threads, normalise, experts, k):  # noqa: F811
+def test_a_routed_row_has_the_same_bits_in_any_batch(level, threads, normalise, experts, k):
     scores = normal(300, experts) * 3
     threads(1)
     rows = [OPS.route(row[None], k, normalise=normalise) for row in scores]
@@ -53,7 +54,7 @@ def test_a_routed_row_has_the_same_bits_in_any_batch(level, threads, normalise, 
             assert torch.equal(together[0], weights[:rows]) and torch.equal(together[1], chosen[:rows])
 
 
-def test_scores_that_are_not_numbers_choose_some_experts_once(level):  # noqa: F811
+def test_scores_that_are_not_numbers_choose_some_experts_once(level):
     scores = normal(40, 16)
     scores[::2, ::3] = float("nan")
     scores[1] = float("nan")
@@ -92,7 +93,7 @@ SIZES = [(1, 1, 1), (33, 17, 3), (64, 96, 8), (131, 40, 64)]  # hidden, inner, e
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("hidden", "inner", "count"), SIZES)
-def test_an_expert_gives_the_bits_of_its_linear_layers(level, threads, dtype, hidden, inner, count):  # noqa: F811
+def test_an_expert_gives_the_bits_of_its_linear_layers(level, threads, dtype, hidden, inner, count):
     threads(2)
     experts = Experts(count, hidden, inner, dtype)
     for tokens in (1, 2, 13, 90, 300):
@@ -106,7 +107,7 @@ def test_an_expert_gives_the_bits_of_its_linear_layers(level, threads, dtype, hi
 
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_choices_are_summed_by_their_weights(level, threads, dtype, gate):  # noqa: F811
+def test_choices_are_summed_by_their_weights(level, threads, dtype, gate):
     threads(2)
     experts = Experts(12, 77, 45, dtype, gate)
     x, (weights, chosen) = normal(31, 77), routed(31, 12, 8)
@@ -117,35 +118,30 @@ def test_choices_are_summed_by_their_weights(level, threads, dtype, gate):  # no
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_a_token_has_the_same_bits_in_any_company(dtype, data):
+def test_a_token_has_the_same_bits_in_any_company(threads, dtype, data):
     """Alone, in a batch, in another order, with one thread and with two."""
     hidden, inner, count = (data.draw(st.integers(1, most)) for most in (90, 70, 64))
     tokens, k = data.draw(st.integers(1, 300)), data.draw(st.integers(1, min(8, count)))
     name = data.draw(st.sampled_from(LEVELS))
-    supported = LIBRARY.set_level(name)
-    experts = Experts(count, hidden, inner, dtype)
-    x, (weights, chosen) = normal(tokens, hidden), routed(tokens, count, k)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
+    with at_level(name) as supported:
+        experts = Experts(count, hidden, inner, dtype)
+        x, (weights, chosen) = normal(tokens, hidden), routed(tokens, count, k)
+        threads(2)
         together = experts.mixture(x, weights, chosen)
         order = torch.randperm(tokens, generator=torch.Generator().manual_seed(tokens))
         assert torch.equal(experts.mixture(x[order], weights[order], chosen[order]), together[order])
-        torch.set_num_threads(1)
+        threads(1)
         assert torch.equal(experts.mixture(x, weights, chosen), together)
         for t in {0, tokens // 3, tokens - 1}:
             assert torch.equal(experts.mixture(x[t : t + 1], weights[t : t + 1], chosen[t : t + 1])[0], together[t])
-    finally:
-        torch.set_num_threads(before)
-        LIBRARY.set_level(BEST)
     assert supported or name != "generic"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 40, 300])
-def test_only_chosen_experts_count(level, threads, dtype, tokens):  # noqa: F811
+def test_only_chosen_experts_count(level, threads, dtype, tokens):
     """All tokens go to the same two; the weights of the others are not numbers."""
     threads(2)
     experts = Experts(9, 70, 50, dtype)
@@ -158,7 +154,7 @@ def test_only_chosen_experts_count(level, threads, dtype, tokens):  # noqa: F811
     assert expected.isfinite().all()
 
 
-def test_tokens_that_are_not_numbers_change_no_others(level):  # noqa: F811
+def test_tokens_that_are_not_numbers_change_no_others(level):
     experts = Experts(4, 40, 24, torch.bfloat16)
     x, (weights, chosen) = normal(20, 40), routed(20, 4, 2)
     expected = experts.mixture(x, weights, chosen)
@@ -168,7 +164,7 @@ def test_tokens_that_are_not_numbers_change_no_others(level):  # noqa: F811
     assert torch.equal(out[healthy], expected[healthy]) and out[7].isnan().all()
 
 
-def test_rows_of_wider_rows_and_no_rows(level):  # noqa: F811
+def test_rows_of_wider_rows_and_no_rows(level):
     experts = Experts(4, 40, 24, torch.bfloat16)
     wide, (weights, chosen) = normal(20, 100), routed(20, 4, 2)
     expected = experts.mixture(wide[:, 30:70].contiguous(), weights, chosen)

@@ -5,19 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from kernels import native_library, normal
 
-from nanovllm.ops.library import LEVELS, NativeUnavailable, load_library
 from nanovllm.ops.native_sampling import NativeSampling
 from nanovllm.ops.torch_sampling import TorchSampling
 from nanovllm.sample_row import SampleRow
 from nanovllm.sampling_params import SamplingParams
 
-try:
-    LIBRARY = load_library()
-except NativeUnavailable as reason:
-    pytest.skip(str(reason), allow_module_level=True)
-NATIVE, TORCH = NativeSampling(LIBRARY), TorchSampling()
-BEST = LIBRARY.level
+NATIVE, TORCH = NativeSampling(native_library()), TorchSampling()
 SIZES = [1, 3, 16, 67, 1023, 1025, 5000]
 CUTS = [
     {},
@@ -35,18 +30,6 @@ CUTS = [
     {"typical_p": 0.6},
     {"temperature": 0.0},
 ]
-
-
-@pytest.fixture(params=LEVELS)
-def level(request):
-    if not LIBRARY.set_level(request.param):
-        pytest.skip("not on this processor")
-    yield request.param
-    LIBRARY.set_level(BEST)
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def logits_rows(size: int) -> torch.Tensor:

@@ -2,18 +2,15 @@
 
 import pytest
 import torch
+from kernels import native_library
 
 from nanovllm.ops.graph import CannotRecord
-from nanovllm.ops.library import Library, library_or_reason
 from nanovllm.ops.native import NativeOps
-
-LIBRARY = library_or_reason()
-pytestmark = pytest.mark.skipif(not isinstance(LIBRARY, Library), reason=str(LIBRARY))
 
 
 @pytest.fixture
 def ops():
-    return NativeOps(LIBRARY)
+    return NativeOps(native_library())
 
 
 @torch.inference_mode()

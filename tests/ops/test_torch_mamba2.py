@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mamba2_cases import SIZES, VARIANTS, make_batch, make_layer, normal, only_the_recurrence, run_steps, step
+from kernels import normal
+from mamba2_cases import SIZES, VARIANTS, make_batch, make_layer, only_the_recurrence, run_steps, step, width
 
 from nanovllm.ops.mamba2 import Mamba2Sizes
 from nanovllm.ops.ssm_plan import GRID, plan_scan
@@ -25,9 +26,8 @@ OPS = TorchOps()
 @pytest.mark.parametrize("sizes", [SIZES, VARIANTS["groups"], dataclasses.replace(SIZES, num_heads=3, head_dim=16)])
 def test_a_cut_between_cells_changes_no_bit_whatever_else_is_in_the_batch(threads, sizes, count):
     layer = only_the_recurrence(make_layer(sizes, OPS))
-    width = sizes.inner_size + sizes.conv_size + sizes.num_heads
     lengths = {1: 193, 2: 64, 3: 300, 5: 129, 6: 1, 7: 65, 8: 40}  # cells of one token and partial ones among them
-    inputs = {slot: normal(length, width, seed=slot) for slot, length in lengths.items()}
+    inputs = {slot: normal(length, width(sizes), seed=slot) for slot, length in lengths.items()}
     random = np.random.default_rng(count)
     threads(count)
     alone = {}
