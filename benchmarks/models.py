@@ -55,7 +55,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "n_embd": 768,
         "n_layer": 12,
         "n_head": 12,
-        "n_positions": 2048,  # published: 1024, which would not hold the presets
+        "n_positions": 1024,
         "vocab_size": 50257,
         "activation_function": "gelu_new",
         "tie_word_embeddings": True,
