@@ -10,8 +10,10 @@ from nanovllm.errors import (
     ModelNotFound,
     ModelNotSupported,
     NanoVLLMError,
+    RanksDiffer,
     RequestError,
     WeightError,
+    WorkerDied,
 )
 from nanovllm.models.registry import register_model
 from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
@@ -31,10 +33,12 @@ __all__ = [
     "ModelNotFound",
     "ModelNotSupported",
     "NanoVLLMError",
+    "RanksDiffer",
     "RequestError",
     "RequestOutput",
     "SamplingParams",
     "WeightError",
+    "WorkerDied",
     "register_model",
 ]
 

@@ -19,9 +19,14 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "attention_backend": ("auto", "native", "cpu", "reference"),
     "kernels": ("auto", "native", "torch"),
     "scheduling_policy": ("fcfs", "priority"),
+    "executor": ("auto", "mp", "torchrun"),
 }
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _DEFAULT_BATCHED_TOKENS = 2048
+_OPTIONAL_COUNTS = (
+    *("max_model_len", "max_num_batched_tokens", "num_kvcache_blocks"),
+    *("tensor_parallel_size", "num_threads"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +53,16 @@ class EngineConfig:
     max_num_seqs: sequences running at once.
     kvcache_block_size: tokens a page; a power of two from 8.
     num_kvcache_blocks: pages; default from the memory.
-    kvcache_memory: CPU only: bytes or "4GiB" for pages and states; default a share of what
-        is free.
+    kvcache_memory: CPU only: bytes or "4GiB" for pages and states of all ranks on a host; default a share
+        of what is free.
     gpu_memory_utilization: GPU only: share of the device's memory for weights and pages.
-    tensor_parallel_size: ranks; only 1 in this version.
-    num_threads: CPU only; default OMP_NUM_THREADS, else the physical cores that this process may use. It is
-        torch's number, for the whole process.
+    tensor_parallel_size: ranks that share the model, each a process; default 1, with executor="torchrun" the
+        number of its processes.
+    executor: where the ranks are: "mp" starts a process for each, "torchrun" takes those that torchrun has
+        started (vLLM's "external_launcher"), "auto" is this process for one rank and "mp" for more.
+    worker_timeout: seconds after which a rank that does not answer is given up, and all with it.
+    num_threads: CPU only: of each rank; default OMP_NUM_THREADS, else the ranks of a host share the physical
+        cores that this process may use. It is torch's number, for a whole process.
     enforce_eager: compute every step op by op. Otherwise, where the kernels are native, a step is
         recorded and run as a whole, and those that decode are recorded once for each number of sequences.
     enable_prefix_caching: reuse the pages of equal prefixes.
@@ -85,7 +94,9 @@ class EngineConfig:
     num_kvcache_blocks: int | None = None
     kvcache_memory: int | str | None = None
     gpu_memory_utilization: float = 0.9
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: int | None = None
+    executor: str = "auto"
+    worker_timeout: float = 600.0
     num_threads: int | None = None
     enforce_eager: bool = False
     enable_prefix_caching: bool = True
@@ -115,9 +126,8 @@ class EngineConfig:
         for name in ("skip_tokenizer_init", "trust_remote_code", "enforce_eager", "enable_prefix_caching"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        for name in ("max_num_seqs", "tensor_parallel_size"):
-            _require_count(name, getattr(self, name))
-        for name in ("max_model_len", "max_num_batched_tokens", "num_kvcache_blocks", "num_threads"):
+        _require_count("max_num_seqs", self.max_num_seqs)
+        for name in _OPTIONAL_COUNTS:
             if getattr(self, name) is not None:
                 _require_count(name, getattr(self, name))
         if self.seed is not None:
@@ -133,10 +143,9 @@ class EngineConfig:
         share = self.gpu_memory_utilization
         if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 < share <= 1:
             raise ConfigError(f"gpu_memory_utilization={self.gpu_memory_utilization!r} must be in (0, 1]")
-        if self.tensor_parallel_size != 1:
-            raise ConfigError(
-                f"tensor_parallel_size={self.tensor_parallel_size}: this version runs one rank; set it to 1"
-            )
+        timeout = self.worker_timeout
+        if not isinstance(timeout, (int, float)) or isinstance(timeout, bool) or not 0 < timeout < math.inf:
+            raise ConfigError(f"worker_timeout={timeout!r} must be a number of seconds above 0")
         if self.trust_remote_code:
             raise ConfigError(
                 "trust_remote_code=True: nanovllm never runs code from a model repository; "
@@ -160,11 +169,13 @@ class EngineConfig:
             if self.num_kvcache_blocks is not None:
                 raise ConfigError("set kvcache_memory or num_kvcache_blocks, not both")
 
-    def resolve(self, *, checkpoint_dtype: str, max_positions: int, cuda: bool) -> EngineConfig:
-        """Return a copy with device, dtype, max_model_len and the token budget filled in.
+    def resolve(
+        self, *, checkpoint_dtype: str, max_positions: int, cuda: bool, launched: int | None = None
+    ) -> EngineConfig:
+        """Return a copy with device, dtype, max_model_len, the token budget and the ranks filled in.
 
         checkpoint_dtype: of the weights on disk. max_positions: the model's own limit.
-        cuda: whether this machine has a CUDA device.
+        cuda: whether this machine has a CUDA device. launched: processes that torchrun has started.
         """
         device = self.device if self.device != "auto" else ("cuda" if cuda else "cpu")
         if device == "cuda" and not cuda:
@@ -183,7 +194,22 @@ class EngineConfig:
             dtype=self._resolved_dtype(checkpoint_dtype, device),
             max_model_len=max_model_len,
             max_num_batched_tokens=self.max_num_batched_tokens or max(_DEFAULT_BATCHED_TOKENS, self.max_num_seqs),
+            tensor_parallel_size=self._ranks(launched),
         )
+
+    def _ranks(self, launched: int | None) -> int:
+        if self.executor != "torchrun":
+            return self.tensor_parallel_size or 1
+        if launched is None:
+            raise ConfigError(
+                "executor='torchrun', but torchrun did not start this process: use `torchrun --nproc-per-node=N ...`"
+            )
+        if self.tensor_parallel_size not in (None, launched):
+            raise ConfigError(
+                f"tensor_parallel_size={self.tensor_parallel_size}, but torchrun started {launched} processes; "
+                "leave it out, or start as many"
+            )
+        return launched
 
     def _resolved_dtype(self, checkpoint_dtype: str, device: str) -> str:
         if self.dtype != "auto":

@@ -32,5 +32,25 @@ class PeerLost(NanoVLLMError, RuntimeError):
         super().__init__(message)
 
 
+class WorkerDied(NanoVLLMError, RuntimeError):
+    """A rank's process ended, failed in a step or stopped answering, and all others were ended: create a new
+    LLM.
+
+    rank: whose. cause: a signal's name, an exit code, or the first line of its error. details: its traceback,
+        or where every rank was; may be empty.
+    """
+
+    def __init__(self, rank: int, cause: str, details: str = "") -> None:
+        super().__init__(rank, cause, details)
+        self.rank, self.cause, self.details = rank, cause, details
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} {self.cause}; create a new LLM" + (f"\n{self.details}" if self.details else "")
+
+
+class RanksDiffer(NanoVLLMError, RuntimeError):
+    """Processes that torchrun started made different calls: all must make the same ones in the same order."""
+
+
 class EngineClosed(NanoVLLMError, RuntimeError):
     """The engine was closed; create a new one."""

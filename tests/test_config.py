@@ -58,7 +58,9 @@ REFUSED = {
     "num_kvcache_blocks": COUNTS,
     "kvcache_memory": [0, -1, 1.5, "", "lots", "-1GiB", "4 TiB", "0", True],
     "gpu_memory_utilization": [0, -0.5, 1.1, float("nan"), "0.9", None, True],
-    "tensor_parallel_size": [0, 2, "1", None],
+    "tensor_parallel_size": COUNTS,
+    "executor": ["ray", "processes", None],
+    "worker_timeout": [0, -1, "60", None, True, float("nan"), float("inf")],
     "trust_remote_code": [True, "no"],
     "enforce_eager": ["yes", None, 1],
     "enable_prefix_caching": ["no", None, 0],
@@ -157,11 +159,21 @@ def test_resolve_token_budget():
     assert resolve(max_num_batched_tokens=300).max_num_batched_tokens == 300
 
 
+def test_resolve_ranks():
+    assert resolve().tensor_parallel_size == 1
+    assert resolve(tensor_parallel_size=3).tensor_parallel_size == 3
+    launched = {"checkpoint_dtype": "float32", "max_positions": 64, "cuda": False, "launched": 4}
+    assert EngineConfig("m").resolve(**launched).tensor_parallel_size == 1  # torchrun is for others
+    assert EngineConfig("m", executor="torchrun").resolve(**launched).tensor_parallel_size == 4
+    with pytest.raises(ConfigError, match="torchrun started 4 processes"):
+        EngineConfig("m", executor="torchrun", tensor_parallel_size=2).resolve(**launched)
+
+
 def test_resolve_changes_nothing_else_and_is_stable():
     config = EngineConfig("m", max_num_seqs=7, seed=3, scheduling_policy="priority")
     resolved = config.resolve(checkpoint_dtype="float32", max_positions=64, cuda=False)
     changed = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(resolved, f.name)}
-    assert changed == {"device", "dtype", "max_model_len", "max_num_batched_tokens"}
+    assert changed == {"device", "dtype", "max_model_len", "max_num_batched_tokens", "tensor_parallel_size"}
     assert resolved.resolve(checkpoint_dtype="float32", max_positions=64, cuda=False) == resolved
 
 

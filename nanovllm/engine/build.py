@@ -10,7 +10,9 @@ import torch
 
 from nanovllm.cache_spec import CachePlan
 from nanovllm.config import EngineConfig
-from nanovllm.engine.executor import InProcessExecutor
+from nanovllm.engine.executor import Executor, InProcessExecutor
+from nanovllm.engine.executor_mp import MultiprocessExecutor
+from nanovllm.engine.executor_torchrun import TorchrunExecutor, launched_processes
 from nanovllm.engine.generation_config import generation_defaults
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import ConfigError
@@ -31,11 +33,16 @@ def build_engine(asked: EngineConfig) -> LLMEngine:
         checkpoint_dtype=checkpoint.dtype,
         max_positions=model_config.max_position_embeddings,
         cuda=torch.cuda.is_available(),
+        launched=launched_processes(),
     )
     tokenizer = _load_tokenizer(asked, checkpoint)
     defaults = generation_defaults(asked, checkpoint)
-    executor = InProcessExecutor(config, cls, model_config, checkpoint)
-    fitted = fit_model_len(config, executor.capacity, asked.max_model_len)
+    executor = create_executor(config, cls, model_config, checkpoint)
+    try:
+        fitted = fit_model_len(config, executor.capacity, asked.max_model_len)
+    except ConfigError:
+        executor.close()
+        raise
     if fitted != config:
         logger.warning(
             "max_model_len is %d, not the model's %d: the cache memory holds no more",
@@ -50,6 +57,17 @@ def build_engine(asked: EngineConfig) -> LLMEngine:
         eos_ids=_eos_ids(defaults.eos_ids, checkpoint, tokenizer),
         sampling_defaults=defaults.sampling,
     )
+
+
+def create_executor(
+    config: EngineConfig, model_class: type[CausalLM], model_config: ModelConfig, checkpoint: Checkpoint
+) -> Executor:
+    """Where the ranks are. config: resolved."""
+    if config.executor == "torchrun":
+        return TorchrunExecutor(config, model_class, model_config, checkpoint)
+    if config.executor == "mp" or config.tensor_parallel_size != 1:
+        return MultiprocessExecutor(config, model_class, checkpoint)
+    return InProcessExecutor(config, model_class, model_config, checkpoint)
 
 
 def find_model(asked: EngineConfig, checkpoint: Checkpoint) -> tuple[type[CausalLM], ModelConfig]:

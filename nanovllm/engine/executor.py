@@ -1,4 +1,4 @@
-"""Executor: where steps are carried out. In-process here; other processes keep the protocol."""
+"""Executor: where steps are carried out. In-process here; executor_mp and executor_torchrun keep the protocol."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ T = TypeVar("T")
 
 
 class Executor(Protocol):
-    """capacity: what every rank can hold. submit: one step; the future carries its result or the
-    rank's exception. apply_model: every rank's answer to a function of its model. close: releases
-    models, caches and processes; harmless when repeated."""
+    """capacity: what every rank can hold. submit: one step; it or its future raises the rank's exception, which
+    with processes is the end of all. apply_model: every rank's answer to a function of its model. close:
+    releases models, caches and processes; harmless when repeated."""
 
     @property
     def capacity(self) -> CachePlan: ...

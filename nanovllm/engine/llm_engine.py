@@ -16,7 +16,7 @@ from nanovllm.engine.executor import Executor
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.request import Prompt, Request, RequestPreparer
 from nanovllm.engine.scheduler import Scheduler, SequenceUpdate
-from nanovllm.errors import EngineClosed, RequestError
+from nanovllm.errors import EngineClosed, RequestError, WorkerDied
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.tokenizer.tokenizer import Tokenizer
@@ -84,6 +84,7 @@ class LLMEngine:
         )
         self._random = np.random.default_rng(secrets.randbits(64) if config.seed is None else config.seed)
         self._next_seq_id = 0
+        self._died: WorkerDied | None = None
 
     def prepare(
         self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None, priority: int = 0
@@ -119,11 +120,19 @@ class LLMEngine:
         return self.scheduler.has_unfinished
 
     def step(self) -> list[RequestOutput]:
-        """One forward pass for everybody who runs; the outputs that it changed."""
+        """One forward pass for everybody who runs; the outputs that it changed.
+
+        WorkerDied ends the engine: no request is left, and every further call raises it again.
+        """
         executor, start = self._open(), time.monotonic()
         plan = self.scheduler.schedule()
         try:
             result = executor.submit(plan).result()
+        except WorkerDied as error:
+            self._died = error
+            for request_id in self._outputs.request_ids:
+                self.abort(request_id)
+            raise
         except BaseException:
             self.scheduler.abandon_step()
             raise
@@ -147,6 +156,8 @@ class LLMEngine:
     def _open(self) -> Executor:
         if self._executor is None:
             raise EngineClosed("this engine is closed; create a new LLM")
+        if self._died is not None:
+            raise self._died.with_traceback(None)
         return self._executor
 
     def _count(self, updates: list[SequenceUpdate]) -> None:

@@ -15,17 +15,18 @@ from nanovllm.errors import ConfigError
 _DEFAULT_SHARE = 0.4  # of what is free on the host; pages that are never used cost nothing
 
 
-def cache_memory(config: EngineConfig, device: torch.device) -> int:
-    """Bytes for pages and states, once the weights are in place."""
+def cache_memory(config: EngineConfig, device: torch.device, ranks: int = 1) -> int:
+    """Bytes for a rank's pages and states, once the weights are in place. ranks: on this host, which share its
+    memory but have a GPU each."""
     if device.type == "cuda":
         return _cuda_memory(config, device)
     free = free_host_memory()
     if config.kvcache_memory is None:
-        return free if config.num_kvcache_blocks is not None else int(free * _DEFAULT_SHARE)
+        return (free if config.num_kvcache_blocks is not None else int(free * _DEFAULT_SHARE)) // ranks
     asked = parse_bytes("kvcache_memory", config.kvcache_memory)
     if asked > free:
         raise ConfigError(f"kvcache_memory={config.kvcache_memory!r} is more than the {free:,} bytes that are free")
-    return asked
+    return asked // ranks
 
 
 def size_caches(specs: Sequence[CacheSpec], memory: int, config: EngineConfig) -> CachePlan:

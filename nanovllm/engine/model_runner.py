@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from nanovllm.batch import Batch
 from nanovllm.build_context import BuildContext
 from nanovllm.cache_spec import CachePlan, CacheSpec, PagedKVSpec, StateSpec
 from nanovllm.config import EngineConfig
+from nanovllm.distributed.group import TPGroup
 from nanovllm.engine.batch_builder import build_batch
 from nanovllm.engine.decode_batch import DecodeBatch
 from nanovllm.engine.memory import cache_memory, size_caches
@@ -37,9 +39,18 @@ class ModelRunner:
     """Owns the model and the cache tensors; complete on construction (loaded, sized, bound)."""
 
     def __init__(
-        self, config: EngineConfig, model_class: type[CausalLM], model_config: ModelConfig, checkpoint: Checkpoint
+        self,
+        config: EngineConfig,
+        model_class: type[CausalLM],
+        model_config: ModelConfig,
+        checkpoint: Checkpoint,
+        *,
+        tp: TPGroup | None = None,
+        host_ranks: int = 1,
+        agree: Callable[[CachePlan], CachePlan] | None = None,
     ) -> None:
-        """config: resolved."""
+        """config: resolved. tp: this rank's place in its group. host_ranks: that share this host's cores and
+        memory. agree: from what this rank can hold to what all can."""
         assert config.max_model_len is not None
         self._device = torch.device(config.device)
         self._block_size = config.kvcache_block_size
@@ -48,15 +59,16 @@ class ModelRunner:
             config.attention_backend, self._device, dtype, self._block_size
         )
         if self._device.type == "cpu":
-            set_threads(config.num_threads)
+            set_threads(config.num_threads, host_ranks)
         self._ops = select_ops(config.kernels, self._device, dtype)
-        ctx = BuildContext(self._device, dtype, self._backend, config.max_model_len, ops=self._ops)
+        self._tp = tp or TPGroup()
+        ctx = BuildContext(self._device, dtype, self._backend, config.max_model_len, self._tp, self._ops)
         self._model = model_class(model_config, ctx)
         if config.load_format == "dummy":
             self._model.load_dummy(config.seed or 0)
         else:
             self._model.load(checkpoint)
-        self.cache_plan = self._create_caches(config)
+        self.cache_plan = self._create_caches(config, host_ranks, agree)
         self._graphs = None if config.enforce_eager else self._step_graphs(config, self._ops.recorder())
         logger.info(
             "%s on %s in %s, kernels %s, attention %s, %d pages of %d tokens (%.2f GiB)",
@@ -76,10 +88,13 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
-        """One forward pass over the planned tokens, then one token for each sequence that samples."""
+        """One forward pass over the planned tokens, then one token for each sequence that samples: drawn by
+        rank 0 alone, so that ranks cannot disagree."""
         self._copy_states([(s.resume_from, s.state_slot) for s in plan.sequences if s.resume_from])
         logits, prompt_logprobs = self._logits(plan)
         self._copy_states([(s.state_slot, s.capture_to) for s in plan.sequences if s.capture_to])
+        if self._tp.rank > 0:
+            return StepResult(np.empty(0, np.int64), [])
         rows = [s.sample for s in plan.sequences if s.sample is not None]
         token_ids, logprobs = sample(logits, rows, self._ops.sampling)
         return StepResult(token_ids, logprobs, prompt_logprobs)
@@ -126,7 +141,8 @@ class ModelRunner:
                     targets = s.prompt_targets[i : i + _LOGITS_ROWS].astype(np.int64)
                     logits = self._model.compute_logits(hidden[row + i : row + i + len(targets)])
                     counts = [s.num_prompt_logprobs] * len(targets)
-                    mine += token_logprobs(self._ops.sampling.log_softmax(logits), targets, counts)
+                    if self._tp.rank == 0:
+                        mine += token_logprobs(self._ops.sampling.log_softmax(logits), targets, counts)
             row += s.num_tokens
         return found
 
@@ -143,14 +159,17 @@ class ModelRunner:
             self._build_batch, lambda batch: self._sampled_logits(self._model(batch), batch), recorder, decoding
         )
 
-    def _create_caches(self, config: EngineConfig) -> CachePlan:
+    def _create_caches(
+        self, config: EngineConfig, host_ranks: int, agree: Callable[[CachePlan], CachePlan] | None
+    ) -> CachePlan:
         """Size the caches of all layers together, allocate and bind them."""
         layers = [m for m in self._model.modules() if isinstance(m, CachedLayer)]
         specs = [layer.cache_spec for layer in layers]
         for spec in specs:
             if isinstance(spec, PagedKVSpec):
                 require_support(self._backend, self._device, spec, self._block_size)
-        plan = size_caches(specs, cache_memory(config, self._device), config)
+        plan = size_caches(specs, cache_memory(config, self._device, host_ranks), config)
+        plan = plan if agree is None else agree(plan)
         self._states: list[torch.Tensor] = []
         for layer, spec in zip(layers, specs, strict=True):
             tensors = self._cache_tensors(spec, plan)

@@ -88,6 +88,11 @@ class OutputProcessor:
         state = self._states.get(request_id)
         return None if state is None else state.request
 
+    @property
+    def request_ids(self) -> list[str]:
+        """Of unfinished requests."""
+        return list(self._states)
+
     def process(
         self, updates: list[SequenceUpdate], step_start: float
     ) -> tuple[list[RequestOutput], list[tuple[Sequence, str]]]:

@@ -11,13 +11,14 @@ import torch
 from nanovllm.engine.control_group import cpu_quota
 
 
-def set_threads(asked: int | None) -> None:
+def set_threads(asked: int | None, ranks: int = 1) -> None:
     """Give torch, whose number the native kernels follow, as many threads as `asked`, or else no more than
-    there is a core's time for. OMP_NUM_THREADS goes before that: torch has read it."""
+    there is a core's time for, which so many ranks on this host share. OMP_NUM_THREADS goes before that:
+    torch has read it."""
     if asked is not None:
         torch.set_num_threads(asked)
     elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, usable_cores() // ranks)))
 
 
 def usable_cores() -> int:

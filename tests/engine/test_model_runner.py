@@ -132,6 +132,14 @@ def test_host_memory_respects_the_control_group(tmp_path, monkeypatch):
     assert memory.free_host_memory() > 2**20
 
 
+def test_ranks_of_a_host_share_its_memory(monkeypatch):
+    monkeypatch.setattr(memory, "free_host_memory", lambda: 1000)
+    cpu = torch.device("cpu")
+    assert memory.cache_memory(EngineConfig("m"), cpu, ranks=2) == 200
+    assert memory.cache_memory(EngineConfig("m", kvcache_memory=900), cpu, ranks=3) == 300
+    assert memory.cache_memory(EngineConfig("m", num_kvcache_blocks=4), cpu, ranks=4) == 250
+
+
 def test_cuda_memory_is_the_share_less_what_is_in_use(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (700, 1000))
     config = EngineConfig("m", gpu_memory_utilization=0.9)

@@ -41,6 +41,11 @@ def test_who_decides(group, threads, monkeypatch):
     threads(7)
     set_threads(None)
     assert torch.get_num_threads() == 6
+    threads(7)
+    set_threads(None, ranks=2)
+    assert torch.get_num_threads() == 3
+    set_threads(None, ranks=9)
+    assert torch.get_num_threads() == 1
     set_threads(2)
     assert torch.get_num_threads() == 2
     set_threads(None)  # fewer than there could be are somebody's choice

@@ -1,0 +1,164 @@
+"""A rank in a process of its own: what it is asked, and how it answers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import shutil
+import signal
+import sys
+import threading
+import traceback
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from nanovllm.cache_spec import CachePlan
+from nanovllm.config import EngineConfig
+from nanovllm.distributed.group import TPGroup
+from nanovllm.distributed.join import join_group
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.plan_wire import PlanReader, WirePlan
+from nanovllm.errors import NanoVLLMError
+from nanovllm.models.base import CausalLM
+from nanovllm.models.registry import model_class
+from nanovllm.weights.checkpoint import open_checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerTask:
+    """The first message. model: None for a plugin's, which is imported from its file. folder: private to the
+    engine; ranks meet there."""
+
+    rank: int
+    size: int
+    config: EngineConfig
+    model: type[CausalLM] | None
+    checkpoint: Path
+    folder: Path
+    log_level: int
+
+
+class Call(NamedTuple):
+    """function: pickled, of the model."""
+
+    function: bytes
+
+
+class Answer(NamedTuple):
+    value: Any
+
+
+class Raised(NamedTuple):
+    """By a Call; the rank goes on."""
+
+    error: str
+
+
+class Failed(NamedTuple):
+    """The rank ends. typed: an error for users, which stays what it is."""
+
+    typed: NanoVLLMError | None
+    cause: str
+    trace: str
+
+
+@dataclass(slots=True)
+class Progress:
+    """steps: done so far. thread: the one that does them."""
+
+    steps: int = 0
+    thread: int = field(default_factory=threading.get_ident)
+
+    def stack(self) -> str:
+        return "".join(traceback.format_stack(sys._current_frames()[self.thread]))
+
+
+def main(link_fd: int, lifeline_fd: int) -> None:
+    """The life of a worker: until the driver says so, or is gone, or something goes wrong."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's
+    link, lifeline, progress = Connection(link_fd), Connection(lifeline_fd), Progress()
+    try:
+        task: WorkerTask = link.recv()
+        threading.Thread(target=_watch, args=(lifeline, os.getppid(), task.folder, progress), daemon=True).start()
+        _serve(link, task, progress)
+    except (EOFError, ConnectionError):  # no driver
+        return
+    except BaseException as error:
+        typed = error if isinstance(error, NanoVLLMError) else None
+        cause = traceback.format_exception_only(type(error), error)[-1].strip()
+        link.send(Failed(typed, cause, traceback.format_exc()))
+        sys.exit(1)
+
+
+def _watch(lifeline: Connection, driver: int, folder: Path, progress: Progress) -> None:
+    """Say how far this rank is whenever the driver asks; end with the driver, even within a step."""
+    try:
+        while os.getppid() == driver:  # a process that the driver has forked may hold the line open
+            if lifeline.poll(1.0):
+                lifeline.recv_bytes()
+                lifeline.send((progress.steps, progress.stack()))
+    except (EOFError, OSError):
+        pass
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
+
+
+def _serve(link: Connection, task: WorkerTask, progress: Progress) -> None:
+    logging.basicConfig(level=task.log_level, format=f"nanovllm: rank {task.rank}: %(message)s")
+    group = _join(task)
+    try:
+        runner = _load(link, task, group)
+        reader = PlanReader()
+        link.send(Answer(None))
+        while (message := link.recv()) is not None:
+            if isinstance(message, WirePlan):
+                result = runner.execute(reader.read(message))
+                progress.steps += 1
+                if task.rank == 0:
+                    link.send(Answer(result))
+            else:
+                link.send_bytes(_call(message, runner.model))
+    finally:
+        if group.comm is not None:
+            group.comm.close()
+
+
+def _join(task: WorkerTask) -> TPGroup:
+    config = task.config
+    device = torch.device(config.device, task.rank) if config.device == "cuda" else torch.device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return join_group(
+        task.rank,
+        task.size,
+        init_method=f"file://{task.folder}/ranks",
+        device=device,
+        timeout_s=2 * config.worker_timeout,  # the driver sees it first, and knows more
+    )
+
+
+def _load(link: Connection, task: WorkerTask, group: TPGroup) -> ModelRunner:
+    """This rank's weights, and caches of the size that all can hold, as the driver says."""
+    config = task.config
+    checkpoint = open_checkpoint(task.checkpoint, config.load_format)
+    model = task.model or model_class(checkpoint.config.get("architectures") or [], model_plugin=config.model_plugin)
+
+    def agree(plan: CachePlan) -> CachePlan:
+        link.send(Answer(plan))
+        return link.recv()
+
+    sizes = model.read_config(checkpoint.config)
+    return ModelRunner(config, model, sizes, checkpoint, tp=group, host_ranks=task.size, agree=agree)
+
+
+def _call(call: Call, model: CausalLM) -> bytes:
+    """The pickled answer."""
+    try:
+        return pickle.dumps(Answer(pickle.loads(call.function)(model)))
+    except Exception:
+        return pickle.dumps(Raised(traceback.format_exc()))

@@ -1,0 +1,358 @@
+"""Executors: what all of them promise, tried on each; then faults, with real processes."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import rank_models
+from helpers import run_all
+from rank_models import EXIT, HANG, KILL, RAISE, STOP
+
+from nanovllm import LLM, ConfigError, EngineClosed, RequestError, SamplingParams, WeightError, WorkerDied
+from nanovllm.cache_spec import CachePlan
+from nanovllm.config import EngineConfig
+from nanovllm.engine import executor_mp
+from nanovllm.engine.executor_mp import MultiprocessExecutor, require_devices, smallest
+from nanovllm.engine.plan_wire import PlanWriter
+from nanovllm.engine.threads import usable_cores
+from nanovllm.weights.checkpoint import open_checkpoint
+
+ROOT = Path(__file__).parents[2]
+OPTIONS = {
+    "skip_tokenizer_init": True,
+    "load_format": "dummy",
+    "device": "cpu",
+    "kvcache_memory": "1MiB",
+    "model_plugin": str(ROOT / "tests" / "rank_models.py"),
+}
+EXECUTORS = {
+    "in-process": {},
+    "mp, one rank": {"executor": "mp"},
+    "mp, two ranks": {"tensor_parallel_size": 2},
+}
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+
+
+def sum_model(folder, **sizes):
+    (folder / "config.json").write_text(json.dumps({"architectures": ["SumForCausalLM"], **sizes}))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return sum_model(tmp_path_factory.mktemp("sum"))
+
+
+@pytest.fixture(scope="module", params=EXECUTORS)
+def llm(request, model):
+    with LLM(model, **OPTIONS, **EXECUTORS[request.param]) as llm:
+        yield llm
+
+
+@pytest.fixture
+def two_ranks(model, tmp_path, monkeypatch):
+    """start(**options) -> an LLM of two ranks. Nothing of it is left afterwards."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    before = workers_of(os.getpid())
+    with contextlib.ExitStack() as stack:
+
+        def start(**options):
+            llm = LLM(model, **OPTIONS, **{"tensor_parallel_size": 2, **options})
+            stack.callback(llm.close)
+            return llm
+
+        yield start
+    assert not list(tmp_path.iterdir())
+    assert workers_of(os.getpid()) == before
+
+
+def workers_of(pid):
+    return [
+        p for p in psutil.Process(pid).children(recursive=True) if "nanovllm.engine.worker" in " ".join(p.cmdline())
+    ]
+
+
+def pids(llm):
+    return dict(llm.apply_model(rank_models.rank_of))
+
+
+def expected(prompt, count):
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append((sum(tokens) * 7 + 3) % 190)
+    return tokens[len(prompt) :]
+
+
+def generate(llm, prompts, params=GREEDY):
+    return [output["token_ids"] for output in llm.generate(prompts, params, use_tqdm=False)]
+
+
+def generate_and_ask(llm, token):
+    """Rank 0 does not wait for rank 1 in this model and may answer first; a call is answered by both."""
+    generate(llm, [[1, token]])
+    llm.apply_model(rank_models.rank_of)
+
+
+def test_tokens_are_the_models(llm):
+    prompts = [list(range(i, 3 * i)) for i in range(1, 20)]
+    assert generate(llm, prompts) == [expected(prompt, 12) for prompt in prompts]
+
+
+def test_messages_have_no_size_limit(llm):
+    """A prompt of two chunks, a plan and a result each larger than a pipe holds."""
+    prompts = [[i] * 2000 for i in range(1, 60)]
+    params = SamplingParams(temperature=0, max_tokens=3, logprobs=-1, prompt_logprobs=0)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert [output["token_ids"] for output in outputs] == [expected(prompt, 3) for prompt in prompts]
+    assert all(len(output.prompt_logprobs) == 2000 for output in outputs)
+    assert all(len(output.outputs[0].logprobs[2]) == rank_models.VOCAB for output in outputs)
+
+
+def test_every_rank_answers(llm):
+    ranks = llm.engine.config.tensor_parallel_size
+    assert [rank for rank, _ in llm.apply_model(rank_models.rank_of)] == list(range(ranks))
+    assert set(llm.apply_model(rank_models.state_slots)) == {llm.engine._executor.capacity.num_slots}
+
+
+def test_a_function_that_raises_ends_nothing(llm):
+    with pytest.raises((KeyError, RequestError), match="asked for too much"):
+        llm.apply_model(rank_models.fail)
+    assert generate(llm, [[1, 2]]) == [expected([1, 2], 12)]
+
+
+def test_an_interrupted_step_is_not_mixed_up_with_the_next(llm, monkeypatch):
+    """The future of a step that nobody waits for any more must not answer for another step."""
+    real, calls = llm.engine._executor.submit, []
+
+    def interrupted(plan):
+        calls.append(real(plan))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return calls[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine._executor, "submit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            generate(llm, [[3, 4], [5]])
+    assert generate(llm, [[3, 4], [5]]) == [expected([3, 4], 12), expected([5], 12)]
+
+
+def test_random_operations_give_what_the_in_process_executor_gives(llm, model):
+    random = np.random.default_rng(5)
+    with LLM(model, **OPTIONS) as other:
+        shown = {id(engine): {} for engine in (llm.engine, other.engine)}
+        added = 0
+        for _ in range(150):
+            operation = random.choice(["add", "abort", "step", "step", "step", "sleep"])
+            prompt, seed = random.integers(0, 190, random.integers(1, 30)).tolist(), int(random.integers(100))
+            victim = f"random {random.integers(added + 1)}"
+            for engine in (llm.engine, other.engine):
+                if operation == "add":
+                    params = SamplingParams(temperature=0.9, seed=seed, max_tokens=1 + seed % 20, presence_penalty=0.5)
+                    engine.add(engine.prepare(prompt, params, request_id=f"random {added}"))
+                elif operation == "abort":
+                    engine.abort(victim)
+                elif operation == "step" and engine.has_unfinished:
+                    shown[id(engine)] |= {o.request_id: list(o["token_ids"]) for o in engine.step()}
+                elif operation == "sleep":
+                    time.sleep(0.002)
+            added += operation == "add"
+        for engine in (llm.engine, other.engine):
+            while engine.has_unfinished:
+                shown[id(engine)] |= {o.request_id: list(o["token_ids"]) for o in engine.step()}
+    first, second = shown.values()
+    assert len(first) > 10 and first == second
+
+
+def test_closing_twice_is_harmless(model):
+    for options in EXECUTORS.values():
+        llm = LLM(model, **OPTIONS, **options)
+        llm.close()
+        llm.close()
+        with pytest.raises(EngineClosed):
+            generate(llm, [[1]])
+    assert not [p for p in workers_of(os.getpid()) if p.status() == psutil.STATUS_ZOMBIE]
+
+
+def test_two_engines_at_once(two_ranks):
+    first, second = two_ranks(), two_ranks(seed=3)
+    streams = [llm.engine for llm in (first, second)]
+    for engine in streams:
+        engine.add(engine.prepare([7, 8], GREEDY, request_id="x"))
+    outputs = [[engine.step()[0] for _ in range(12)][-1]["token_ids"] for engine in streams]
+    assert outputs == [expected([7, 8], 12)] * 2
+    assert not set(pids(first).values()) & set(pids(second).values())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_worker_fails_all_requests_within_two_seconds(two_ranks, rank):
+    llm = two_ranks()
+    workers = pids(llm)
+    engine = llm.engine
+    for i in range(32):
+        engine.add(engine.prepare([i], SamplingParams(temperature=0, max_tokens=500)))
+    engine.step()
+    os.kill(workers[rank], signal.SIGKILL)
+    start = time.monotonic()
+    with pytest.raises(WorkerDied, match=f"rank {rank} was killed by SIGKILL") as caught:
+        run_all(engine)
+    assert time.monotonic() - start < 2.0
+    assert caught.value.rank == rank
+    assert not any(psutil.pid_exists(pid) for pid in workers.values())
+    assert not engine.has_unfinished
+    for call in (engine.step, lambda: generate(llm, [[1]]), lambda: llm.apply_model(rank_models.rank_of)):
+        with pytest.raises(WorkerDied, match=f"rank {rank}"):
+            call()
+    llm.close()
+    with pytest.raises(EngineClosed):
+        engine.step()
+
+
+@pytest.mark.parametrize(
+    ("token", "rank", "message"),
+    [
+        (RAISE, 1, "rank 1 failed: ArithmeticError: a sum went wrong"),
+        (EXIT, 1, "rank 1 exited with code 3"),
+        (KILL, 1, "rank 1 was killed by SIGKILL"),
+        pytest.param(STOP, 1, "rank 1 did not answer for 1 s", marks=pytest.mark.slow),
+    ],
+)
+def test_what_goes_wrong_in_a_step(two_ranks, token, rank, message):
+    llm = two_ranks(worker_timeout=1)
+    with pytest.raises(WorkerDied, match=message) as caught:
+        generate_and_ask(llm, token)
+    assert caught.value.rank == rank
+    if token == RAISE:
+        assert "in misbehave" in str(caught.value.__cause__)
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs(two_ranks):
+    llm = two_ranks(worker_timeout=1)
+    start = time.monotonic()
+    with pytest.raises(WorkerDied, match="rank 1 did not answer for 1 s") as caught:
+        generate_and_ask(llm, HANG)
+    assert "time.sleep(60)" in caught.value.details
+    assert time.monotonic() - start < 10
+
+
+def test_a_failed_load_on_one_rank_ends_all_with_its_error(tmp_path, monkeypatch):
+    model = sum_model(tmp_path, damaged=1)
+    folder, before = tmp_path / "temporary", workers_of(os.getpid())
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    with pytest.raises(WeightError, match="the shard is damaged") as caught:
+        LLM(model, **OPTIONS, tensor_parallel_size=2)
+    assert "rank 1" in str(caught.value.__cause__)
+    assert not [p for p in workers_of(os.getpid()) if p not in before]
+    assert not list(folder.iterdir())
+
+
+def test_ranks_agree_on_the_smallest_capacity(tmp_path):
+    model = sum_model(tmp_path, wide=1)
+    options = OPTIONS | {"kvcache_memory": 512, "max_num_seqs": 30, "tensor_parallel_size": 2}
+    with LLM(model, **options) as llm:
+        assert llm.apply_model(rank_models.state_slots) == [4, 4]  # 256 bytes a rank, 64 a wide state
+        assert generate(llm, [[i] for i in range(9)]) == [expected([i], 12) for i in range(9)]
+
+
+def test_smallest_plan():
+    plans = [CachePlan(9, 4, 100, chunk_grid=8), CachePlan(7, 5, 90, chunk_grid=8)]
+    assert smallest(plans) == CachePlan(7, 4, 90, chunk_grid=8)
+
+
+def test_ranks_share_the_cores(model, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    with LLM(model, **OPTIONS, tensor_parallel_size=2) as llm:
+        shared = llm.apply_model(rank_models.threads)
+    assert shared == [max(1, usable_cores() // 2)] * 2
+    with LLM(model, **OPTIONS, tensor_parallel_size=2, num_threads=3) as llm:
+        assert llm.apply_model(rank_models.threads) == [3, 3]
+
+
+def test_what_workers_cannot_import(two_ranks):
+    llm = two_ranks()
+    with pytest.raises(RequestError, match="at the top of a module"):
+        llm.apply_model(lambda model: 1)
+
+
+def test_a_model_that_workers_cannot_import(model, monkeypatch):
+    monkeypatch.setattr(rank_models.SumForCausalLM, "__module__", "__main__")
+    config = EngineConfig(model, device="cpu", tensor_parallel_size=2)
+    with pytest.raises(ConfigError, match="use model_plugin"):
+        MultiprocessExecutor(config, rank_models.SumForCausalLM, open_checkpoint(Path(model)))
+    assert all(worker.status() != psutil.STATUS_ZOMBIE for worker in workers_of(os.getpid()))
+
+
+def test_more_gpus_than_there_are(monkeypatch):
+    monkeypatch.setattr(executor_mp.torch.cuda, "device_count", lambda: 1)
+    config = EngineConfig("m", device="cuda", tensor_parallel_size=2)
+    with pytest.raises(ConfigError, match="needs 2 GPUs here, and torch sees 1"):
+        require_devices(config, 2)
+    require_devices(config, 1)
+
+
+def test_an_interrupted_submit_writes_the_next_plan_in_full(model, monkeypatch):
+    """What PlanWriter thinks that ranks know, they would not."""
+    with LLM(model, **OPTIONS, executor="mp") as llm:
+        executor = llm.engine._executor
+        llm.engine.add(llm.engine.prepare([1, 2], GREEDY, request_id="x"))
+        llm.engine.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(executor._pool, "ask", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                llm.engine.step()
+        assert executor._writer._indices == PlanWriter()._indices
+        while llm.engine.has_unfinished:
+            output = llm.engine.step()
+        assert output[0]["token_ids"] == expected([1, 2], 12)
+
+
+LEAVE = """
+import os, signal, sys, time
+from nanovllm import LLM
+llm = LLM({model!r}, **{options!r}, tensor_parallel_size=2)
+print("ready", flush=True)
+{end}
+"""
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "sys.exit(0)",
+        "os.kill(os.getpid(), signal.SIGKILL)",
+        pytest.param("os.kill(os.getpid(), signal.SIGTERM)", marks=pytest.mark.slow),
+        pytest.param("signal.default_int_handler(2, None)", marks=pytest.mark.slow),
+        pytest.param(f"llm.generate([[1, {HANG}]])", marks=pytest.mark.slow),  # killed from outside
+    ],
+)
+def test_nothing_is_left_when_the_driver_ends(model, tmp_path, end):
+    """No call of close(); the script has no `if __name__ == '__main__'` either."""
+    script = tmp_path / "script.py"
+    script.write_text(LEAVE.format(model=model, options=OPTIONS, end=end))
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    env = os.environ | {"TMPDIR": str(folder), "PYTHONPATH": str(ROOT)}
+    driver = subprocess.Popen([sys.executable, str(script)], env=env, stdout=subprocess.PIPE, text=True)
+    seen = []
+    while driver.poll() is None and len(seen) < 2:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            seen = workers_of(driver.pid)
+    assert len(seen) == 2
+    assert driver.stdout.readline() == "ready\n"
+    if "generate" in end:
+        time.sleep(1)
+        driver.kill()
+    driver.wait(20)
+    _, alive = psutil.wait_procs(seen, timeout=10)
+    assert not alive
+    assert not list(folder.iterdir())
