@@ -1,5 +1,5 @@
-"""A model for tests of executors, given to workers as a plugin: every rank computes all of it. Some tokens
-make a rank misbehave."""
+"""A model for tests of executors, given to workers as a plugin. Its ranks add what each has counted, so that none
+gets far without the others. Some tokens make a rank misbehave."""
 
 import os
 import signal
@@ -33,10 +33,11 @@ class SumConfig:
 
 
 class RunningSum(CachedLayer):
-    """Its state is the sum of the sequence's tokens so far."""
+    """Its state is the sum of the sequence's tokens so far, of which each rank adds those at some positions."""
 
-    def __init__(self, width):
+    def __init__(self, width, tp):
         super().__init__()
+        self.tp = tp
         self.cache_spec = StateSpec(shapes=((width,),), dtypes=(torch.float64,))
 
     def bind(self, *caches):
@@ -44,12 +45,13 @@ class RunningSum(CachedLayer):
 
     def forward(self, batch):
         out = torch.empty(len(batch.input_ids), 1, dtype=torch.float64)
+        mine = batch.input_ids.double() * (batch.positions % self.tp.size == self.tp.rank)
         for b, slot in enumerate(batch.state_slots.tolist()):
             rows = slice(int(batch.query_start[b]), int(batch.query_start[b + 1]))
             carried = self.state[slot, 0] if batch.positions[rows][0] > 0 else 0.0
-            out[rows, 0] = carried + batch.input_ids[rows].double().cumsum(0)
+            out[rows, 0] = carried + mine[rows].cumsum(0)
             self.state[slot, 0] = out[rows, 0][-1]
-        return out
+        return self.tp.all_reduce(out)
 
 
 class SumForCausalLM(CausalLM):
@@ -59,7 +61,7 @@ class SumForCausalLM(CausalLM):
     def __init__(self, config, ctx):
         nn.Module.__init__(self)
         self.tp, self.config = ctx.tp, config
-        self.sum = RunningSum(8 if config.wide == ctx.tp.rank else 1)
+        self.sum = RunningSum(8 if config.wide == ctx.tp.rank else 1, ctx.tp)
 
     def load_dummy(self, seed):
         if self.config.damaged == self.tp.rank:

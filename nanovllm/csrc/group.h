@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <thread>
 
 #include "kernels.h"
 #include "vec.h"
@@ -16,6 +17,8 @@
 namespace {
 
 using namespace nanovllm;
+
+constexpr double A_WHILE = 0.01;  // seconds, after which a rank that waits rather sleeps
 
 // All ranks have written as many parts as this one, or false: one is gone, or does not come in time.
 inline bool meet(const GroupCall& c) {
@@ -30,10 +33,15 @@ inline bool meet(const GroupCall& c) {
                 Team::pause();
                 continue;
             }
-            std::this_thread::yield();
-            if (std::chrono::duration<double>(Clock::now() - start).count() < c.timeout) continue;
-            region.broken.store(1, std::memory_order_relaxed);  // the others need not wait for this one
-            return false;
+            const double waited = std::chrono::duration<double>(Clock::now() - start).count();
+            if (waited > c.timeout) {
+                region.broken.store(1, std::memory_order_relaxed);  // the others need not wait for this one
+                return false;
+            }
+            if (waited < A_WHILE)
+                std::this_thread::yield();
+            else
+                std::this_thread::sleep_for(std::chrono::microseconds(100));
         }
     }
     return true;  // even if one has left since: it has read what it needs, and its part lies here

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
@@ -23,7 +24,7 @@ from nanovllm.distributed.group import TPGroup
 from nanovllm.distributed.join import join_group
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.plan_wire import PlanReader, WirePlan
-from nanovllm.errors import NanoVLLMError
+from nanovllm.errors import NanoVLLMError, PeerLost
 from nanovllm.models.base import CausalLM
 from nanovllm.models.registry import model_class
 from nanovllm.weights.checkpoint import open_checkpoint
@@ -60,9 +61,11 @@ class Raised(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """The rank ends. typed: an error for users, which stays what it is."""
+    """The rank ends. typed: an error for users, which stays what it is. deserted: it needed a rank that was
+    gone or failed before."""
 
     typed: NanoVLLMError | None
+    deserted: bool
     cause: str
     trace: str
 
@@ -84,19 +87,25 @@ def main(link_fd: int, lifeline_fd: int) -> None:
     link, lifeline, progress = Connection(link_fd), Connection(lifeline_fd), Progress()
     try:
         task: WorkerTask = link.recv()
-        threading.Thread(target=_watch, args=(lifeline, os.getppid(), task.folder, progress), daemon=True).start()
-        _serve(link, task, progress)
-    except (EOFError, ConnectionError):  # no driver
+    except EOFError:  # no driver
         return
+    watch = threading.Thread(target=_watch, args=(lifeline, os.getppid(), task.folder, progress), daemon=True)
+    watch.start()
+    try:
+        _serve(link, task, progress)
     except BaseException as error:
-        typed = error if isinstance(error, NanoVLLMError) else None
+        deserted = isinstance(error, PeerLost)
+        typed = error if isinstance(error, NanoVLLMError) and not deserted else None
         cause = traceback.format_exception_only(type(error), error)[-1].strip()
-        link.send(Failed(typed, cause, traceback.format_exc()))
-        sys.exit(1)
+        with contextlib.suppress(ConnectionError):
+            link.send(Failed(typed, deserted, cause, traceback.format_exc()))
+            sys.exit(1)
+        watch.join()  # the driver is gone, and it ends this process
 
 
 def _watch(lifeline: Connection, driver: int, folder: Path, progress: Progress) -> None:
-    """Say how far this rank is whenever the driver asks; end with the driver, even within a step."""
+    """Say how far this rank is whenever the driver asks; end with the driver, even within a step, and before
+    torch's file store writes once more into the folder."""
     try:
         while os.getppid() == driver:  # a process that the driver has forked may hold the line open
             if lifeline.poll(1.0):

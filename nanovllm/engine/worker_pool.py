@@ -30,6 +30,7 @@ _START = (
 _TICK = 1.0  # seconds between looks at the clock
 _GRACE = 0.5  # for the rank that is the cause to show, when another one fails for want of it
 _PATIENCE = 3.0  # for ranks to end by themselves
+_COLLECTIVE = ("nanovllm/distributed/", "nanovllm/ops/recorder.py")  # where ranks wait for others
 
 
 class Worker:
@@ -197,19 +198,22 @@ class WorkerPool:
             question.future.set_result([a.value for a in answers])
 
     def _cause(self, workers: dict[Connection, Worker], link: Connection, failed: Failed) -> BaseException:
-        """Of all that go wrong at about the same time: a rank that is gone, else the first to fail."""
-        first = workers.pop(link).rank
+        """Of all that go wrong at about the same time: a rank that is gone, else the first to fail for another
+        reason than that."""
+        failures = [(workers.pop(link).rank, failed)]
         deadline = time.monotonic() + _GRACE
         while workers and (left := deadline - time.monotonic()) > 0:
             for other in wait(list(workers), left):
                 assert isinstance(other, Connection)
                 try:
-                    if isinstance(other.recv(), Failed):
-                        del workers[other]
+                    message = other.recv()
                 except (EOFError, OSError):
                     return workers[other].death()
-        error = failed.typed or WorkerDied(first, f"failed: {failed.cause}")
-        error.__cause__ = _RemoteError(f"on rank {first}:\n{failed.trace}")
+                if isinstance(message, Failed):
+                    failures.append((workers.pop(other).rank, message))
+        rank, failed = next(((r, f) for r, f in failures if not f.deserted), failures[0])
+        error = failed.typed or WorkerDied(rank, f"failed: {failed.cause}")
+        error.__cause__ = _RemoteError(f"on rank {rank}:\n{failed.trace}")
         return error
 
     def _overdue(self) -> bool:
@@ -219,18 +223,9 @@ class WorkerPool:
             return time.monotonic() - self._since > self._timeout
 
     def _hung(self) -> WorkerDied:
-        """The rank that others wait for: a silent one, else one with the fewest steps, which is not waiting
-        itself."""
         places = {worker.rank: worker.where(_TICK) for worker in self._workers}
-
-        def suspicion(rank: int) -> tuple[int, int, int, int]:
-            place = places[rank]
-            if place is None:
-                return 0, 0, 0, rank
-            return 1, place[0], "nanovllm/distributed/" in place[1], rank
-
         details = "\n".join(f"rank {r} was at:\n{p[1]}" for r, p in places.items() if p is not None)
-        return WorkerDied(min(places, key=suspicion), f"did not answer for {self._timeout:g} s", details)
+        return WorkerDied(suspect(places), f"did not answer for {self._timeout:g} s", details)
 
     def _fail(self, failure: BaseException) -> None:
         with self._lock:
@@ -247,6 +242,24 @@ class WorkerPool:
         for worker in self._workers:
             worker.process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def suspect(places: dict[int, tuple[int, str] | None]) -> int:
+    """The rank that others wait for: a silent one, else of those with the fewest steps one that does not wait
+    itself.
+
+    places: of each rank, as from Worker.where.
+    """
+
+    def order(rank: int) -> tuple[int, int, bool, int]:
+        place = places[rank]
+        if place is None:
+            return 0, 0, False, rank
+        steps, stack = place
+        innermost = stack[stack.rindex('File "') :]
+        return 1, steps, any(file in innermost for file in _COLLECTIVE), rank
+
+    return min(places, key=order)
 
 
 class _RemoteError(Exception):

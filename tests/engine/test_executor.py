@@ -23,6 +23,7 @@ from nanovllm.engine import executor_mp
 from nanovllm.engine.executor_mp import MultiprocessExecutor, require_devices, smallest
 from nanovllm.engine.plan_wire import PlanWriter
 from nanovllm.engine.threads import usable_cores
+from nanovllm.engine.worker_pool import suspect
 from nanovllm.weights.checkpoint import open_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -93,12 +94,6 @@ def expected(prompt, count):
 
 def generate(llm, prompts, params=GREEDY):
     return [output["token_ids"] for output in llm.generate(prompts, params, use_tqdm=False)]
-
-
-def generate_and_ask(llm, token):
-    """Rank 0 does not wait for rank 1 in this model and may answer first; a call is answered by both."""
-    generate(llm, [[1, token]])
-    llm.apply_model(rank_models.rank_of)
 
 
 def test_tokens_are_the_models(llm):
@@ -200,6 +195,7 @@ def test_a_killed_worker_fails_all_requests_within_two_seconds(two_ranks, rank):
     for i in range(32):
         engine.add(engine.prepare([i], SamplingParams(temperature=0, max_tokens=500)))
     engine.step()
+    assert not any("/dev/shm" in Path(f"/proc/{pid}/maps").read_text() for pid in workers.values())
     os.kill(workers[rank], signal.SIGKILL)
     start = time.monotonic()
     with pytest.raises(WorkerDied, match=f"rank {rank} was killed by SIGKILL") as caught:
@@ -228,7 +224,7 @@ def test_a_killed_worker_fails_all_requests_within_two_seconds(two_ranks, rank):
 def test_what_goes_wrong_in_a_step(two_ranks, token, rank, message):
     llm = two_ranks(worker_timeout=1)
     with pytest.raises(WorkerDied, match=message) as caught:
-        generate_and_ask(llm, token)
+        generate(llm, [[1, token]])
     assert caught.value.rank == rank
     if token == RAISE:
         assert "in misbehave" in str(caught.value.__cause__)
@@ -239,9 +235,18 @@ def test_a_rank_that_hangs(two_ranks):
     llm = two_ranks(worker_timeout=1)
     start = time.monotonic()
     with pytest.raises(WorkerDied, match="rank 1 did not answer for 1 s") as caught:
-        generate_and_ask(llm, HANG)
+        generate(llm, [[1, HANG]])
     assert "time.sleep(60)" in caught.value.details
     assert time.monotonic() - start < 10
+
+
+def test_who_is_suspected_when_nobody_answers():
+    step, collective = 'File "/x/nanovllm/models/m.py"', 'File "/x/nanovllm/distributed/shared_memory.py"'
+    recorded = step + '\nFile "/x/nanovllm/ops/recorder.py"'
+    assert suspect({0: (3, step + collective), 1: (3, step), 2: (3, step + collective)}) == 1
+    assert suspect({0: (3, recorded), 1: (3, recorded), 2: (3, collective + step)}) == 2
+    assert suspect({0: (3, step), 1: (2, step), 2: None}) == 2
+    assert suspect({0: (3, step), 1: (2, step)}) == 1
 
 
 def test_a_failed_load_on_one_rank_ends_all_with_its_error(tmp_path, monkeypatch):
@@ -332,10 +337,11 @@ print("ready", flush=True)
         "os.kill(os.getpid(), signal.SIGKILL)",
         pytest.param("os.kill(os.getpid(), signal.SIGTERM)", marks=pytest.mark.slow),
         pytest.param("signal.default_int_handler(2, None)", marks=pytest.mark.slow),
-        pytest.param(f"llm.generate([[1, {HANG}]])", marks=pytest.mark.slow),  # killed from outside
+        pytest.param(f"llm.generate([[1, {HANG}]])  # SIGKILL", marks=pytest.mark.slow),
+        f"llm.generate([[1, {HANG}]])  # SIGINT",
     ],
 )
-def test_nothing_is_left_when_the_driver_ends(model, tmp_path, end):
+def test_nothing_is_left_when_the_driver_ends(model, tmp_path, end, interruptible_children):
     """No call of close(); the script has no `if __name__ == '__main__'` either."""
     script = tmp_path / "script.py"
     script.write_text(LEAVE.format(model=model, options=OPTIONS, end=end))
@@ -351,7 +357,7 @@ def test_nothing_is_left_when_the_driver_ends(model, tmp_path, end):
     assert driver.stdout.readline() == "ready\n"
     if "generate" in end:
         time.sleep(1)
-        driver.kill()
+        driver.send_signal(getattr(signal, end.split()[-1]))
     driver.wait(20)
     _, alive = psutil.wait_procs(seen, timeout=10)
     assert not alive
