@@ -24,7 +24,7 @@ OPTIONS = {"device": "cpu", "skip_tokenizer_init": True, "kvcache_memory": "8MiB
 SCARCE = OPTIONS | {"max_num_batched_tokens": 13, "max_num_seqs": 4, "kvcache_memory": None, "num_kvcache_blocks": 5}
 PROMPTS = [np.random.default_rng(n).integers(2, 128, n).tolist() for n in (1, 9, 40)]
 PROMPTS.append(PROMPTS[-1][:33] + PROMPTS[1])  # two pages in common
-GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=0)
 
 
 def answers(models: dict[str, str], executor: str) -> dict[tuple[str, str], dict[str, Any]]:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from distributed.families import PROMPTS, SCARCE, answers, generate
+from distributed.families import GREEDY, PROMPTS, SCARCE, answers, generate
 from tiny_models import TINY, make_tiny_model
 
-from nanovllm import LLM
+from nanovllm import LLM, RequestOutput
 
 # Largest difference of any logit in fp32, which are up to about 10: ranks add in another order.
 TOLERANCE = 2e-5
@@ -96,15 +96,31 @@ def found(request, models, tmp_path_factory):
     return [answers(paths, "auto"), *ranks]
 
 
-@pytest.mark.parametrize(("size", "family"), [(size, family) for size, cases in CASES.items() for family in cases])
-def test_workers_give_the_text_of_one_rank(size, family, models):
+@pytest.mark.parametrize(
+    ("size", "family"),
+    [
+        pytest.param(size, family, marks=[] if size == 2 else pytest.mark.slow)
+        for size, cases in CASES.items()
+        for family in cases
+    ],
+)
+def test_workers_give_what_one_rank_gives(size, family, models):
     """The way of `LLM(..., tensor_parallel_size=N)`, with prompts cut, sequences preempted and prefixes found."""
-    scarce = SCARCE | {"num_kvcache_blocks": 6}
-    with LLM(models[size, family], **scarce) as llm:
-        expected = [generate(llm, PROMPTS), generate(llm, PROMPTS)]
-    with LLM(models[size, family], **scarce, tensor_parallel_size=size) as llm:
-        assert [generate(llm, PROMPTS), generate(llm, PROMPTS)] == expected
-        assert llm.engine.stats.preemptions > 0 and llm.engine.stats.prefix_hits > 0
+    with LLM(models[size, family], **SCARCE) as llm:
+        expected = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    with LLM(models[size, family], **SCARCE, tensor_parallel_size=size) as llm:
+        outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+        assert llm.engine.stats.preemptions > 0
+        again = llm.generate(PROMPTS[-1], GREEDY, use_tqdm=False)[0]
+    assert [o["token_ids"] for o in outputs] == [o["token_ids"] for o in expected]
+    assert np.abs(np.subtract(logprobs(outputs), logprobs(expected))).max() < TOLERANCE
+    assert again["token_ids"] == outputs[-1]["token_ids"] and again.num_cached_tokens >= 32
+
+
+def logprobs(outputs: list[RequestOutput]) -> list[float]:
+    """Of the tokens that were chosen."""
+    chosen = [zip(o.outputs[0].token_ids, o.outputs[0].logprobs, strict=True) for o in outputs]
+    return [found[token].logprob for pairs in chosen for token, found in pairs]
 
 
 def test_logits_are_those_of_one_rank(found):
