@@ -14,7 +14,7 @@ import pytest
 from distributed.families import GREEDY, PROMPTS, SCARCE, answers, generate
 from tiny_models import TINY, make_tiny_model
 
-from nanovllm import LLM, RequestOutput
+from nanovllm import LLM, RequestOutput, SamplingParams
 
 # Largest difference of any logit in fp32, which are up to about 10: ranks add in another order.
 TOLERANCE = 2e-5
@@ -149,3 +149,15 @@ def test_all_ranks_have_the_same_bits(found):
             for key in ("logits", "bfloat16"):
                 assert np.array_equal(mine[key], other[case][key]), (case, key)
             assert mine["text"] == other[case]["text"]
+
+
+def test_smollm2_on_three_ranks():
+    """Nine query heads, three key/value heads and weights that mean something."""
+    questions = ["What is the capital of France?", "Write a poem about the sea.", "Count from 1 to 20."]
+    messages = [[{"role": "user", "content": question}] for question in questions]
+    params, texts = SamplingParams(temperature=0, max_tokens=60), []
+    for size in (1, 3):
+        with LLM("smollm2-135m", dtype="float32", tensor_parallel_size=size) as llm:
+            texts.append([output["text"] for output in llm.chat(messages, params, use_tqdm=False)])
+    assert texts[0] == texts[1]
+    assert "Paris" in texts[0][0]

@@ -65,6 +65,14 @@ def test_outputs_are_equal_on_all_ranks(model, tmp_path):
     assert first[0] == [[c.token_ids for c in output.outputs] for output in outputs]
 
 
+def test_the_example_answers_once(chat_model):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = [str(ROOT / "example.py"), "--executor", "torchrun", "--model", str(chat_model), "--max-tokens", "5"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    shown = subprocess.run([*launch, *script], check=True, env=env, timeout=120, capture_output=True, text=True).stdout
+    assert shown.count("Completion:") == 2
+
+
 def test_torchrun_must_have_started_us(model, monkeypatch):
     with pytest.raises(ConfigError, match="torchrun did not start this process"):
         LLM(model, executor="torchrun", **OPTIONS)
