@@ -52,7 +52,8 @@ class EngineConfig:
         is free.
     gpu_memory_utilization: GPU only: share of the device's memory for weights and pages.
     tensor_parallel_size: ranks; only 1 in this version.
-    num_threads: CPU only; default OMP_NUM_THREADS, else the physical cores that this process may use. It is
+    num_threads: CPU only; default OMP_NUM_THREADS, else the physical cores that this process may use: on a
+        machine with several NUMA nodes those of the largest one, to which the process is bound then. It is
         torch's number, for the whole process.
     enforce_eager: compute every step op by op. Otherwise, where the kernels are native, a step is
         recorded and run as a whole, and those that decode are recorded once for each number of sequences.
