@@ -33,6 +33,7 @@ OTHERS = {
     "host_cost": "microseconds of a decoding step beside the model",
     "sampling": "drawing tokens, native against torch",
     "ways32": "32 sequences sampled and streamed, against greedy generation",
+    "context": "a decoding step behind 8,000 tokens, against reading what it needs",
     "accuracy": "KL divergence of bfloat16 to transformers in fp32",
 }
 NAMES = (*ENGINES, "nanovllm-torch")
