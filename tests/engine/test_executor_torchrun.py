@@ -57,13 +57,12 @@ def test_the_example_answers_once(chat_model):
     assert torchrun(2, str(ROOT / "example.py"), *options).stdout.count("Completion:") == 2
 
 
-@pytest.mark.parametrize("token", [RAISE, KILL])
-def test_a_rank_that_fails_in_a_step_ends_all(model, tmp_path, token):
+@pytest.mark.parametrize(("sizes", "token"), [({}, RAISE), ({}, KILL), ({"damaged": 1}, 1)])
+def test_a_rank_that_fails_ends_all(tmp_path, sizes, token):
     """Long before worker_timeout."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        f"from nanovllm import LLM\nLLM({model!r}, executor='torchrun', **{OPTIONS!r}).generate([[{token}]])"
-    )
+    model, script = sum_model(tmp_path, **sizes), tmp_path / "script.py"
+    engine = f"LLM({model!r}, executor='torchrun', **{OPTIONS!r})"
+    script.write_text(f"from nanovllm import LLM\n{engine}.generate([[{token}]])")
     start = time.monotonic()
     assert torchrun(2, str(script), check=False).returncode != 0
     assert time.monotonic() - start < 60
