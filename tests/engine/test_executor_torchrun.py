@@ -71,8 +71,12 @@ def test_a_rank_that_fails_ends_all(tmp_path, sizes, token):
 def test_torchrun_must_have_started_us(model, monkeypatch):
     with pytest.raises(ConfigError, match="torchrun did not start this process"):
         LLM(model, executor="torchrun", **OPTIONS)
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
-        monkeypatch.setenv(name, value)
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="torchrun did not start this process"):
+        LLM(model, executor="torchrun", **OPTIONS)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="torchrun started 2 processes"):
         LLM(model, executor="torchrun", tensor_parallel_size=3, **OPTIONS)
 
