@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import pickle
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -33,6 +33,8 @@ class MultiprocessExecutor:
     def __init__(self, config: EngineConfig, model_class: type[CausalLM], checkpoint: Checkpoint) -> None:
         """config: resolved. Raises what a rank raises; no process is left then."""
         assert config.tensor_parallel_size is not None
+        if sys.platform != "linux":
+            raise ConfigError("executor='mp' needs Linux: set tensor_parallel_size=1, or use executor='torchrun'")
         require_devices(config, config.tensor_parallel_size)
         self._size = config.tensor_parallel_size
         self._writer = PlanWriter()
@@ -85,8 +87,6 @@ class MultiprocessExecutor:
 
 def require_devices(config: EngineConfig, ranks: int) -> None:
     """ConfigError for what this machine cannot do. ranks: on this host."""
-    if os.name != "posix":
-        raise ConfigError("more than one process needs Linux or macOS; set tensor_parallel_size=1")
     if config.device == "cuda" and ranks > torch.cuda.device_count():
         raise ConfigError(
             f"tensor_parallel_size={config.tensor_parallel_size} needs {ranks} GPUs here, and torch sees "

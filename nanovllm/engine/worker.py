@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import pickle
-import shutil
 import signal
 import sys
 import threading
@@ -79,26 +78,24 @@ class Progress:
         return "".join(traceback.format_stack(sys._current_frames()[self.thread]))
 
 
-def main(link_fd: int, lifeline_fd: int, folder: str) -> None:
-    """The life of a worker: until the driver says so, or is gone, or something goes wrong. folder: private to the
-    engine; ranks meet there."""
+def main(link_fd: int, lifeline_fd: int, meeting_fd: int) -> None:
+    """The life of a worker: until the driver says so, or is gone, or something goes wrong. meeting_fd: of a file
+    without a name, in which ranks find each other."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's
     link, lifeline, progress = Connection(link_fd), Connection(lifeline_fd), Progress()
-    watch = threading.Thread(target=_watch, args=(lifeline, os.getppid(), folder, progress), daemon=True)
-    watch.start()
+    threading.Thread(target=_watch, args=(lifeline, os.getppid(), progress), daemon=True).start()
     try:
-        _serve(link, folder, progress)
+        _serve(link, meeting_fd, progress)
     except BaseException as error:
         deserted = isinstance(error, PeerLost)
         typed = error if isinstance(error, NanoVLLMError) and not deserted else None
         cause = traceback.format_exception_only(type(error), error)[-1].strip()
         with contextlib.suppress(ConnectionError):  # no driver
             link.send(Failed(typed, deserted, cause, traceback.format_exc()))
-        _leave(folder, 1)
-    _leave(folder, 0)
+        sys.exit(1)
 
 
-def _watch(lifeline: Connection, driver: int, folder: str, progress: Progress) -> None:
+def _watch(lifeline: Connection, driver: int, progress: Progress) -> None:
     """Say how far this rank is whenever the driver asks; end with the driver, even within a step."""
     try:
         while os.getppid() == driver:  # a process that the driver has forked may hold the line open
@@ -107,21 +104,13 @@ def _watch(lifeline: Connection, driver: int, folder: str, progress: Progress) -
                 lifeline.send((progress.steps, progress.stack()))
     except (EOFError, OSError):
         pass
-    _leave(folder, 1)
+    os._exit(1)
 
 
-def _leave(folder: str, code: int) -> None:
-    """The driver may be gone already, or be killed before it clears up. At once, as torch's file store would
-    write into the folder once more."""
-    shutil.rmtree(folder, ignore_errors=True)
-    sys.stdout.flush()
-    os._exit(code)
-
-
-def _serve(link: Connection, folder: str, progress: Progress) -> None:
+def _serve(link: Connection, meeting_fd: int, progress: Progress) -> None:
     task: WorkerTask = link.recv()
     logging.basicConfig(level=task.log_level, format=f"nanovllm: rank {task.rank}: %(message)s")
-    group = _join(task, folder)
+    group = _join(task, meeting_fd)
     try:
         runner = _load(link, task, group)
         reader = PlanReader()
@@ -139,7 +128,7 @@ def _serve(link: Connection, folder: str, progress: Progress) -> None:
             group.comm.close()
 
 
-def _join(task: WorkerTask, folder: str) -> TPGroup:
+def _join(task: WorkerTask, meeting_fd: int) -> TPGroup:
     config = task.config
     device = torch.device(config.device, task.rank) if config.device == "cuda" else torch.device(config.device)
     if device.type == "cuda":
@@ -147,7 +136,7 @@ def _join(task: WorkerTask, folder: str) -> TPGroup:
     return join_group(
         task.rank,
         task.size,
-        init_method=f"file://{folder}/ranks",
+        init_method=f"file:///proc/self/fd/{meeting_fd}",
         device=device,
         timeout_s=2 * config.worker_timeout,  # the driver sees it first, and knows more
     )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 import queue
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import deque
@@ -25,9 +24,9 @@ from nanovllm.errors import EngineClosed, RequestError, WorkerDied
 # not multiprocessing's spawn, which runs the user's script again in each process
 _START = """
 import sys
-_, link, lifeline, folder, *sys.path[:] = sys.argv
+_, link, lifeline, meeting, *sys.path[:] = sys.argv
 from nanovllm.engine.worker import main
-main(int(link), int(lifeline), folder)
+main(int(link), int(lifeline), int(meeting))
 """
 _TICK = 1.0  # seconds between looks at the clock
 _GRACE = 0.5  # for the rank that is the cause to show, when another one fails for want of it
@@ -38,13 +37,13 @@ _COLLECTIVE = ("nanovllm/distributed/", "nanovllm/ops/recorder.py")  # where ran
 class Worker:
     """One rank's process. lifeline: of its second thread, which answers during a step."""
 
-    def __init__(self, rank: int, folder: str) -> None:
+    def __init__(self, rank: int, meeting_fd: int) -> None:
         self.rank = rank
         self.link, theirs = Pipe()
         self.lifeline, theirs_too = Pipe()
-        fds = theirs.fileno(), theirs_too.fileno()
+        fds = theirs.fileno(), theirs_too.fileno(), meeting_fd
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _START, *map(str, fds), folder, *sys.path],
+            [sys.executable, "-c", _START, *map(str, fds), *sys.path],
             pass_fds=fds,
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C in a terminal is for the driver alone
@@ -93,7 +92,6 @@ class WorkerPool:
     """
 
     def __init__(self, size: int, timeout: float) -> None:
-        self._folder = tempfile.mkdtemp(prefix="nanovllm-")
         self._timeout = timeout
         self._outbox: queue.SimpleQueue[Question | None] = queue.SimpleQueue()
         self._questions: deque[Question] = deque()
@@ -102,11 +100,14 @@ class WorkerPool:
         self._closing = False
         self._lock = threading.RLock()  # re-entrant, as garbage collection may close in any place
         self._workers: list[Worker] = []
+        meeting_fd = os.memfd_create("nanovllm")  # theirs alone: two engines never meet, and nothing is left of it
         try:
-            self._workers += (Worker(rank, self._folder) for rank in range(size))
+            self._workers += (Worker(rank, meeting_fd) for rank in range(size))
         except BaseException:
             self._end()
             raise
+        finally:
+            os.close(meeting_fd)
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._write, self._read)]
         for thread in self._threads:
             thread.start()
@@ -243,7 +244,6 @@ class WorkerPool:
             worker.process.kill()
         for worker in self._workers:
             worker.process.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def suspect(places: dict[int, tuple[int, str] | None]) -> int:
