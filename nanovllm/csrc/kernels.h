@@ -31,8 +31,10 @@ struct Linear {
     int64_t ldx;
     bool x_bf16;
     const void* weight;
-    const float* bias;  // may be null
-    void* y;            // [m] rows of n, ldy elements apart; float, or bfloat16 if y_bf16
+    const float* bias;      // may be null
+    const float* residual;  // [m] rows of n, ldr elements apart, added to the results; may be null
+    int64_t ldr;
+    void* y;  // [m] rows of n, ldy elements apart; float, or bfloat16 if y_bf16
     int64_t ldy;
     bool y_bf16;
     int64_t m, n, k;

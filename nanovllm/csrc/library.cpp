@@ -162,9 +162,12 @@ int nv_replay(const Tape* tape, int threads) {
 // --- kernels --------------------------------------------------------------------------------------------
 
 // weight_bf16: which of the two packed formats. A float weight takes float rows only.
-void nv_linear(const void* x, int64_t ldx, int x_bf16, const void* weight, int weight_bf16, const float* bias, void* y,
-               int64_t ldy, int y_bf16, int64_t m, int64_t n, int64_t k, int act, int gated, int threads) {
-    const Linear call = {x, ldx, x_bf16 != 0, weight, bias, y, ldy, y_bf16 != 0, m, n, k, (Activation)act, gated != 0};
+void nv_linear(const void* x, int64_t ldx, int x_bf16, const void* weight, int weight_bf16, const float* bias,
+               const float* residual, int64_t ldr, void* y, int64_t ldy, int y_bf16, int64_t m, int64_t n, int64_t k,
+               int act, int gated, int threads) {
+    const Linear call = {x,   ldx,         x_bf16 != 0, weight, bias, residual,        ldr,
+                         y,   ldy,         y_bf16 != 0, m,      n,    k,               (Activation)act,
+                         gated != 0};
     submit(weight_bf16 ? active->linear_bf16 : active->linear_f32, call, threads);
 }
 

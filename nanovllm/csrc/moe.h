@@ -145,9 +145,9 @@ void mixture(const MixtureCall& c, Team& team) {
     constexpr bool bf16 = W::K_PER_STEP == 2;
     const Grouped g(c);
     const int64_t pairs = c.tokens * c.k;
-    const Linear first = {c.x,   c.ldx,   false,    c.gate_up, nullptr, c.fed, c.inner, bf16,
+    const Linear first = {c.x,   c.ldx,   false,    c.gate_up, nullptr, nullptr, 0, c.fed, c.inner, bf16,
                           pairs, c.inner, c.hidden, c.act,     true,    g.tokens};
-    const Linear second = {c.fed, c.inner,  bf16,    c.down,           nullptr, c.results, c.hidden, false,
+    const Linear second = {c.fed, c.inner,  bf16,    c.down,           nullptr, nullptr, 0, c.results, c.hidden, false,
                            pairs, c.hidden, c.inner, Activation::NONE, false};
     int32_t *first_tasks = g.tasks, *second_tasks = g.tasks + c.experts + 1;
     if (team.thread == 0) {

@@ -50,13 +50,14 @@ class SparseMoE(nn.Module):
         self._ops = ctx.ops
         self._weights = _stack(experts) if ctx.ops.fuses(act) else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [T, H] -> [T, H]
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:  # [T, H] -> [T, H]
         weights, chosen = self._ops.route(self.gate(x), self._top_k, normalise=self._normalise)
         if self._weights is not None:
             out = self._ops.mixture(x, weights, chosen, *self._weights, self._inner, self._act)
         else:
             out = self._one_by_one(x, weights, chosen.flatten())
-        return self._tp.all_reduce(out) if self._reduce else out
+        out = self._tp.all_reduce(out) if self._reduce else out
+        return out if residual is None else residual + out
 
     def _one_by_one(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         by_expert = chosen.argsort(stable=True)  # chosen: [T * k], a token's choices side by side

@@ -75,9 +75,15 @@ class Ops(Protocol):
         ...
 
     def linear(
-        self, x: torch.Tensor, packed: torch.Tensor, rows: int, bias: torch.Tensor | None, act: str | None = None
+        self,
+        x: torch.Tensor,
+        packed: torch.Tensor,
+        rows: int,
+        bias: torch.Tensor | None,
+        act: str | None = None,
+        residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """act(x [T, K] @ weight.T + bias) -> [T, rows]."""
+        """act(x [T, K] @ weight.T + bias) -> [T, rows], or the residual [T, rows] plus x @ weight.T + bias."""
         ...
 
     def gated_linear(

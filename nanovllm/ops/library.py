@@ -23,7 +23,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "nv_linear": (
         None,
         [
-            *(_POINTER, _LONG, _INT, _POINTER, _INT, _POINTER, _POINTER, _LONG, _INT),
+            *(_POINTER, _LONG, _INT, _POINTER, _INT, _POINTER, _POINTER, _LONG, _POINTER, _LONG, _INT),
             _LONG,
             _LONG,
             _LONG,
