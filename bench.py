@@ -33,6 +33,8 @@ OTHERS = {
     "host_cost": "microseconds of a decoding step beside the model",
     "sampling": "drawing tokens, native against torch",
     "ways32": "32 sequences sampled and streamed, against greedy generation",
+    "all_reduce": "sums between two ranks, through shared memory and by gloo",
+    "ranks": "bytes between the processes of a step, and its milliseconds",
     "accuracy": "KL divergence of bfloat16 to transformers in fp32",
 }
 NAMES = (*ENGINES, "nanovllm-torch")

@@ -6,8 +6,7 @@ import os
 import pickle
 from collections.abc import Callable
 from concurrent.futures import Future
-from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import xxhash
@@ -38,20 +37,30 @@ class TorchrunExecutor:
         self, config: EngineConfig, model_class: type[CausalLM], model_config: ModelConfig, checkpoint: Checkpoint
     ) -> None:
         """config: resolved."""
-        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        local_rank, host_ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        host_ranks = int(os.environ["LOCAL_WORLD_SIZE"])
         require_devices(config, host_ranks)
-        device = torch.device("cuda", local_rank) if config.device == "cuda" else torch.device(config.device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        self._group = join_group(rank, size, init_method="env://", device=device, timeout_s=config.worker_timeout)
-        self._ranks = _Ranks(rank, size, config.worker_timeout)
-        self._runner: ModelRunner | None = ModelRunner(
-            *(config, model_class, model_config, checkpoint),
-            tp=self._group,
-            host_ranks=host_ranks,
-            agree=lambda plan: smallest(self._ranks.gather(plan)),
+        self._device = torch.device(config.device)
+        if config.device == "cuda":
+            self._device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(self._device)
+        self._group = join_group(
+            int(os.environ["RANK"]),
+            int(os.environ["WORLD_SIZE"]),
+            init_method="env://",
+            device=self._device,
+            timeout_s=config.worker_timeout,
         )
+        self._runner: ModelRunner | None = None
+        try:
+            self._runner = ModelRunner(
+                *(config, model_class, model_config, checkpoint),
+                tp=self._group,
+                host_ranks=host_ranks,
+                agree=lambda plan: smallest(self._gather(plan)),
+            )
+        except BaseException:
+            self.close()  # so that nobody waits for this rank
+            raise
         self._capacity = self._runner.cache_plan
 
     @property
@@ -60,19 +69,40 @@ class TorchrunExecutor:
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:
         assert self._runner is not None, "closed"
-        self._ranks.compare(digest(plan))
+        self._compare(digest(plan))
+        result = self._runner.execute(plan)
         future: Future[StepResult] = Future()
-        future.set_result(self._ranks.broadcast(self._runner.execute(plan)))
+        future.set_result(self._gather(result)[0])
         return future
 
     def apply_model(self, function: Callable[[CausalLM], T]) -> list[T]:
         assert self._runner is not None, "closed"
-        return self._ranks.gather(function(self._runner.model))
+        self._compare(xxhash.xxh3_64_intdigest(function.__qualname__) >> 1)
+        return self._gather(function(self._runner.model))
 
     def close(self) -> None:
-        if self._runner is not None and self._group.comm is not None:
+        if self._group.comm is not None:
             self._group.comm.close()
         self._runner = None
+
+    def _compare(self, mine: int) -> None:
+        """RanksDiffer unless all ranks have the same number, of 63 bits."""
+        numbers = torch.tensor([[mine]], device=self._device)
+        found = self._group.all_gather(numbers, self._group.size)[0].tolist()
+        other = next((rank for rank, number in enumerate(found) if number != found[0]), None)
+        if other is not None:
+            raise RanksDiffer(
+                f"rank {other} makes another step than rank 0: with executor='torchrun' every process must "
+                "make the same calls, with the same arguments, in the same order"
+            )
+
+    def _gather(self, mine: T) -> list[T]:
+        """Of all ranks, in order."""
+        size, data = self._group.size, pickle.dumps(mine)
+        lengths = self._group.all_gather(torch.tensor([[len(data)]], device=self._device), size)[0].tolist()
+        padded = torch.frombuffer(bytearray(data.ljust(max(lengths))), dtype=torch.uint8)[None]
+        found = self._group.all_gather(padded.to(self._device), size * max(lengths))
+        return [pickle.loads(part.tobytes()) for part in found.cpu().view(size, -1).numpy()]
 
 
 def digest(plan: StepPlan) -> int:
@@ -85,51 +115,3 @@ def digest(plan: StepPlan) -> int:
         seen.update(s.token_ids.tobytes())
         seen.update(s.block_table.tobytes())
     return seen.intdigest() >> 1
-
-
-class _Ranks:
-    """A group of CPUs beside the model's own, for few bytes at a time."""
-
-    def __init__(self, rank: int, size: int, timeout: float) -> None:
-        dist: Any = torch.distributed
-        seconds = timedelta(seconds=timeout)
-        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=seconds))
-        nth = store.add(f"nanovllm/engines/{rank}", 1)  # a script may have several, one after the other
-        self._rank, self._size = rank, size
-        self._broadcast_options: Any = dist.BroadcastOptions
-        self._group: Any = dist.ProcessGroupGloo(dist.PrefixStore(f"nanovllm/engine{nth}", store), rank, size, seconds)
-
-    def compare(self, mine: int) -> None:
-        """RanksDiffer unless all ranks have the same number."""
-        all_of_them = torch.zeros(self._size, dtype=torch.int64)
-        all_of_them[self._rank] = mine
-        self._group.allreduce([all_of_them]).wait()
-        found = all_of_them.tolist()
-        other = next((rank for rank, number in enumerate(found) if number != found[0]), None)
-        if other is not None:
-            raise RanksDiffer(
-                f"rank {other} has planned another step than rank 0: with executor='torchrun' every process must "
-                "make the same calls, with the same arguments, in the same order"
-            )
-
-    def broadcast(self, mine: T) -> T:
-        """Rank 0's."""
-        return self._of(0, mine)
-
-    def gather(self, mine: Any) -> list[Any]:
-        """Of all ranks, in order."""
-        return [self._of(rank, mine) for rank in range(self._size)]
-
-    def _of(self, rank: int, mine: T) -> T:
-        data = torch.frombuffer(bytearray(pickle.dumps(mine)), dtype=torch.uint8)
-        length = torch.tensor([len(data)])
-        self._broadcast(length, rank)
-        if rank != self._rank:
-            data = torch.empty(int(length), dtype=torch.uint8)
-        self._broadcast(data, rank)
-        return pickle.loads(data.numpy().tobytes())
-
-    def _broadcast(self, data: torch.Tensor, rank: int) -> None:
-        options = self._broadcast_options()
-        options.rootRank = rank
-        self._group.broadcast([data], options).wait()

@@ -1,30 +1,16 @@
-"""Ranks as processes of their own, and what they run."""
+"""Ranks of a group as processes of their own."""
 
 from __future__ import annotations
 
 import multiprocessing
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from helpers import run_all
 
-from nanovllm import SamplingParams
-from nanovllm.build_context import BuildContext
-from nanovllm.config import EngineConfig
-from nanovllm.distributed.group import TPGroup
 from nanovllm.distributed.join import join_group
-from nanovllm.engine import model_runner
-from nanovllm.engine.batch_builder import build_batch
-from nanovllm.engine.build import find_model
-from nanovllm.engine.executor import InProcessExecutor
-from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.engine.step import PlannedSequence, StepPlan
-from nanovllm.weights.checkpoint import open_checkpoint
 
 SPAWN = multiprocessing.get_context("spawn")
 CPU = torch.device("cpu")
@@ -73,40 +59,3 @@ def _run(rank: int, size: int, init_method: str, timeout_s: float, pipe: Any, fu
         pipe.send(function(group, *args))
     except BaseException:
         pipe.send(_Failure(traceback.format_exc()))
-
-
-def engine_of_rank(group: TPGroup, path: str, **options: Any) -> LLMEngine:
-    """The engine that every rank runs by itself: same requests, same plans."""
-    checkpoint = open_checkpoint(Path(path))
-    asked = EngineConfig.from_options(path, {"skip_tokenizer_init": True, "device": "cpu", **options})
-    family, sizes = find_model(asked, checkpoint)
-    config = asked.resolve(checkpoint_dtype=checkpoint.dtype, max_positions=sizes.max_position_embeddings, cuda=False)
-    model_runner.BuildContext = lambda *args, **options: replace(BuildContext(*args, **options), tp=group)
-    executor = InProcessExecutor(config, family, sizes, checkpoint)
-    return LLMEngine(config, None, executor, vocab_size=sizes.vocab_size, eos_ids=[])
-
-
-def greedy(engine: LLMEngine, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
-    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-    requests = [engine.prepare(prompt, params) for prompt in prompts]
-    for request in requests:
-        engine.add(request)
-    outputs = run_all(engine)
-    return [outputs[request.request_id]["token_ids"] for request in requests]
-
-
-@torch.inference_mode()
-def all_logits(engine: LLMEngine, token_ids: list[int]) -> np.ndarray:
-    """[T, V] of one prompt in one pass."""
-    runner = engine._executor._runner
-    size = runner._block_size
-    table = np.arange(1, 1 + -(-len(token_ids) // size))
-    plan = StepPlan([PlannedSequence(0, np.array(token_ids, np.int32), 0, table, 1, None)])
-    batch = build_batch(
-        plan,
-        block_size=size,
-        device=CPU,
-        backend=runner._backend,
-        with_states=runner.cache_plan.num_slots > 0,
-    )
-    return runner.model.compute_logits(runner.model(batch)).numpy()

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
-import torch
-from distributed.ranks import Ranks, all_logits, engine_of_rank, greedy
+from distributed.families import GREEDY, PROMPTS, SCARCE, answers, generate
 from tiny_models import TINY, make_tiny_model
 
-from nanovllm.distributed.group import TPGroup
-from nanovllm.ops.library import Library, library_or_reason
+from nanovllm import LLM, RequestOutput, SamplingParams
 
 # Largest difference of any logit in fp32, which are up to about 10: ranks add in another order.
 TOLERANCE = 2e-5
@@ -59,49 +64,67 @@ CASES: dict[int, dict[str, dict]] = {
         "falcon-40b": {"ffn_hidden_size": 104},
     },
 }
-KERNELS = ["native", "torch"] if isinstance(library_or_reason(), Library) else ["torch"]
-PROMPTS = [np.random.default_rng(n).integers(2, 128, n).tolist() for n in (1, 9, 40)]
-PROMPTS.append(PROMPTS[-1][:33] + PROMPTS[1])  # two pages in common
-# prompts in pieces, and too few pages for all: some sequences begin anew
-SCARCE = {"max_num_batched_tokens": 13, "max_num_seqs": 4, "num_kvcache_blocks": 5}
+ROOT = Path(__file__).parents[2]
 
 
 def test_no_family_is_forgotten():
     assert {family for cases in CASES.values() for family in cases} == set(TINY)
 
 
-def run(group: TPGroup, path: str, kernels: str) -> dict:
-    engine = engine_of_rank(group, path, kernels=kernels, kvcache_memory="8MiB")
-    found = {"logits": all_logits(engine, PROMPTS[-1]), "text": greedy(engine, PROMPTS, 12)}
-    found["again"] = greedy(engine, PROMPTS[::-1], 12)[::-1]
-    found["recorded"] = engine._executor._runner._graphs is not None
-    scarce = engine_of_rank(group, path, kernels=kernels, **SCARCE)
-    found["scarce"], found["preemptions"] = greedy(scarce, PROMPTS, 12), scarce.stats.preemptions
-    halves = engine_of_rank(group, path, kernels=kernels, dtype="bfloat16", kvcache_memory="8MiB")
-    found["bfloat16"] = all_logits(halves, PROMPTS[-1])
-    return found
-
-
-def run_families(group: TPGroup, paths: dict[str, str]) -> dict:
-    return {(f, kernels): run(group, path, kernels) for f, path in paths.items() for kernels in KERNELS}
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """By ranks and family."""
+    folder = tmp_path_factory.mktemp("families")
+    return {
+        (size, family): str(make_tiny_model(family, folder / f"{size} {family}", **sizes))
+        for size, cases in CASES.items()
+        for family, sizes in cases.items()
+    }
 
 
 @pytest.fixture(scope="module", params=CASES)
-def found(request, tmp_path_factory):
-    """What one rank found, and what each of several did."""
-    directory = tmp_path_factory.mktemp("families")
-    cases = CASES[request.param]
-    paths = {f: str(make_tiny_model(f, directory / f, **sizes)) for f, sizes in cases.items()}
-    ranks = Ranks(request.param, directory, run_families, paths)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    alone = run_families(TPGroup(), paths)
-    torch.set_num_threads(before)
-    return alone, ranks.results()
+def found(request, models, tmp_path_factory):
+    """What one rank answers for each family, and what each of several does."""
+    size, folder = request.param, tmp_path_factory.mktemp("answers")
+    paths = {family: models[size, family] for family in CASES[size]}
+    (folder / "models.json").write_text(json.dumps(paths))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+    script = ["-m", "distributed.families", str(folder / "models.json"), str(folder)]
+    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    subprocess.run([*launch, *script], check=True, env=env, timeout=600)
+    ranks = [pickle.loads((folder / str(rank)).read_bytes()) for rank in range(size)]
+    return [answers(paths, "auto"), *ranks]
+
+
+@pytest.mark.parametrize(
+    ("size", "family"),
+    [
+        pytest.param(size, family, marks=[] if size == 2 else pytest.mark.slow)
+        for size, cases in CASES.items()
+        for family in cases
+    ],
+)
+def test_workers_give_what_one_rank_gives(size, family, models):
+    """The way of `LLM(..., tensor_parallel_size=N)`, with prompts cut, sequences preempted and prefixes found."""
+    with LLM(models[size, family], **SCARCE) as llm:
+        expected = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    with LLM(models[size, family], **SCARCE, tensor_parallel_size=size) as llm:
+        outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+        assert llm.engine.stats.preemptions > 0
+        again = llm.generate(PROMPTS[-1], GREEDY, use_tqdm=False)[0]
+    assert [o["token_ids"] for o in outputs] == [o["token_ids"] for o in expected]
+    assert np.abs(np.subtract(logprobs(outputs), logprobs(expected))).max() < TOLERANCE
+    assert again["token_ids"] == outputs[-1]["token_ids"] and again.num_cached_tokens >= 32
+
+
+def logprobs(outputs: list[RequestOutput]) -> list[float]:
+    """Of the tokens that were chosen."""
+    chosen = [zip(o.outputs[0].token_ids, o.outputs[0].logprobs, strict=True) for o in outputs]
+    return [found[token].logprob for pairs in chosen for token, found in pairs]
 
 
 def test_logits_are_those_of_one_rank(found):
-    alone, ranks = found
+    alone, *ranks = found
     for case, expected in alone.items():
         difference = np.abs(ranks[0][case]["logits"] - expected["logits"]).max()
         assert difference < TOLERANCE, case
@@ -111,7 +134,7 @@ def test_logits_are_those_of_one_rank(found):
 
 def test_text_is_that_of_one_rank(found):
     """In one batch, from cached prefixes, and with prompts cut and sequences preempted."""
-    alone, ranks = found
+    alone, *ranks = found
     for case, expected in alone.items():
         for way in ("text", "again", "scarce"):
             assert ranks[0][case][way] == expected["text"], (case, way)
@@ -120,9 +143,21 @@ def test_text_is_that_of_one_rank(found):
 
 
 def test_all_ranks_have_the_same_bits(found):
-    _, ranks = found
+    _, *ranks = found
     for other in ranks[1:]:
         for case, mine in ranks[0].items():
             for key in ("logits", "bfloat16"):
                 assert np.array_equal(mine[key], other[case][key]), (case, key)
             assert mine["text"] == other[case]["text"]
+
+
+def test_smollm2_on_three_ranks():
+    """Nine query heads, three key/value heads and weights that mean something."""
+    questions = ["What is the capital of France?", "Write a poem about the sea.", "Count from 1 to 20."]
+    messages = [[{"role": "user", "content": question}] for question in questions]
+    params, texts = SamplingParams(temperature=0, max_tokens=60), []
+    for size in (1, 3):
+        with LLM("smollm2-135m", dtype="float32", tensor_parallel_size=size) as llm:
+            texts.append([output["text"] for output in llm.chat(messages, params, use_tqdm=False)])
+    assert texts[0] == texts[1]
+    assert "Paris" in texts[0][0]

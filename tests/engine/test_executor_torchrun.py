@@ -58,11 +58,19 @@ def test_outputs_are_equal_on_all_ranks(model, tmp_path):
     subprocess.run([*launch, *arguments], check=True, env=env, timeout=120)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second
-    assert "planned another step than rank 0" in first[2]
+    assert "makes another step than rank 0" in first[2]
     params = [SamplingParams(max_tokens=20), SamplingParams(n=3, max_tokens=9), SamplingParams(max_tokens=4)]
     with LLM(model, seed=1, **OPTIONS) as llm:
         outputs = llm.generate([[1, 2, 3], [4], [5] * 30], params, use_tqdm=False)
     assert first[0] == [[c.token_ids for c in output.outputs] for output in outputs]
+
+
+def test_the_example_answers_once(chat_model):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = [str(ROOT / "example.py"), "--executor", "torchrun", "--model", str(chat_model), "--max-tokens", "5"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    shown = subprocess.run([*launch, *script], check=True, env=env, timeout=120, capture_output=True, text=True).stdout
+    assert shown.count("Completion:") == 2
 
 
 def test_torchrun_must_have_started_us(model, monkeypatch):
