@@ -55,6 +55,7 @@ class TorchrunExecutor:
             self._runner = ModelRunner(
                 *(config, model_class, model_config, checkpoint),
                 tp=self._group,
+                host_rank=int(os.environ["LOCAL_RANK"]),
                 host_ranks=host_ranks,
                 agree=lambda plan: smallest(self._gather(plan)),
             )

@@ -46,11 +46,12 @@ class ModelRunner:
         checkpoint: Checkpoint,
         *,
         tp: TPGroup | None = None,
+        host_rank: int = 0,
         host_ranks: int = 1,
         agree: Callable[[CachePlan], CachePlan] | None = None,
     ) -> None:
-        """config: resolved. tp: this rank's place in its group. host_ranks: that share this host's cores and
-        memory. agree: from what this rank can hold to what all can."""
+        """config: resolved. tp: this rank's place in its group. host_rank, host_ranks: which of how many
+        share this host's cores and memory. agree: from what this rank can hold to what all can."""
         assert config.max_model_len is not None
         self._device = torch.device(config.device)
         self._block_size = config.kvcache_block_size
@@ -59,7 +60,7 @@ class ModelRunner:
             config.attention_backend, self._device, dtype, self._block_size
         )
         if self._device.type == "cpu":
-            set_threads(config.num_threads, host_ranks)
+            set_threads(config.num_threads, host_rank, host_ranks)
         self._ops = select_ops(config.kernels, self._device, dtype)
         self._tp = tp or TPGroup()
         ctx = BuildContext(self._device, dtype, self._backend, config.max_model_len, self._tp, self._ops)

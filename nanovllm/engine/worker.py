@@ -162,7 +162,9 @@ def _load(link: Connection, task: WorkerTask, group: TPGroup) -> ModelRunner:
         return link.recv()
 
     sizes = model.read_config(checkpoint.config)
-    return ModelRunner(config, model, sizes, checkpoint, tp=group, host_ranks=task.size, agree=agree)
+    return ModelRunner(
+        config, model, sizes, checkpoint, tp=group, host_rank=task.rank, host_ranks=task.size, agree=agree
+    )
 
 
 def _call(call: Call, model: CausalLM) -> bytes:
