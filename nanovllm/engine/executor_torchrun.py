@@ -78,7 +78,7 @@ class TorchrunExecutor:
 
     def apply_model(self, function: Callable[[CausalLM], T]) -> list[T]:
         assert self._runner is not None, "closed"
-        self._compare(xxhash.xxh3_64_intdigest(function.__qualname__) >> 1)
+        self._compare(xxhash.xxh3_64_intdigest(function.__qualname__.encode()) >> 1)
         return self._gather(function(self._runner.model))
 
     def close(self) -> None:

@@ -21,20 +21,21 @@ def set_threads(asked: int | None, rank: int = 0, ranks: int = 1) -> None:
     """Give torch, whose number the native kernels follow, as many threads as `asked`, or else no more than
     there is a core's time for. OMP_NUM_THREADS goes before that: torch has read it.
 
-    rank, ranks: which of how many processes on this host that share its cores. Where nobody has said how many
-    threads and the host has several NUMA nodes, each rank is bound to one of them, the first to the largest:
+    Where nobody has said how many and the process may run on several NUMA nodes, it is bound to one of them:
     weights and caches are allocated where they are read, and memory of another node is read at a part of the
-    speed.
+    speed. rank: of `ranks` on this host, which take the nodes in turn, the largest one first, and share cores.
     """
     if asked is not None:
         torch.set_num_threads(asked)
     elif "OMP_NUM_THREADS" not in os.environ:
-        nodes = numa_nodes()
+        nodes, sharing = numa_nodes(), ranks
         if len(nodes) > 1:
-            _bind(nodes[rank % len(nodes)])
-        neighbours = len(range(rank % len(nodes), ranks, len(nodes))) if nodes else ranks
-        cores = min(usable_cores() // neighbours, cpu_quota() // ranks)
-        torch.set_num_threads(min(torch.get_num_threads(), max(1, int(cores))))
+            mine = rank % len(nodes)
+            sharing = len(range(mine, ranks, len(nodes)))
+            _bind(nodes[mine])
+            logger.info("bound to %d of the CPUs, those of one NUMA node; num_threads=N runs unbound", len(nodes[mine]))
+        cores = int(min(usable_cores() / sharing, cpu_quota() / ranks))
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, cores)))
 
 
 def usable_cores() -> int:
@@ -76,7 +77,6 @@ def _parse_cpus(text: str) -> set[int]:
 
 def _bind(cpus: set[int]) -> None:
     """All threads of this process, those that torch has started already among them."""
-    logger.info("bound to the %d CPUs of one NUMA node; num_threads=N would leave it unbound", len(cpus))
     for task in Path("/proc/self/task").iterdir():
         try:
             os.sched_setaffinity(int(task.name), cpus)

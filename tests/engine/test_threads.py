@@ -79,12 +79,30 @@ def test_who_decides(group, machine, undecided, monkeypatch):
     machine({"node0": "0-15"})
     set_threads(None)
     assert torch.get_num_threads() == 14
-    set_threads(None, rank=1, ranks=3)
-    assert torch.get_num_threads() == 4
     set_threads(2)
     assert torch.get_num_threads() == 2
     set_threads(None)  # fewer than there could be are somebody's choice
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(("ranks", "each"), [(1, 14), (2, 7), (3, 4), (20, 1)])
+def test_ranks_share_the_cores(group, machine, undecided, ranks, each):
+    machine({"node0": "0-15"})
+    set_threads(None, ranks - 1, ranks)
+    assert torch.get_num_threads() == each
+
+
+@pytest.mark.parametrize(
+    ("rank", "ranks", "quota", "node", "count"),
+    [(0, 2, "max", "2-9", 8), (1, 2, "max", "10-13", 4), (0, 3, "max", "2-9", 4), (2, 3, "max", "2-9", 4),
+     (1, 3, "max", "10-13", 4), (1, 2, "600000", "10-13", 3)],
+)  # fmt: skip
+def test_ranks_take_nodes_in_turn(group, machine, undecided, rank, ranks, quota, node, count):
+    bound = machine({"node0": "2-9", "node1": "10-15"})
+    (group / "cpu.max").write_text(f"{quota} 100000")
+    set_threads(None, rank, ranks)
+    assert bound[-1] == module._parse_cpus(node)
+    assert torch.get_num_threads() == count
 
 
 def test_stays_on_the_largest_node(group, machine, undecided):
@@ -95,22 +113,6 @@ def test_stays_on_the_largest_node(group, machine, undecided):
     assert bound[-1] == {2, 3, 4, 5, 6, 7}
     assert len(bound) == len(os.listdir("/proc/self/task"))
     assert torch.get_num_threads() == 6
-
-
-@pytest.mark.parametrize(("rank", "node", "count"), [(0, "4-7", 2), (1, "0-3", 4), (2, "4-7", 2)])
-def test_ranks_are_spread_over_nodes(group, machine, undecided, rank, node, count):
-    """Two of three ranks share the larger node."""
-    bound = machine({"node0": "0-3", "node1": "4-7,12"})
-    set_threads(None, rank, ranks=3)
-    assert bound[-1] - {12} == set(range(int(node[0]), int(node[2]) + 1))
-    assert torch.get_num_threads() == count
-
-
-def test_ranks_share_a_quota(group, machine, undecided):
-    (group / "cpu.max").write_text("400000 100000")
-    machine({"node0": "0-7", "node1": "8-15"})
-    set_threads(None, 1, ranks=2)
-    assert torch.get_num_threads() == 2
 
 
 @pytest.mark.parametrize("nodes", [{}, {"node0": "0-15"}, {"node0": "0-13", "node1": "14-15"}])
