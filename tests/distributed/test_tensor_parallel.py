@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from distributed.families import GREEDY, PROMPTS, SCARCE, answers, generate
+from distributed.families import GREEDY, PROMPTS, SCARCE, answers
 from tiny_models import TINY, make_tiny_model
 
 from nanovllm import LLM, RequestOutput, SamplingParams
