@@ -257,8 +257,10 @@ struct AllReduce : GroupCall {
     int64_t work() const { return n * size; }
 };
 
-// y's rows: those of all ranks side by side, of which the first out_bytes are kept.
-struct AllGather : GroupCall {
+// y's rows: those of all ranks side by side, of which the first out_bytes are kept. For the rank `root` alone, if
+// that is not negative.
+struct GatherRanks : GroupCall {
+    int64_t root;
     const void* x;  // [rows] of row_bytes
     int64_t rows, row_bytes, out_bytes;
     void* y;
@@ -286,7 +288,7 @@ struct Kernels {
     Kernel<Mamba2Call> mamba2;
     Kernel<RmsScale> rms_scale;
     Kernel<AllReduce> all_reduce;
-    Kernel<AllGather> all_gather;
+    Kernel<GatherRanks> gather_ranks;
 };
 
 // null where this build has no such level

@@ -289,10 +289,10 @@ int nv_all_reduce(Region* region, int64_t rank, int64_t size, double timeout, co
     return status();
 }
 
-int nv_all_gather(Region* region, int64_t rank, int64_t size, double timeout, const void* x, int64_t rows,
-                  int64_t row_bytes, int64_t out_bytes, void* y, int threads) {
-    const AllGather call = {{region, rank, size, timeout}, x, rows, row_bytes, out_bytes, y};
-    submit(active->all_gather, call, threads);
+int nv_gather_ranks(Region* region, int64_t rank, int64_t size, double timeout, int64_t root, const void* x,
+                    int64_t rows, int64_t row_bytes, int64_t out_bytes, void* y, int threads) {
+    const GatherRanks call = {{region, rank, size, timeout}, root, x, rows, row_bytes, out_bytes, y};
+    submit(active->gather_ranks, call, threads);
     return status();
 }
 }

@@ -8,10 +8,7 @@ import pickle
 import numpy as np
 import pytest
 from distributed.families import GREEDY, PROMPTS, SCARCE, answers
-<<<<<<< HEAD
-=======
 from distributed.ranks import torchrun
->>>>>>> ranks
 from tiny_models import TINY, make_tiny_model
 
 from nanovllm import LLM, RequestOutput, SamplingParams
