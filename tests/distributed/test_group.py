@@ -137,6 +137,7 @@ def until_it_fails(group: TPGroup, victim_closes: bool) -> float:
 def test_a_rank_that_is_gone_is_not_waited_for_for_ever(tmp_path, victim_closes):
     ranks = Ranks(3, tmp_path, until_it_fails, victim_closes, timeout_s=60 if victim_closes else 4)
     assert max(ranks.receive(rank, 50) for rank in (0, 2)) < 40
+    assert len(set(ranks.exit_codes())) == (1 if victim_closes else 2)
 
 
 def failed_replay(group: TPGroup) -> bool:
