@@ -29,6 +29,7 @@ _PLAN_OPTIONS = (
     "attention_backend",
     "kernels",
     "enable_prefix_caching",
+    "enable_expert_parallel",
 )
 _PARITY_OPTIONS = (
     "revision",

@@ -64,6 +64,7 @@ struct MixtureCall {
     int64_t ldx;
     const float* weights;
     const int32_t* chosen;
+    int64_t first;  // the experts here are first, ..., first + experts - 1; others give nothing
     int64_t tokens, experts, k, hidden, inner;
     const void *gate_up, *down;
     int64_t gate_up_bytes, down_bytes;  // of one expert

@@ -177,12 +177,13 @@ void nv_route(const float* scores, int64_t tokens, int64_t experts, int64_t k, i
     submit(active->route, call, threads);
 }
 
-void nv_mixture(const float* x, int64_t ldx, const float* weights, const int32_t* chosen, int64_t tokens,
-                int64_t experts, int64_t k, int64_t hidden, int64_t inner, const void* gate_up, const void* down,
+void nv_mixture(const float* x, int64_t ldx, const float* weights, const int32_t* chosen, int64_t first,
+                int64_t tokens, int64_t experts, int64_t k, int64_t hidden, int64_t inner, const void* gate_up, const void* down,
                 int64_t gate_up_bytes, int64_t down_bytes, int weight_bf16, int act, float* out, int32_t* index,
                 void* fed, float* results, int threads) {
-    const MixtureCall call = {x,    ldx,           weights,    chosen,          tokens, experts, k,   hidden, inner, gate_up,
-                              down, gate_up_bytes, down_bytes, (Activation)act, out,    index,   fed, results};
+    const MixtureCall call = {x,     ldx,     weights, chosen,        first,      tokens,          experts, k,   hidden,
+                              inner, gate_up, down,    gate_up_bytes, down_bytes, (Activation)act, out,     index, fed,
+                              results};
     submit(weight_bf16 ? active->mixture_bf16 : active->mixture_f32, call, threads);
 }
 

@@ -55,6 +55,12 @@ class TPGroup:
         count = self.shard(total, what)
         return slice(self.rank * count, (self.rank + 1) * count)
 
+    def uneven_part(self, total: int, what: str) -> slice:
+        """The same, but where they do not divide some ranks have one more; ConfigError where one would have none."""
+        if total < self.size:
+            raise ConfigError(f"{what}: {total} are too few for tensor_parallel_size={self.size}")
+        return slice(self.rank * total // self.size, (self.rank + 1) * total // self.size)
+
     def part_or_copy(self, total: int, what: str) -> slice:
         """The same, but where there are fewer things than ranks, neighbouring ranks have one and the same."""
         if total >= self.size:

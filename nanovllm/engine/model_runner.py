@@ -20,8 +20,10 @@ from nanovllm.engine.memory import cache_memory, size_caches
 from nanovllm.engine.step import StepPlan, StepResult
 from nanovllm.engine.step_graphs import StepGraphs
 from nanovllm.engine.threads import set_threads
+from nanovllm.errors import ConfigError
 from nanovllm.host_memory import mapped_zeros
 from nanovllm.layers.attention import CachedLayer
+from nanovllm.layers.moe import SparseMoE
 from nanovllm.layers.sampler import sample, token_logprobs
 from nanovllm.models.base import CausalLM, ModelConfig
 from nanovllm.ops.base import select_ops
@@ -63,8 +65,13 @@ class ModelRunner:
             set_threads(config.num_threads, host_rank, host_ranks)
         self._ops = select_ops(config.kernels, self._device, dtype)
         self._tp = tp or TPGroup()
-        ctx = BuildContext(self._device, dtype, self._backend, config.max_model_len, self._tp, self._ops)
+        ctx = BuildContext(
+            *(self._device, dtype, self._backend, config.max_model_len, self._tp, self._ops),
+            expert_parallel=config.enable_expert_parallel,
+        )
         self._model = model_class(model_config, ctx)
+        if config.enable_expert_parallel and not any(isinstance(m, SparseMoE) for m in self._model.modules()):
+            raise ConfigError("enable_expert_parallel=True: this model has no experts; leave it out")
         if config.load_format == "dummy":
             self._model.load_dummy(config.seed or 0)
         else:

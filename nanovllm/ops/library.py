@@ -36,7 +36,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "nv_mixture": (
         None,
         [
-            *(_POINTER, _LONG, _POINTER, _POINTER),  # x, its stride, weights, experts chosen
+            *(_POINTER, _LONG, _POINTER, _POINTER, _LONG),  # x, its stride, weights, experts chosen, the first one here
             *(_LONG, _LONG, _LONG, _LONG, _LONG),  # tokens, experts, choices a token, hidden and inner size
             *(_POINTER, _POINTER, _LONG, _LONG, _INT, _INT),  # two weights, bytes of an expert, bfloat16?, activation
             *(_POINTER, _POINTER, _POINTER, _POINTER, _INT),  # out, three to work in, threads

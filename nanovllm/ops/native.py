@@ -135,6 +135,7 @@ class NativeOps:
         down: torch.Tensor,
         inner: int,
         act: str,
+        first: int = 0,
     ) -> torch.Tensor:
         x = _fp32_rows(x)
         (tokens, hidden), k, experts = x.shape, chosen.shape[1], len(gate_up)
@@ -146,6 +147,7 @@ class NativeOps:
             x.stride(0),
             weights.data_ptr(),
             chosen.data_ptr(),
+            first,
             tokens,
             experts,
             k,

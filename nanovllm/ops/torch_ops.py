@@ -79,6 +79,7 @@ class TorchOps:
         down: torch.Tensor,
         inner: int,
         act: str,
+        first: int = 0,
     ) -> torch.Tensor:
         raise NotImplementedError(act)
 
