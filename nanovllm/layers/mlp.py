@@ -27,4 +27,4 @@ class GatedMLP(nn.Module):
         self.down_proj = RowParallelLinear(intermediate_size, hidden_size, ctx, bias=bias, reduce=reduce)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:  # [T, H] -> [T, H]
-        return self.down_proj(self.gate_up_proj(x), residual)
+        return self.down_proj(self.gate_up_proj(x), residual=residual)

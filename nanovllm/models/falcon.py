@@ -115,7 +115,7 @@ class FalconAttention(nn.Module):
         if rope is not None:
             qk = apply_rotary(qk, *rope)
         q, k = qk.split((self.num_heads, self.num_kv_heads), dim=1)
-        return self.dense(self.attn(q, k, v, batch)[:, self.mine], residual)
+        return self.dense(self.attn(q, k, v, batch)[:, self.mine], residual=residual)
 
 
 def attention_group(config: FalconConfig, tp: TPGroup) -> TPGroup:
@@ -136,7 +136,7 @@ class FalconMLP(nn.Module):
         )
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return self.dense_4h_to_h(self.dense_h_to_4h(x), residual)
+        return self.dense_4h_to_h(self.dense_h_to_4h(x), residual=residual)
 
 
 class FalconDecoderLayer(nn.Module):
@@ -158,8 +158,8 @@ class SequentialLayer(FalconDecoderLayer):
         self.post_attention_layernorm = LayerNorm(config.hidden_size, config.layer_norm_epsilon, ctx)
 
     def forward(self, x: torch.Tensor, rope: Rope | None, batch: Batch) -> torch.Tensor:
-        x = self.self_attention(self.input_layernorm(x), rope, batch, x)
-        return self.mlp(self.post_attention_layernorm(x), x)
+        x = self.self_attention(self.input_layernorm(x), rope, batch, residual=x)
+        return self.mlp(self.post_attention_layernorm(x), residual=x)
 
 
 class OneNormLayer(FalconDecoderLayer):
@@ -171,7 +171,7 @@ class OneNormLayer(FalconDecoderLayer):
 
     def forward(self, x: torch.Tensor, rope: Rope | None, batch: Batch) -> torch.Tensor:
         normed = self.input_layernorm(x)
-        return x + self._tp.all_reduce(self.mlp(normed, self.self_attention(normed, rope, batch)))
+        return x + self._tp.all_reduce(self.mlp(normed, residual=self.self_attention(normed, rope, batch)))
 
 
 class TwoNormLayer(FalconDecoderLayer):
@@ -184,7 +184,7 @@ class TwoNormLayer(FalconDecoderLayer):
 
     def forward(self, x: torch.Tensor, rope: Rope | None, batch: Batch) -> torch.Tensor:
         attended = self.self_attention(self.ln_attn(x), rope, batch)
-        return x + self._tp.all_reduce(self.mlp(self.ln_mlp(x), attended))
+        return x + self._tp.all_reduce(self.mlp(self.ln_mlp(x), residual=attended))
 
 
 def layer_class(config: FalconConfig) -> type[FalconDecoderLayer]:

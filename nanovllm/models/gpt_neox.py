@@ -61,7 +61,7 @@ class GPTNeoXAttention(nn.Module):
         heads = self.query_key_value(x).unflatten(1, (-1, self.head_dim))  # [T, 3 H, D]
         qk, v = heads.split((2 * self.num_heads, self.num_heads), dim=1)
         q, k = apply_rotary(qk, *rope).chunk(2, dim=1)
-        return self.dense(self.attn(q, k, v, batch), residual)
+        return self.dense(self.attn(q, k, v, batch), residual=residual)
 
 
 class GPTNeoXMLP(nn.Module):
@@ -75,7 +75,7 @@ class GPTNeoXMLP(nn.Module):
         )
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return self.dense_4h_to_h(self.dense_h_to_4h(x), residual)
+        return self.dense_4h_to_h(self.dense_h_to_4h(x), residual=residual)
 
 
 class GPTNeoXLayer(nn.Module):
@@ -91,9 +91,9 @@ class GPTNeoXLayer(nn.Module):
         normed = self.input_layernorm(x)
         if self.parallel:
             attended = self.attention(normed, rope, batch)
-            return x + self._tp.all_reduce(self.mlp(self.post_attention_layernorm(x), attended))
-        x = self.attention(normed, rope, batch, x)
-        return self.mlp(self.post_attention_layernorm(x), x)
+            return x + self._tp.all_reduce(self.mlp(self.post_attention_layernorm(x), residual=attended))
+        x = self.attention(normed, rope, batch, residual=x)
+        return self.mlp(self.post_attention_layernorm(x), residual=x)
 
 
 class GPTNeoXModel(nn.Module):

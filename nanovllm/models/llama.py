@@ -104,7 +104,7 @@ class LlamaAttention(nn.Module):
         heads = self.qkv_proj(x).unflatten(1, (-1, self.head_dim))  # [T, H + 2 KH, D]
         qk, v = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
         q, k = apply_rotary(qk, *rope).split((self.num_heads, self.num_kv_heads), dim=1)
-        return self.o_proj(self.attn(q, k, v, batch), residual)
+        return self.o_proj(self.attn(q, k, v, batch), residual=residual)
 
 
 class LlamaDecoderLayer(nn.Module):
@@ -118,8 +118,8 @@ class LlamaDecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ctx)
 
     def forward(self, x: torch.Tensor, rope: Rope, batch: Batch) -> torch.Tensor:
-        x = self.self_attn(self.input_layernorm(x), rope, batch, x)
-        return self.mlp(self.post_attention_layernorm(x), x)
+        x = self.self_attn(self.input_layernorm(x), rope, batch, residual=x)
+        return self.mlp(self.post_attention_layernorm(x), residual=x)
 
 
 class LlamaModel(nn.Module):

@@ -81,7 +81,7 @@ class MptAttention(nn.Module):
         if self.clip:
             qkv = qkv.clamp(-self.clip, self.clip)
         q, k, v = qkv.unflatten(1, (3, -1, self.head_dim)).unbind(1)  # [T, H, D] each
-        return self.out_proj(self.attn(q, k, v, batch), residual)
+        return self.out_proj(self.attn(q, k, v, batch), residual=residual)
 
 
 class MptMLP(nn.Module):
@@ -92,7 +92,7 @@ class MptMLP(nn.Module):
         self.down_proj = RowParallelLinear(inner, config.d_model, ctx)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.up_proj(x), residual)
+        return self.down_proj(self.up_proj(x), residual=residual)
 
 
 class MptBlock(nn.Module):
@@ -104,8 +104,8 @@ class MptBlock(nn.Module):
         self.ffn = MptMLP(config, ctx)
 
     def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
-        x = self.attn(self.norm_1(x), batch, x)
-        return self.ffn(self.norm_2(x), x)
+        x = self.attn(self.norm_1(x), batch, residual=x)
+        return self.ffn(self.norm_2(x), residual=x)
 
 
 class MptModel(nn.Module):

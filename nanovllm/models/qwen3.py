@@ -72,7 +72,7 @@ class Qwen3Attention(nn.Module):
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         q = apply_rotary(self.q_norm(q), *rope)  # the norm comes before the rotation
         k = apply_rotary(self.k_norm(k), *rope)
-        return self.o_proj(self.attn(q, k, v, batch), residual)
+        return self.o_proj(self.attn(q, k, v, batch), residual=residual)
 
 
 class Qwen3ForCausalLM(CausalLM):
