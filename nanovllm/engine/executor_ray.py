@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures
 import contextlib
 import importlib
@@ -40,23 +41,25 @@ class RayExecutor(WorkersExecutor):
         ray = require_ray()
         assert config.tensor_parallel_size is not None
         size, threads = config.tensor_parallel_size, _threads(config)
-        with contextlib.ExitStack() as stack:
-            stack.callback(CONNECTION.enter(size * threads))
+        release = contextlib.ExitStack()
+        atexit.register(release.close)  # before Ray's own, and so while it can still be asked
+        release.callback(atexit.unregister, release.close)
+        try:
+            release.callback(CONNECTION.enter(size * threads))
             placement = Placement(size, threads, gpus=1 if config.device == "cuda" else 0)
-            stack.callback(placement.remove)
+            release.callback(placement.remove)
             key = secrets.token_bytes(32)
             actor_class = ray.remote(RankActor)
             actors = [actor_class.options(**placement.options(rank)).remote(key, sys.path) for rank in range(size)]
-            try:
-                addresses = ray.get([actor.listen.remote() for actor in actors], timeout=config.worker_timeout)
-                meeting = ray.get(actors[0].meet.remote(), timeout=config.worker_timeout)
-            except ray.exceptions.RayError as error:
-                raise ConfigError(f"a rank cannot start on its Ray node, which needs nanovllm too: {error}") from error
+            addresses, meeting = _greet(ray, actors, config.worker_timeout)
             tasks = worker_tasks(config, model_class, checkpoint, _places(placement.nodes, addresses, meeting))
             workers = (ActorWorker(rank, actors[rank], addresses[rank], key) for rank in range(size))
             pool = WorkerPool(workers, config.worker_timeout, tidy=placement.remove)
-            stack.callback(pool.close)
-            super().__init__(pool, tasks, stack.pop_all().close)
+            release.callback(pool.close)
+        except BaseException:
+            release.close()
+            raise
+        super().__init__(pool, tasks, release.close)
 
 
 class RankActor:
@@ -124,6 +127,15 @@ class ActorWorker:
         ray = require_ray()
         if ray.is_initialized():
             ray.kill(self._actor)
+
+
+def _greet(ray: Any, actors: Sequence[Any], timeout: float) -> tuple[list[Address], str]:
+    """Where each rank listens, and where they meet."""
+    try:
+        addresses = ray.get([actor.listen.remote() for actor in actors], timeout=timeout)
+        return addresses, ray.get(actors[0].meet.remote(), timeout=timeout)
+    except ray.exceptions.RayError as error:
+        raise ConfigError(f"a rank cannot start on its Ray node, which needs nanovllm too: {error}") from error
 
 
 def _threads(config: EngineConfig) -> int:
