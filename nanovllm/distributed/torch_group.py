@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -16,9 +17,18 @@ from nanovllm.errors import PeerLost
 class GlooCommunicator:
     """Between CPUs. Sums are made of what was gathered, as gloo's own have no fixed order."""
 
-    def __init__(self, store: Any, rank: int, size: int, timeout_s: float) -> None:
+    def __init__(self, store: Any, rank: int, size: int, timeout_s: float, address: str | None = None) -> None:
+        """address: of this host; default what its name stands for, or GLOO_SOCKET_IFNAME, which goes first."""
         self._rank, self._size = rank, size
-        self._backend: Any = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=timeout_s))
+        timeout = timedelta(seconds=timeout_s)
+        if address is None or "GLOO_SOCKET_IFNAME" in os.environ:
+            self._backend: Any = dist.ProcessGroupGloo(store, rank, size, timeout)
+            return
+        gloo: Any = dist.ProcessGroupGloo  # its stubs know neither
+        options = gloo._Options()
+        options._timeout = timeout
+        options._devices = [gloo.create_device(hostname=address)]
+        self._backend = dist.ProcessGroupGloo(store, rank, size, options)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """In fp32, rounded once."""

@@ -14,7 +14,8 @@ import xxhash
 from nanovllm.cache_spec import CachePlan
 from nanovllm.config import EngineConfig
 from nanovllm.distributed.join import join_group
-from nanovllm.engine.executor_mp import require_devices, smallest
+from nanovllm.engine.executor_mp import require_devices
+from nanovllm.engine.executor_workers import smallest
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.step import StepPlan, StepResult
 from nanovllm.errors import RanksDiffer
@@ -58,6 +59,7 @@ class TorchrunExecutor:
             self._runner = ModelRunner(
                 *(config, model_class, model_config, checkpoint),
                 tp=self._group,
+                host_rank=int(os.environ["LOCAL_RANK"]),
                 host_ranks=host_ranks,
                 agree=lambda plan: smallest(self._gather(plan)),
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import pickle
@@ -11,6 +12,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -28,19 +30,36 @@ from nanovllm.errors import NanoVLLMError, PeerLost
 from nanovllm.models.base import CausalLM
 from nanovllm.models.registry import model_class
 from nanovllm.weights.checkpoint import open_checkpoint
+from nanovllm.weights.hub import resolve_model
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a rank is.
+
+    init_method: where ranks meet, as torch.distributed writes it. gpu: of those that this rank sees.
+    host_rank, host_ranks: which of how many ranks on its host. host, address: as for join_group.
+    """
+
+    init_method: str
+    gpu: int
+    host_rank: int
+    host_ranks: int
+    host: str = ""
+    address: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerTask:
-    """The first message. model: None for a plugin's, which is imported from its file. folder: private to the
-    engine; ranks meet there."""
+    """The first message. model: None for a plugin's, which is imported from its file. checkpoint: where the
+    driver has it."""
 
     rank: int
     size: int
+    place: Place
     config: EngineConfig
     model: type[CausalLM] | None
     checkpoint: Path
-    folder: Path
     log_level: int
 
 
@@ -81,39 +100,47 @@ class Progress:
         return "".join(traceback.format_stack(sys._current_frames()[self.thread]))
 
 
-def main(link_fd: int, lifeline_fd: int) -> None:
-    """The life of a worker: until the driver says so, or is gone, or something goes wrong."""
+def main(link_fd: int, lifeline_fd: int, folder: str) -> None:
+    """A process of its own. folder: where ranks meet, private to the engine."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's
-    link, lifeline, progress = Connection(link_fd), Connection(lifeline_fd), Progress()
+    leave = functools.partial(shutil.rmtree, folder, ignore_errors=True)  # torch's file store would write once more
+    serve(Connection(link_fd), Connection(lifeline_fd), leave)
+
+
+def serve(link: Connection, lifeline: Connection, deserted: Callable[[], None]) -> None:
+    """The life of a worker: until the driver says so, or is gone, or something goes wrong.
+
+    deserted: what to do before this process ends as the driver is gone.
+    """
+    progress = Progress()
     try:
         task: WorkerTask = link.recv()
     except EOFError:  # no driver
         return
-    watch = threading.Thread(target=_watch, args=(lifeline, os.getppid(), task.folder, progress), daemon=True)
+    watch = threading.Thread(target=_watch, args=(lifeline, os.getppid(), deserted, progress), daemon=True)
     watch.start()
     try:
         _serve(link, task, progress)
     except BaseException as error:
-        deserted = isinstance(error, PeerLost)
-        typed = error if isinstance(error, NanoVLLMError) and not deserted else None
+        lost = isinstance(error, PeerLost)
+        typed = error if isinstance(error, NanoVLLMError) and not lost else None
         cause = traceback.format_exception_only(type(error), error)[-1].strip()
         with contextlib.suppress(ConnectionError):
-            link.send(Failed(typed, deserted, cause, traceback.format_exc()))
+            link.send(Failed(typed, lost, cause, traceback.format_exc()))
             sys.exit(1)
         watch.join()  # the driver is gone, and it ends this process
 
 
-def _watch(lifeline: Connection, driver: int, folder: Path, progress: Progress) -> None:
-    """Say how far this rank is whenever the driver asks; end with the driver, even within a step, and before
-    torch's file store writes once more into the folder."""
+def _watch(lifeline: Connection, parent: int, deserted: Callable[[], None], progress: Progress) -> None:
+    """Say how far this rank is whenever the driver asks; end with the driver, even within a step."""
     try:
-        while os.getppid() == driver:  # a process that the driver has forked may hold the line open
+        while os.getppid() == parent:  # a process that the driver has forked may hold the line open
             if lifeline.poll(1.0):
                 lifeline.recv_bytes()
                 lifeline.send((progress.steps, progress.stack()))
     except (EOFError, OSError):
         pass
-    shutil.rmtree(folder, ignore_errors=True)
+    deserted()
     os._exit(1)
 
 
@@ -138,23 +165,28 @@ def _serve(link: Connection, task: WorkerTask, progress: Progress) -> None:
 
 
 def _join(task: WorkerTask) -> TPGroup:
-    config = task.config
-    device = torch.device(config.device, task.rank) if config.device == "cuda" else torch.device(config.device)
-    if device.type == "cuda":
+    config, place = task.config, task.place
+    device = torch.device(config.device)
+    if config.device == "cuda":
+        device = torch.device("cuda", place.gpu)
         torch.cuda.set_device(device)
     return join_group(
         task.rank,
         task.size,
-        init_method=f"file://{task.folder}/ranks",
+        init_method=place.init_method,
         device=device,
         timeout_s=2 * config.worker_timeout,  # the driver sees it first, and knows more
+        host=place.host,
+        address=place.address,
     )
 
 
 def _load(link: Connection, task: WorkerTask, group: TPGroup) -> ModelRunner:
     """This rank's weights, and caches of the size that all can hold, as the driver says."""
     config = task.config
-    checkpoint = open_checkpoint(task.checkpoint, config.load_format)
+    here = task.checkpoint.exists()  # or the driver is on another host
+    path = task.checkpoint if here else resolve_model(config.model, config.revision)
+    checkpoint = open_checkpoint(path, config.load_format)
     model = task.model or model_class(checkpoint.config.get("architectures") or [], model_plugin=config.model_plugin)
 
     def agree(plan: CachePlan) -> CachePlan:
@@ -163,7 +195,11 @@ def _load(link: Connection, task: WorkerTask, group: TPGroup) -> ModelRunner:
 
     sizes = model.read_config(checkpoint.config)
     return ModelRunner(
-        config, model, sizes, checkpoint, tp=group, host_rank=task.rank, host_ranks=task.size, agree=agree
+        *(config, model, sizes, checkpoint),
+        tp=group,
+        host_rank=task.place.host_rank,
+        host_ranks=task.place.host_ranks,
+        agree=agree,
     )
 
 

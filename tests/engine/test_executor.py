@@ -20,7 +20,8 @@ from nanovllm import LLM, ConfigError, EngineClosed, RequestError, SamplingParam
 from nanovllm.cache_spec import CachePlan
 from nanovllm.config import EngineConfig
 from nanovllm.engine import executor_mp
-from nanovllm.engine.executor_mp import MultiprocessExecutor, require_devices, smallest
+from nanovllm.engine.executor_mp import MultiprocessExecutor, require_devices
+from nanovllm.engine.executor_workers import smallest
 from nanovllm.engine.plan_wire import PlanWriter
 from nanovllm.engine.threads import usable_cores
 from nanovllm.engine.worker_pool import suspect
