@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import socket
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from nanovllm.errors import ConfigError
 
 _STORE_BYTES = 100 * 2**20  # of a cluster of our own: nothing of ours goes through Ray's object store
+_REACH_S = 10.0  # for the cluster to accept a connection
 _PLACEMENT_S = 30.0  # for others to leave the CPUs that they use
 
 
@@ -61,14 +63,17 @@ def _connect(ray: Any, cpus: int) -> None:
             f"RAY_ADDRESS={address}: ranks speak with this process directly, so it must run on a node of the "
             "cluster, as `ray job submit` has it"
         )
+    host, _, port = address.rpartition(":")
     level = logging.WARNING
     try:
+        if host and port.isdigit():  # Ray would try for minutes
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()
         try:
             cpus = max(cpus, os.cpu_count() or 1)
             ray.init(num_cpus=cpus, object_store_memory=_STORE_BYTES, include_dashboard=False, logging_level=level)
         except ValueError:  # there is a cluster, which has as much of these as it has
             ray.init(address="auto", logging_level=level)
-    except (ConnectionError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"cannot connect to the Ray cluster {address or 'of this host'}: {error}") from error
 
 

@@ -167,10 +167,18 @@ def test_ray_is_not_installed(model, monkeypatch):
         start(model)
 
 
-def test_an_address_of_rays_client_is_refused(model, monkeypatch):
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("ray://head:10001", "must run on a node of the cluster"),
+        ("127.0.0.1:9", "cannot connect to the Ray cluster 127.0.0.1:9: .*refused"),
+        ("nonsense", "cannot connect to the Ray cluster nonsense: Invalid address"),
+    ],
+)
+def test_addresses_that_lead_nowhere(model, monkeypatch, address, message):
     monkeypatch.setattr("ray.is_initialized", lambda: False)
-    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
-    with pytest.raises(ConfigError, match="must run on a node of the cluster"):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ConfigError, match=message):
         start(model)
 
 
