@@ -8,40 +8,50 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanovllm.openai.errors import APIError
+from nanovllm.openai.requests import ChatRequest, CompletionRequest, read_request
 
 _FIELDS = ("custom_id", "method", "url", "body")
 
 
 @dataclass(frozen=True, slots=True)
 class BatchLine:
-    """A request of a batch file; body is not looked at."""
+    """An object with a custom_id; the rest of it is checked by `request`."""
 
     custom_id: str
-    url: str
-    body: dict[str, Any]
+    values: dict[str, Any]
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """Of a line whose request could be read."""
+        return self.values["body"]
+
+    def request(self) -> ChatRequest | CompletionRequest:
+        """APIError for a field that is wrong, not known or not supported."""
+        for name in self.values:
+            if name not in _FIELDS:
+                raise APIError(f"{name} is not a field of a batch file's line", name, code="unknown_parameter")
+        method, url, body = (self.values.get(name) for name in _FIELDS[1:])
+        if method != "POST":
+            raise APIError(f"method must be 'POST', got {method!r}", "method")
+        if not isinstance(url, str):
+            raise APIError("url must be a string such as '/v1/chat/completions'", "url")
+        if not isinstance(body, dict):
+            raise APIError("body must be an object", "body")
+        return read_request(url, body)
 
 
-def read_custom_id(line: bytes, number: int) -> str:
-    """number: of the line, from 1. APIError if this is no object with a custom_id."""
-    custom_id = _read_object(line, number).get("custom_id")
+def read_line(text: bytes) -> BatchLine:
+    """APIError if this is no object with a custom_id."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise APIError(f"not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise APIError("not a JSON object")
+    custom_id = values.get("custom_id")
     if not isinstance(custom_id, str) or not custom_id:
-        raise APIError(f"line {number}: custom_id must be a non-empty string", "custom_id")
-    return custom_id
-
-
-def read_line(line: bytes) -> BatchLine:
-    """Of a line with a custom_id. APIError if another field is wrong."""
-    values = _read_object(line, 0)
-    for name in values:
-        if name not in _FIELDS:
-            raise APIError(f"{name} is not a field of a batch file's line", name, code="unknown_parameter")
-    if values.get("method") != "POST":
-        raise APIError(f"method must be 'POST', got {values.get('method')!r}", "method")
-    if not isinstance(values.get("url"), str):
-        raise APIError("url must be a string such as '/v1/chat/completions'", "url")
-    if not isinstance(values.get("body"), dict):
-        raise APIError("body must be an object", "body")
-    return BatchLine(values["custom_id"], values["url"], values["body"])
+        raise APIError("custom_id must be a non-empty string", "custom_id")
+    return BatchLine(custom_id, values)
 
 
 def answer_line(custom_id: str, body: dict[str, Any]) -> bytes:
@@ -56,24 +66,13 @@ def error_line(custom_id: str | None, error: APIError) -> bytes:
 
 
 def _result(custom_id: str | None, status: int, body: dict[str, Any], error: dict[str, Any] | None) -> bytes:
-    response = {"status_code": status, "request_id": f"req_{uuid.uuid4().hex}", "body": body}
     values = {
         "id": f"batch_req_{uuid.uuid4().hex}",
         "custom_id": custom_id,
-        "response": response,
+        "response": {"status_code": status, "request_id": f"req_{uuid.uuid4().hex}", "body": body},
         "error": error,
     }
     try:
         return json.dumps(values, ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError:  # half of a surrogate pair, which came in escaped
         return json.dumps(values).encode() + b"\n"
-
-
-def _read_object(line: bytes, number: int) -> dict[str, Any]:
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise APIError(f"line {number} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise APIError(f"line {number} is not a JSON object")
-    return values

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from nanovllm.errors import RequestError
 from nanovllm.openai.errors import APIError
 from nanovllm.openai.fields import Fields
 from nanovllm.sampling_params import SamplingParams
@@ -14,7 +13,16 @@ from nanovllm.tokenizer.tokenizer import Message, Tokenizer
 
 _COMPLETION_TOKENS = 16  # OpenAI's default
 # what the template's variables cannot be called
-_TAKEN = ("self", "messages", "template", "tokenize", "add_generation_prompt", "chat_template", "bos_token", "eos_token")
+_TAKEN = (
+    "self",
+    "messages",
+    "template",
+    "tokenize",
+    "add_generation_prompt",
+    "chat_template",
+    "bos_token",
+    "eos_token",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +104,10 @@ class CompletionRequest(APIRequest):
         return self.given
 
 
-_ENDPOINTS = {"/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest}
+_ENDPOINTS: dict[str, type[ChatRequest] | type[CompletionRequest]] = {
+    "/v1/chat/completions": ChatRequest,
+    "/v1/completions": CompletionRequest,
+}
 
 
 def read_request(url: str, body: Mapping[str, Any]) -> ChatRequest | CompletionRequest:
@@ -125,7 +136,10 @@ def _template(fields: Fields) -> dict[str, Any]:
     for name in given:
         if name in _TAKEN:
             raise APIError(f"chat_template_kwargs: {name!r} cannot be set there", "chat_template_kwargs")
-    own = {"add_generation_prompt": fields.take("add_generation_prompt", bool), "documents": fields.take("documents", list)}
+    own = {
+        "add_generation_prompt": fields.take("add_generation_prompt", bool),
+        "documents": fields.take("documents", list),
+    }
     return {**given, **{name: value for name, value in own.items() if value is not None}}
 
 

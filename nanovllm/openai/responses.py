@@ -127,11 +127,11 @@ def _likeliest(logprobs: dict[int, Logprob], most: int) -> list[tuple[int, Logpr
 def _prompt_logprobs(output: RequestOutput) -> list[dict[str, Any] | None]:
     """vLLM's: by token id."""
     assert output.prompt_logprobs is not None
-    return [
-        found
-        and {
-            str(i): {"logprob": max(p.logprob, _LEAST), "rank": p.rank, "decoded_token": p.decoded_token}
-            for i, p in found.items()
-        }
-        for found in output.prompt_logprobs
-    ]
+    return [None if found is None else _by_token_id(found) for found in output.prompt_logprobs]
+
+
+def _by_token_id(found: dict[int, Logprob]) -> dict[str, Any]:
+    return {
+        str(token_id): {"logprob": max(p.logprob, _LEAST), "rank": p.rank, "decoded_token": p.decoded_token}
+        for token_id, p in found.items()
+    }

@@ -1,0 +1,188 @@
+"""`nanovllm run-batch --ray`: replicas of an engine on the nodes of a Ray cluster, fed by Ray Data."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from nanovllm.cli.batch_engine import Answer, BatchEngine, Server
+from nanovllm.cli.batch_input import Work, read_lines
+from nanovllm.engine.memory import free_host_memory
+from nanovllm.engine.threads import usable_cores
+from nanovllm.errors import ConfigError, WorkerDied
+
+_CHUNK = 32  # lines that go to a replica and come back together
+_SHARE = 0.4  # of a node's free memory, for the caches of all its replicas
+
+
+@dataclass(frozen=True, slots=True)
+class Crew:
+    """Replicas, and what each takes of a node. neighbours: replicas on one node."""
+
+    replicas: int
+    num_cpus: int
+    num_gpus: int
+    neighbours: int
+
+
+def answer_with_ray(server: Server, work: Work, replicas: int | None) -> Iterator[tuple[int, Answer]]:
+    """Answers in any order. A replica that is lost is started again, and what it had not given back is computed
+    again. ConfigError without Ray, or if the cluster has no room for a replica."""
+    ray = _import_ray()
+    with _connected(ray):
+        crew = _crew(ray, server, replicas)
+        chunk = max(1, min(_CHUNK, len(work.asked) // (4 * crew.replicas)))
+        calls = min(-(-server.ahead // chunk), -(-len(work.asked) // (chunk * crew.replicas)))
+        chunks = [work.asked[i : i + chunk] for i in range(0, len(work.asked), chunk)]
+        data = _dataset(ray, work.file, chunks).map_batches(
+            Replica,
+            fn_constructor_args=(server, crew),
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=crew.num_cpus,
+            num_gpus=crew.num_gpus,
+            compute=ray.data.ActorPoolStrategy(
+                size=crew.replicas,
+                max_tasks_in_flight_per_actor=calls,
+                max_concurrent_calls_per_actor=calls,
+                enable_true_multi_threading=True,
+            ),
+        )
+        for table in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for row in table.to_pylist():
+                yield row.pop("place"), Answer(**row)
+
+
+class Replica:
+    """One engine, which a thread keeps full with the lines of all calls that wait."""
+
+    def __init__(self, server: Server, crew: Crew) -> None:
+        self._lines: queue.SimpleQueue[tuple[Future[Answer], bytes]] = queue.SimpleQueue()
+        self._waiting: set[Future[Answer]] = set()
+        self._failure: BaseException | None = None
+        self._engine: BatchEngine[Future[Answer]] = BatchEngine(_sharing(server, crew))
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def __call__(self, chunk: Any) -> Any:
+        """chunk: a table of places and lines. The table of their answers."""
+        import pyarrow
+
+        futures: list[Future[Answer]] = [Future() for _ in range(len(chunk))]
+        self._waiting.update(futures)
+        if self._failure is not None:
+            raise self._failure
+        for future, line in zip(futures, chunk["line"].to_pylist(), strict=True):
+            self._lines.put((future, line))
+        answers = [future.result() for future in futures]
+        self._waiting.difference_update(futures)
+        columns = {name: [getattr(answer, name) for answer in answers] for name in Answer.__slots__}
+        return pyarrow.table({"place": chunk["place"], **columns})
+
+    def _serve(self) -> None:
+        try:
+            while True:
+                self._take()
+                for future, answer in self._engine.step():
+                    future.set_result(answer)
+        except WorkerDied:
+            os._exit(1)  # Ray starts the whole replica again
+        except BaseException as error:
+            self._failure = error
+            for future in list(self._waiting):
+                if not future.done():
+                    future.set_exception(error)
+
+    def _take(self) -> None:
+        """Lines, as far as there is room; waits for one if there is nothing else to do."""
+        if not self._engine.busy:
+            self._engine.add(*self._lines.get())
+        while self._engine.has_room and not self._lines.empty():
+            self._engine.add(*self._lines.get())
+
+
+def _sharing(server: Server, crew: Crew) -> Server:
+    """With options for a replica that is not alone on its node's processor."""
+    if crew.num_gpus:
+        return server
+    ranks = server.config.tensor_parallel_size or 1
+    shared: dict[str, Any] = {
+        "device": "cpu",
+        "num_threads": max(1, min(crew.num_cpus, usable_cores() // crew.neighbours) // ranks),
+    }
+    if crew.neighbours > 1 and server.config.num_kvcache_blocks is None:
+        shared["kvcache_memory"] = int(free_host_memory() * _SHARE) // crew.neighbours
+    return replace(server, options={**shared, **server.options})
+
+
+def _crew(ray: ModuleType, server: Server, asked: int | None) -> Crew:
+    """asked: replicas; by default one for each GPU, or for its ranks, and without GPUs one for each node."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    ranks = server.config.tensor_parallel_size or 1
+    if server.config.device == "cuda" or (server.config.device == "auto" and any("GPU" in node for node in nodes)):
+        room = sum(int(node.get("GPU", 0)) // ranks for node in nodes)
+        if not room:
+            raise ConfigError(f"no node of the Ray cluster has the {ranks} GPUs of a replica; give --device cpu")
+        return Crew(asked or room, num_cpus=1, num_gpus=ranks, neighbours=1)
+    cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
+    if not cores:
+        raise ConfigError("no node of the Ray cluster has a CPU to give")
+    replicas = asked or len(cores)
+    neighbours = -(-replicas // len(cores))
+    each = server.config.num_threads
+    return Crew(replicas, max(1, min(cores) // neighbours) if each is None else each * ranks, 0, neighbours)
+
+
+def _dataset(ray: ModuleType, file: Path, chunks: list[list[tuple[int, int]]]) -> Any:
+    """A block for each chunk: tables of places and lines. They are read on this node, as they are needed, so that
+    no other one must have the file."""
+    import pyarrow
+
+    tables = [pyarrow.table(dict(zip(("place", "offset"), zip(*chunk, strict=True), strict=True))) for chunk in chunks]
+    return ray.data.from_arrow(tables).map_batches(
+        _read_chunk,
+        fn_args=(file.absolute(),),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=0,  # replicas may take all there are
+        compute=ray.data.TaskPoolStrategy(size=1),
+        label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
+    )
+
+
+def _read_chunk(chunk: Any, file: Path) -> Any:
+    import pyarrow
+
+    lines = dict(read_lines(file, zip(chunk["place"].to_pylist(), chunk["offset"].to_pylist(), strict=True)))
+    return pyarrow.table({"place": list(lines), "line": list(lines.values())})
+
+
+@contextlib.contextmanager
+def _connected(ray: ModuleType) -> Iterator[None]:
+    """To the cluster that RAY_ADDRESS names or that runs here, or else to one of this machine alone."""
+    if not ray.is_initialized():
+        level = logging.getLogger().getEffectiveLevel()
+        ray.init(logging_level=level, log_to_driver=level <= logging.INFO)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+    else:
+        yield
+
+
+def _import_ray() -> ModuleType:
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise ConfigError(f'--ray needs Ray ({error}): pip install "nanovllm[ray]"') from error
+    return ray
