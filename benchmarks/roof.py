@@ -1,4 +1,5 @@
-"""How fast a machine could be at best: each step reads every weight once, and multiplies every row by them."""
+"""How fast a machine could be at best: each step reads every weight once and multiplies every row by them, reads
+its sequences' keys and values, reads and writes their recurrent states."""
 
 from __future__ import annotations
 
@@ -13,13 +14,15 @@ _STEP = 2048  # prompt tokens that share a reading of the weights
 @dataclass(frozen=True, slots=True)
 class Work:
     """layers, head: elements of weights that a token is multiplied by, without and in the head. item: bytes of
-    an element. cached: bytes of keys and values a token. attention: operations for a query and a key."""
+    an element. cached: bytes of keys and values a token. attention: operations for a query and a key. states: bytes
+    of a sequence's recurrent states."""
 
     layers: int
     head: int
     item: int
     cached: int
     attention: int
+    states: int
 
     @classmethod
     def of(cls, config: dict[str, Any], dtype: str) -> Work | None:
@@ -28,7 +31,7 @@ class Work:
 
         from nanovllm.attention.reference import ReferenceAttention
         from nanovllm.build_context import BuildContext
-        from nanovllm.cache_spec import PagedKVSpec
+        from nanovllm.cache_spec import PagedKVSpec, StateSpec
         from nanovllm.layers.attention import CachedLayer
         from nanovllm.models.registry import model_class
         from nanovllm.quantization.linear_method import LinearWeights
@@ -43,7 +46,9 @@ class Work:
         specs = [m.cache_spec for m in model.modules() if isinstance(m, CachedLayer)]
         paged = [spec for spec in specs if isinstance(spec, PagedKVSpec)]
         width = _heads(config) * paged[0].head_dim if paged else 0
-        return cls(total - head, head, kind.itemsize, sum(s.block_bytes(1) for s in paged), 4 * width * len(paged))
+        states = sum(spec.slot_bytes for spec in specs if isinstance(spec, StateSpec))
+        cached = sum(spec.block_bytes(1) for spec in paged)
+        return cls(total - head, head, kind.itemsize, cached, 4 * width * len(paged), states)
 
     def seconds(self, sequences: Sequences, shared: int, probe: dict[str, float]) -> float:
         """That prompts, of which `shared` tokens are common, and then the outputs need at least."""
@@ -58,7 +63,8 @@ class Work:
         for made in range(1, max(count for _, count in sequences)):
             seen = [n + made for n, (_, count) in zip(lengths, sequences, strict=True) if made < count]
             flop = 2 * (self.layers + self.head) * len(seen) + self.attention * sum(seen)
-            total += max(flop / multiply, (weights + self.cached * sum(seen)) / read)
+            moved = weights + self.cached * sum(seen) + 2 * self.states * len(seen)
+            total += max(flop / multiply, moved / read)
         return total
 
 

@@ -62,7 +62,8 @@ class EngineConfig:
         started (vLLM's "external_launcher"), "auto" is this process for one rank and "mp" for more.
     worker_timeout: seconds after which a rank that does not answer is given up, and all with it.
     num_threads: CPU only: of each rank; default OMP_NUM_THREADS, else the ranks of a host share the physical
-        cores that this process may use. It is torch's number, for a whole process.
+        cores that this process may use. On a machine with several NUMA nodes a rank is bound to one of them
+        then. It is torch's number, for a whole process.
     enforce_eager: compute every step op by op. Otherwise, where the kernels are native, a step is
         recorded and run as a whole, and those that decode are recorded once for each number of sequences.
     enable_prefix_caching: reuse the pages of equal prefixes.

@@ -1,6 +1,7 @@
 """A model for tests of executors, given to workers as a plugin. Its ranks add what each has counted, so that none
 gets far without the others. Some tokens make a rank misbehave."""
 
+import json
 import os
 import signal
 import time
@@ -14,8 +15,21 @@ from nanovllm.cache_spec import StateSpec
 from nanovllm.layers.attention import CachedLayer
 from nanovllm.models.base import CausalLM
 
+OPTIONS = {
+    "skip_tokenizer_init": True,
+    "load_format": "dummy",
+    "device": "cpu",
+    "kvcache_memory": "1MiB",
+    "model_plugin": __file__,
+}
 VOCAB = 200
 RAISE, EXIT, KILL, HANG, STOP = range(190, 195)  # what the last rank does when it sees one of them
+
+
+def sum_model(folder, **sizes):
+    """A directory of such a model."""
+    (folder / "config.json").write_text(json.dumps({"architectures": ["SumForCausalLM"], **sizes}))
+    return str(folder)
 
 
 @dataclass(frozen=True)

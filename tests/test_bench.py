@@ -97,6 +97,14 @@ def test_the_roof_of_a_shape():
     assert roof.Work.of({"num_local_experts": 8}, "bfloat16") is None
 
 
+def test_the_roof_counts_states_read_and_written():
+    work = roof.Work.of(models.SHAPES["granite-4.0-h-350m"], "bfloat16")
+    assert work.states == 28 * (4 * 48 * 32 * 128 + 2 * 3 * (48 * 32 + 2 * 128))
+    step = work.seconds([([5], 2)] * 200, 0, PROBE) - work.seconds([([5], 1)] * 200, 0, PROBE)
+    moved = (work.layers + work.head) * 2 + 200 * (2 * work.states + 2 * work.cached)
+    assert step == pytest.approx(moved / 40e9)
+
+
 def test_a_run_with_engines_that_answer_at_once(fake, tmp_path):
     script, pids = fake
     argv = ("--preset=batch8,prefill", "--engine=hf,vllm,llamacpp", "--rounds=2", f"--json={tmp_path / 'runs'}")

@@ -24,6 +24,7 @@ constexpr double A_WHILE = 0.01;  // seconds, after which a rank that waits rath
 inline bool meet(const GroupCall& c) {
     using Clock = std::chrono::steady_clock;
     Region& region = *c.region;
+    if (region.broken.load(std::memory_order_relaxed)) return false;  // who has left does not come again
     const uint64_t mine = region.written(c.rank).fetch_add(1, std::memory_order_acq_rel) + 1;
     const Clock::time_point start = Clock::now();
     for (int64_t rank = 0; rank < c.size; ++rank) {

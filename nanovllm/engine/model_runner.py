@@ -52,6 +52,7 @@ class ModelRunner:
         """config: resolved. tp: this rank's place in its group. host_ranks: that share this host's cores and
         memory. agree: from what this rank can hold to what all can."""
         assert config.max_model_len is not None
+        self._tp = tp or TPGroup()
         self._device = torch.device(config.device)
         self._block_size = config.kvcache_block_size
         dtype: torch.dtype = getattr(torch, config.dtype)
@@ -59,9 +60,8 @@ class ModelRunner:
             config.attention_backend, self._device, dtype, self._block_size
         )
         if self._device.type == "cpu":
-            set_threads(config.num_threads, host_ranks)
+            set_threads(config.num_threads, self._tp.rank % host_ranks, host_ranks)
         self._ops = select_ops(config.kernels, self._device, dtype)
-        self._tp = tp or TPGroup()
         ctx = BuildContext(self._device, dtype, self._backend, config.max_model_len, self._tp, self._ops)
         self._model = model_class(model_config, ctx)
         if config.load_format == "dummy":

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +16,15 @@ import torch
 from nanovllm.distributed.join import join_group
 
 SPAWN = multiprocessing.get_context("spawn")
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
+
+
+def torchrun(ranks: int, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """What a script and its arguments, or "-m" and a module and its, print and return."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    return subprocess.run([*launch, *arguments], check=check, env=env, timeout=600, stdout=subprocess.PIPE, text=True)
 
 
 class Ranks:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from distributed.families import GREEDY, PROMPTS, SCARCE, answers, generate
+from distributed.families import GREEDY, PROMPTS, SCARCE, answers
+from distributed.ranks import torchrun
 from tiny_models import TINY, make_tiny_model
 
 from nanovllm import LLM, RequestOutput, SamplingParams
@@ -64,7 +61,6 @@ CASES: dict[int, dict[str, dict]] = {
         "falcon-40b": {"ffn_hidden_size": 104},
     },
 }
-ROOT = Path(__file__).parents[2]
 
 
 def test_no_family_is_forgotten():
@@ -88,10 +84,7 @@ def found(request, models, tmp_path_factory):
     size, folder = request.param, tmp_path_factory.mktemp("answers")
     paths = {family: models[size, family] for family in CASES[size]}
     (folder / "models.json").write_text(json.dumps(paths))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
-    script = ["-m", "distributed.families", str(folder / "models.json"), str(folder)]
-    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    subprocess.run([*launch, *script], check=True, env=env, timeout=600)
+    torchrun(size, "-m", "distributed.families", str(folder / "models.json"), str(folder))
     ranks = [pickle.loads((folder / str(rank)).read_bytes()) for rank in range(size)]
     return [answers(paths, "auto"), *ranks]
 

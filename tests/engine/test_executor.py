@@ -1,7 +1,6 @@
 """Executors: what all of them promise, tried on each; then faults, with real processes."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -14,7 +13,7 @@ import psutil
 import pytest
 import rank_models
 from helpers import run_all
-from rank_models import EXIT, HANG, KILL, RAISE, STOP
+from rank_models import EXIT, HANG, KILL, OPTIONS, RAISE, STOP, sum_model
 
 from nanovllm import LLM, ConfigError, EngineClosed, RequestError, SamplingParams, WeightError, WorkerDied
 from nanovllm.cache_spec import CachePlan
@@ -27,24 +26,12 @@ from nanovllm.engine.worker_pool import suspect
 from nanovllm.weights.checkpoint import open_checkpoint
 
 ROOT = Path(__file__).parents[2]
-OPTIONS = {
-    "skip_tokenizer_init": True,
-    "load_format": "dummy",
-    "device": "cpu",
-    "kvcache_memory": "1MiB",
-    "model_plugin": str(ROOT / "tests" / "rank_models.py"),
-}
 EXECUTORS = {
     "in-process": {},
     "mp, one rank": {"executor": "mp"},
     "mp, two ranks": {"tensor_parallel_size": 2},
 }
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
-
-
-def sum_model(folder, **sizes):
-    (folder / "config.json").write_text(json.dumps({"architectures": ["SumForCausalLM"], **sizes}))
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

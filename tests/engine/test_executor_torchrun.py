@@ -1,20 +1,18 @@
 """torchrun: every rank runs the script, and all get rank 0's answers."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import time
 
 import numpy as np
 import pytest
+from distributed.ranks import ROOT, torchrun
+from rank_models import KILL, OPTIONS, RAISE, sum_model
 
 from nanovllm import LLM, ConfigError, SamplingParams
 from nanovllm.engine.executor_torchrun import digest
 from nanovllm.engine.step import PlannedSequence, StepPlan
 from nanovllm.sample_row import SampleRow
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import json, os, sys
 from nanovllm import LLM, RanksDiffer, SamplingParams
@@ -35,27 +33,16 @@ for seed in (1, None):  # two engines, one after the other; the second draws by 
 with open(f"{sys.argv[3]}/{rank}.json", "w") as file:
     json.dump(answers, file)
 """
-OPTIONS = {
-    "skip_tokenizer_init": True,
-    "load_format": "dummy",
-    "device": "cpu",
-    "kvcache_memory": "1MiB",
-    "model_plugin": str(ROOT / "tests" / "rank_models.py"),
-}
 
 
 @pytest.fixture
 def model(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["SumForCausalLM"]}))
-    return str(tmp_path)
+    return sum_model(tmp_path)
 
 
 def test_outputs_are_equal_on_all_ranks(model, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    arguments = [str(tmp_path / "script.py"), model, json.dumps(OPTIONS), str(tmp_path)]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([*launch, *arguments], check=True, env=env, timeout=120)
+    torchrun(2, str(tmp_path / "script.py"), model, json.dumps(OPTIONS), str(tmp_path))
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second
     assert "makes another step than rank 0" in first[2]
@@ -66,11 +53,20 @@ def test_outputs_are_equal_on_all_ranks(model, tmp_path):
 
 
 def test_the_example_answers_once(chat_model):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    script = [str(ROOT / "example.py"), "--executor", "torchrun", "--model", str(chat_model), "--max-tokens", "5"]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    shown = subprocess.run([*launch, *script], check=True, env=env, timeout=120, capture_output=True, text=True).stdout
-    assert shown.count("Completion:") == 2
+    options = ["--executor", "torchrun", "--model", str(chat_model), "--max-tokens", "5"]
+    assert torchrun(2, str(ROOT / "example.py"), *options).stdout.count("Completion:") == 2
+
+
+@pytest.mark.parametrize("token", [RAISE, KILL])
+def test_a_rank_that_fails_in_a_step_ends_all(model, tmp_path, token):
+    """Long before worker_timeout."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"from nanovllm import LLM\nLLM({model!r}, executor='torchrun', **{OPTIONS!r}).generate([[{token}]])"
+    )
+    start = time.monotonic()
+    assert torchrun(2, str(script), check=False).returncode != 0
+    assert time.monotonic() - start < 60
 
 
 def test_torchrun_must_have_started_us(model, monkeypatch):
