@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import pickle
 import queue
 import threading
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -18,9 +20,10 @@ from nanovllm.cli.batch_engine import Answer, BatchEngine, Server
 from nanovllm.cli.batch_input import Work, read_lines
 from nanovllm.engine.memory import free_host_memory
 from nanovllm.engine.threads import usable_cores
-from nanovllm.errors import ConfigError, WorkerDied
+from nanovllm.errors import ConfigError, NanoVLLMError, WorkerDied
 
 _CHUNK = 32  # lines that go to a replica and come back together
+_FAILURE = -1  # in the place of a place: the line is a pickled exception
 _SHARE = 0.4  # of a node's free memory, for the caches of all its replicas
 
 
@@ -59,39 +62,46 @@ def answer_with_ray(server: Server, work: Work, replicas: int | None) -> Iterato
         )
         for table in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             for row in table.to_pylist():
-                yield row.pop("place"), Answer(**row)
+                place, answer = row.pop("place"), Answer(**row)
+                if place == _FAILURE:
+                    raise pickle.loads(answer.line)
+                yield place, answer
 
 
 class Replica:
     """One engine, which a thread keeps full with the lines of all calls that wait."""
 
     def __init__(self, server: Server, crew: Crew) -> None:
+        self._server, self._crew = server, crew
         self._lines: queue.SimpleQueue[tuple[Future[Answer], bytes]] = queue.SimpleQueue()
         self._waiting: set[Future[Answer]] = set()
         self._failure: BaseException | None = None
-        self._engine: BatchEngine[Future[Answer]] = BatchEngine(_sharing(server, crew))
         threading.Thread(target=self._serve, daemon=True).start()
 
     def __call__(self, chunk: Any) -> Any:
-        """chunk: a table of places and lines. The table of their answers."""
-        import pyarrow
-
+        """chunk: a table of places and lines. The table of their answers, or of the error that ended the engine."""
         futures: list[Future[Answer]] = [Future() for _ in range(len(chunk))]
         self._waiting.update(futures)
         if self._failure is not None:
-            raise self._failure
+            return _failure_table(self._failure)
         for future, line in zip(futures, chunk["line"].to_pylist(), strict=True):
             self._lines.put((future, line))
-        answers = [future.result() for future in futures]
+        try:
+            answers = [future.result() for future in futures]
+        except Exception as error:
+            return _failure_table(error)
         self._waiting.difference_update(futures)
-        columns = {name: [getattr(answer, name) for answer in answers] for name in Answer.__slots__}
-        return pyarrow.table({"place": chunk["place"], **columns})
+        return _table(chunk["place"], answers)
 
     def _serve(self) -> None:
         try:
+            engine = BatchEngine[Future[Answer]](_sharing(self._server, self._crew))
             while True:
-                self._take()
-                for future, answer in self._engine.step():
+                if not engine.busy:
+                    engine.add(*self._lines.get())
+                while engine.has_room and not self._lines.empty():
+                    engine.add(*self._lines.get())
+                for future, answer in engine.step():
                     future.set_result(answer)
         except WorkerDied:
             os._exit(1)  # Ray starts the whole replica again
@@ -101,12 +111,19 @@ class Replica:
                 if not future.done():
                     future.set_exception(error)
 
-    def _take(self) -> None:
-        """Lines, as far as there is room; waits for one if there is nothing else to do."""
-        if not self._engine.busy:
-            self._engine.add(*self._lines.get())
-        while self._engine.has_room and not self._lines.empty():
-            self._engine.add(*self._lines.get())
+
+def _table(places: Any, answers: list[Answer]) -> Any:
+    import pyarrow
+
+    columns = {name: [getattr(answer, name) for answer in answers] for name in Answer.__slots__}
+    return pyarrow.table({"place": places, **columns})
+
+
+def _failure_table(error: BaseException) -> Any:
+    """An exception would reach the other side as one of Ray's, in many lines."""
+    if not isinstance(error, NanoVLLMError):
+        error = RuntimeError("a replica failed:\n" + "".join(traceback.format_exception(error)))
+    return _table([_FAILURE], [Answer(pickle.dumps(error), failed=True, tokens=0)])
 
 
 def _sharing(server: Server, crew: Crew) -> Server:
@@ -168,15 +185,24 @@ def _read_chunk(chunk: Any, file: Path) -> Any:
 @contextlib.contextmanager
 def _connected(ray: ModuleType) -> Iterator[None]:
     """To the cluster that RAY_ADDRESS names or that runs here, or else to one of this machine alone."""
-    if not ray.is_initialized():
-        level = logging.getLogger().getEffectiveLevel()
-        ray.init(logging_level=level, log_to_driver=level <= logging.INFO)
-        try:
-            yield
-        finally:
-            ray.shutdown()
-    else:
+    _quieten()
+    if ray.is_initialized():
         yield
+        return
+    ray.init(logging_level=logging.getLogger().getEffectiveLevel())
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _quieten() -> None:
+    """Ray Data's log shows plans and progress on the terminal, whatever is asked of other loggers."""
+    level = logging.getLogger().getEffectiveLevel()
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(level)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
 
 
 def _import_ray() -> ModuleType:
