@@ -116,9 +116,11 @@ def _answered_id(line: bytes, place: str, served: Sequence[str]) -> str | None:
     try:
         result = json.loads(line)
         custom_id, response = result["custom_id"], result["response"]
-        model = response["body"]["model"] if response["status_code"] == 200 else None
+        if response["status_code"] != 200:
+            return None
+        model = response["body"]["model"]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConfigError(f"{place} is not one that run-batch has written; {_ANEW}") from error
-    if model is not None and model not in served:
+    if model not in served:
         raise ConfigError(f"{place} is an answer of {model!r}; {_ANEW}")
-    return custom_id if model is not None else None
+    return custom_id
