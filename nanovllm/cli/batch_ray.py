@@ -41,6 +41,8 @@ def answer_with_ray(server: Server, work: Work, replicas: int | None) -> Iterato
     """Answers in any order. A replica that is lost is started again, and what it had not given back is computed
     again. ConfigError without Ray, or if the cluster has no room for a replica."""
     ray = _import_ray()
+    if Path(server.model).exists():
+        server = replace(server, model=str(Path(server.model).absolute()))  # for processes that run elsewhere
     with _connected(ray):
         crew = _crew(ray, server, replicas)
         chunk = max(1, min(_CHUNK, len(work.asked) // (4 * crew.replicas)))
