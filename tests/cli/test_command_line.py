@@ -41,7 +41,7 @@ def test_python_dash_m_help_names_the_commands():
     done = run(sys.executable, "-m", "nanovllm", "--help")
     assert done.returncode == 0
     assert done.stdout.startswith("usage: nanovllm ")
-    assert all(f"    {command} " in done.stdout for command in COMMANDS)
+    assert all(f"\n    {command}" in done.stdout for command in COMMANDS)
 
 
 def test_version(capsys):
