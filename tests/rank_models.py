@@ -107,7 +107,11 @@ def misbehave(token_ids):
 
 
 def rank_of(model):
-    return model.tp.rank, os.getpid()
+    return model.tp.rank
+
+
+def pid_of(model):
+    return os.getpid()
 
 
 def state_slots(model):

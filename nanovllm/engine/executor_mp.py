@@ -76,7 +76,7 @@ class MultiprocessExecutor:
         level = logging.getLogger("nanovllm").getEffectiveLevel()
         try:
             return [
-                pickle.dumps(WorkerTask(rank, self._size, config, model, checkpoint.path, self._pool.folder, level))
+                pickle.dumps(WorkerTask(rank, self._size, config, model, checkpoint.path, level))
                 for rank in range(self._size)
             ]
         except (pickle.PicklingError, AttributeError) as error:

@@ -23,12 +23,13 @@ from nanovllm.weights.checkpoint import Checkpoint
 
 T = TypeVar("T")
 
+_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 _CALL = 0  # of apply_model, where a step has its digest
 
 
 def launched_processes() -> int | None:
     """How many torchrun has started; None if it did not start this one."""
-    return int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ) else None
+    return int(os.environ["WORLD_SIZE"]) if set(os.environ) >= _VARIABLES else None
 
 
 class TorchrunExecutor:

@@ -32,15 +32,13 @@ from nanovllm.weights.checkpoint import open_checkpoint
 
 @dataclass(frozen=True, slots=True)
 class WorkerTask:
-    """The first message. model: None for a plugin's, which is imported from its file. folder: private to the
-    engine; ranks meet there."""
+    """The first message. model: None for a plugin's, which is imported from its file."""
 
     rank: int
     size: int
     config: EngineConfig
     model: type[CausalLM] | None
     checkpoint: Path
-    folder: Path
     log_level: int
 
 
@@ -81,31 +79,27 @@ class Progress:
         return "".join(traceback.format_stack(sys._current_frames()[self.thread]))
 
 
-def main(link_fd: int, lifeline_fd: int) -> None:
-    """The life of a worker: until the driver says so, or is gone, or something goes wrong."""
+def main(link_fd: int, lifeline_fd: int, folder: str) -> None:
+    """The life of a worker: until the driver says so, or is gone, or something goes wrong. folder: private to the
+    engine; ranks meet there."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's
     link, lifeline, progress = Connection(link_fd), Connection(lifeline_fd), Progress()
-    try:
-        task: WorkerTask = link.recv()
-    except EOFError:  # no driver
-        return
-    watch = threading.Thread(target=_watch, args=(lifeline, os.getppid(), task.folder, progress), daemon=True)
+    watch = threading.Thread(target=_watch, args=(lifeline, os.getppid(), folder, progress), daemon=True)
     watch.start()
     try:
-        _serve(link, task, progress)
+        _serve(link, folder, progress)
     except BaseException as error:
         deserted = isinstance(error, PeerLost)
         typed = error if isinstance(error, NanoVLLMError) and not deserted else None
         cause = traceback.format_exception_only(type(error), error)[-1].strip()
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(ConnectionError):  # no driver
             link.send(Failed(typed, deserted, cause, traceback.format_exc()))
-            sys.exit(1)
-        watch.join()  # the driver is gone, and it ends this process
+        _leave(folder, 1)
+    _leave(folder, 0)
 
 
-def _watch(lifeline: Connection, driver: int, folder: Path, progress: Progress) -> None:
-    """Say how far this rank is whenever the driver asks; end with the driver, even within a step, and before
-    torch's file store writes once more into the folder."""
+def _watch(lifeline: Connection, driver: int, folder: str, progress: Progress) -> None:
+    """Say how far this rank is whenever the driver asks; end with the driver, even within a step."""
     try:
         while os.getppid() == driver:  # a process that the driver has forked may hold the line open
             if lifeline.poll(1.0):
@@ -113,13 +107,21 @@ def _watch(lifeline: Connection, driver: int, folder: Path, progress: Progress) 
                 lifeline.send((progress.steps, progress.stack()))
     except (EOFError, OSError):
         pass
+    _leave(folder, 1)
+
+
+def _leave(folder: str, code: int) -> None:
+    """The driver may be gone already, or be killed before it clears up. At once, as torch's file store would
+    write into the folder once more."""
     shutil.rmtree(folder, ignore_errors=True)
-    os._exit(1)
+    sys.stdout.flush()
+    os._exit(code)
 
 
-def _serve(link: Connection, task: WorkerTask, progress: Progress) -> None:
+def _serve(link: Connection, folder: str, progress: Progress) -> None:
+    task: WorkerTask = link.recv()
     logging.basicConfig(level=task.log_level, format=f"nanovllm: rank {task.rank}: %(message)s")
-    group = _join(task)
+    group = _join(task, folder)
     try:
         runner = _load(link, task, group)
         reader = PlanReader()
@@ -137,7 +139,7 @@ def _serve(link: Connection, task: WorkerTask, progress: Progress) -> None:
             group.comm.close()
 
 
-def _join(task: WorkerTask) -> TPGroup:
+def _join(task: WorkerTask, folder: str) -> TPGroup:
     config = task.config
     device = torch.device(config.device, task.rank) if config.device == "cuda" else torch.device(config.device)
     if device.type == "cuda":
@@ -145,7 +147,7 @@ def _join(task: WorkerTask) -> TPGroup:
     return join_group(
         task.rank,
         task.size,
-        init_method=f"file://{task.folder}/ranks",
+        init_method=f"file://{folder}/ranks",
         device=device,
         timeout_s=2 * config.worker_timeout,  # the driver sees it first, and knows more
     )

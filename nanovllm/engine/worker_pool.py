@@ -17,16 +17,18 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe, wait
-from pathlib import Path
 from typing import Any
 
 from nanovllm.engine.worker import Answer, Failed, Raised
 from nanovllm.errors import EngineClosed, RequestError, WorkerDied
 
 # not multiprocessing's spawn, which runs the user's script again in each process
-_START = (
-    "import sys; sys.path[:] = sys.argv[3:]; from nanovllm.engine.worker import main; main(*map(int, sys.argv[1:3]))"
-)
+_START = """
+import sys
+_, link, lifeline, folder, *sys.path[:] = sys.argv
+from nanovllm.engine.worker import main
+main(int(link), int(lifeline), folder)
+"""
 _TICK = 1.0  # seconds between looks at the clock
 _GRACE = 0.5  # for the rank that is the cause to show, when another one fails for want of it
 _PATIENCE = 3.0  # for ranks to end by themselves
@@ -36,13 +38,13 @@ _COLLECTIVE = ("nanovllm/distributed/", "nanovllm/ops/recorder.py")  # where ran
 class Worker:
     """One rank's process. lifeline: of its second thread, which answers during a step."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, folder: str) -> None:
         self.rank = rank
         self.link, theirs = Pipe()
         self.lifeline, theirs_too = Pipe()
         fds = theirs.fileno(), theirs_too.fileno()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _START, *map(str, fds), *sys.path],
+            [sys.executable, "-c", _START, *map(str, fds), folder, *sys.path],
             pass_fds=fds,
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C in a terminal is for the driver alone
@@ -91,7 +93,7 @@ class WorkerPool:
     """
 
     def __init__(self, size: int, timeout: float) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="nanovllm-"))
+        self._folder = tempfile.mkdtemp(prefix="nanovllm-")
         self._timeout = timeout
         self._outbox: queue.SimpleQueue[Question | None] = queue.SimpleQueue()
         self._questions: deque[Question] = deque()
@@ -101,7 +103,7 @@ class WorkerPool:
         self._lock = threading.RLock()  # re-entrant, as garbage collection may close in any place
         self._workers: list[Worker] = []
         try:
-            self._workers += (Worker(rank) for rank in range(size))
+            self._workers += (Worker(rank, self._folder) for rank in range(size))
         except BaseException:
             self._end()
             raise
@@ -241,7 +243,7 @@ class WorkerPool:
             worker.process.kill()
         for worker in self._workers:
             worker.process.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def suspect(places: dict[int, tuple[int, str] | None]) -> int:

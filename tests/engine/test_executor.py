@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def workers_of(pid):
 
 
 def pids(llm):
-    return dict(llm.apply_model(rank_models.rank_of))
+    return dict(enumerate(llm.apply_model(rank_models.pid_of)))
 
 
 def expected(prompt, count):
@@ -100,7 +101,7 @@ def test_messages_have_no_size_limit(llm):
 
 def test_every_rank_answers(llm):
     ranks = llm.engine.config.tensor_parallel_size
-    assert [rank for rank, _ in llm.apply_model(rank_models.rank_of)] == list(range(ranks))
+    assert llm.apply_model(rank_models.rank_of) == list(range(ranks))
     assert set(llm.apply_model(rank_models.state_slots)) == {llm.engine._executor.capacity.num_slots}
 
 
@@ -197,6 +198,25 @@ def test_a_killed_worker_fails_all_requests_within_two_seconds(two_ranks, rank):
     llm.close()
     with pytest.raises(EngineClosed):
         engine.step()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_worker_killed_amid_recorded_steps(tiny_model, rank):
+    """The other one waits in native code."""
+    options = {"skip_tokenizer_init": True, "device": "cpu", "tensor_parallel_size": 2, "max_num_seqs": 32}
+    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    with LLM(str(tiny_model("llama")), **options) as llm:
+        workers, killed = pids(llm), []
+
+        def kill():
+            killed.append(time.monotonic())
+            os.kill(workers[rank], signal.SIGKILL)
+
+        threading.Timer(0.5, kill).start()
+        with pytest.raises(WorkerDied, match=f"rank {rank} was killed by SIGKILL"):
+            generate(llm, [[1 + i % 100] for i in range(6400)], params)
+        assert time.monotonic() - killed[0] < 2.0
+        assert not any(psutil.pid_exists(pid) for pid in workers.values())
 
 
 @pytest.mark.parametrize(

@@ -57,13 +57,12 @@ def test_the_example_answers_once(chat_model):
     assert torchrun(2, str(ROOT / "example.py"), *options).stdout.count("Completion:") == 2
 
 
-@pytest.mark.parametrize("token", [RAISE, KILL])
-def test_a_rank_that_fails_in_a_step_ends_all(model, tmp_path, token):
+@pytest.mark.parametrize(("sizes", "token"), [({}, RAISE), ({}, KILL), ({"damaged": 1}, 1)])
+def test_a_rank_that_fails_ends_all(tmp_path, sizes, token):
     """Long before worker_timeout."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        f"from nanovllm import LLM\nLLM({model!r}, executor='torchrun', **{OPTIONS!r}).generate([[{token}]])"
-    )
+    model, script = sum_model(tmp_path, **sizes), tmp_path / "script.py"
+    engine = f"LLM({model!r}, executor='torchrun', **{OPTIONS!r})"
+    script.write_text(f"from nanovllm import LLM\n{engine}.generate([[{token}]])")
     start = time.monotonic()
     assert torchrun(2, str(script), check=False).returncode != 0
     assert time.monotonic() - start < 60
@@ -72,8 +71,12 @@ def test_a_rank_that_fails_in_a_step_ends_all(model, tmp_path, token):
 def test_torchrun_must_have_started_us(model, monkeypatch):
     with pytest.raises(ConfigError, match="torchrun did not start this process"):
         LLM(model, executor="torchrun", **OPTIONS)
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
-        monkeypatch.setenv(name, value)
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="torchrun did not start this process"):
+        LLM(model, executor="torchrun", **OPTIONS)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="torchrun started 2 processes"):
         LLM(model, executor="torchrun", tensor_parallel_size=3, **OPTIONS)
 
