@@ -111,7 +111,7 @@ def test_what_fails_on_a_replica_is_the_users_error(run, tmp_path, capsys):
     assert last.startswith("nanovllm: error: max_model_len=10000 exceeds the 512 positions")
 
 
-def test_every_call_of_a_replica_whose_engine_fails_learns_of_it(monkeypatch, chat_model):
+def test_every_call_of_a_replica_whose_engine_fails_learns_of_it(monkeypatch, chat_model, threads):
     """Those that wait, and those that come later."""
     pyarrow = pytest.importorskip("pyarrow")
 
