@@ -93,7 +93,7 @@ class BatchEngine(Generic[K]):
 
     @property
     def has_room(self) -> bool:
-        return self._sequences < self._ahead
+        return self._sequences + len(self._refused) < self._ahead
 
     def add(self, key: K, text: bytes) -> None:
         """text: a line that has a custom_id."""
@@ -103,8 +103,8 @@ class BatchEngine(Generic[K]):
             check_model(asked, self._server.served)
             requests = self._prepare(line, asked)
         except RequestError as error:
-            failure = error_line(line.custom_id, api_error(error, line.body))
-            self._refused.append((key, Answer(failure, failed=True, tokens=0)))
+            found = api_error(error, line.values.get("body", {}))
+            self._refused.append((key, Answer(error_line(line.custom_id, found), failed=True, tokens=0)))
             return
         running = _Running(key, line.custom_id, asked, requests)
         for request in requests:

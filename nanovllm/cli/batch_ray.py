@@ -97,7 +97,15 @@ class Replica:
 
     def _serve(self) -> None:
         try:
-            engine = BatchEngine[Future[Answer]](_sharing(self._server, self._crew))
+            self._drive(BatchEngine(_sharing(self._server, self._crew)))
+        except BaseException as error:
+            self._failure = error
+            for future in list(self._waiting):
+                if not future.done():
+                    future.set_exception(error)
+
+    def _drive(self, engine: BatchEngine[Future[Answer]]) -> None:
+        try:
             while True:
                 if not engine.busy:
                     engine.add(*self._lines.get())
@@ -107,11 +115,6 @@ class Replica:
                     future.set_result(answer)
         except WorkerDied:
             os._exit(1)  # Ray starts the whole replica again
-        except BaseException as error:
-            self._failure = error
-            for future in list(self._waiting):
-                if not future.done():
-                    future.set_exception(error)
 
 
 def _table(places: Any, answers: list[Answer]) -> Any:

@@ -103,8 +103,15 @@ class Progress:
 def main(link_fd: int, lifeline_fd: int, folder: str) -> None:
     """A process of its own. folder: where ranks meet, private to the engine."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's
-    leave = functools.partial(shutil.rmtree, folder, ignore_errors=True)  # torch's file store would write once more
-    serve(Connection(link_fd), Connection(lifeline_fd), leave)
+    tidy = functools.partial(shutil.rmtree, folder, ignore_errors=True)
+    code = 0
+    try:
+        serve(Connection(link_fd), Connection(lifeline_fd), deserted=tidy)
+    except SystemExit:
+        code = 1
+    tidy()  # the driver may be gone already, or be killed before it does so
+    sys.stdout.flush()
+    os._exit(code)  # at once, as torch's file store would write into the folder once more
 
 
 def serve(link: Connection, lifeline: Connection, deserted: Callable[[], None]) -> None:
@@ -113,19 +120,15 @@ def serve(link: Connection, lifeline: Connection, deserted: Callable[[], None]) 
     deserted: what to do before this process ends as the driver is gone.
     """
     progress = Progress()
-    try:
-        task: WorkerTask = link.recv()
-    except EOFError:  # no driver
-        return
     watch = threading.Thread(target=_watch, args=(lifeline, os.getppid(), deserted, progress), daemon=True)
     watch.start()
     try:
-        _serve(link, task, progress)
+        _serve(link, progress)
     except BaseException as error:
         lost = isinstance(error, PeerLost)
         typed = error if isinstance(error, NanoVLLMError) and not lost else None
         cause = traceback.format_exception_only(type(error), error)[-1].strip()
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(ConnectionError):  # no driver
             link.send(Failed(typed, lost, cause, traceback.format_exc()))
             sys.exit(1)
         watch.join()  # the driver is gone, and it ends this process
@@ -144,7 +147,8 @@ def _watch(lifeline: Connection, parent: int, deserted: Callable[[], None], prog
     os._exit(1)
 
 
-def _serve(link: Connection, task: WorkerTask, progress: Progress) -> None:
+def _serve(link: Connection, progress: Progress) -> None:
+    task: WorkerTask = link.recv()
     logging.basicConfig(level=task.log_level, format=f"nanovllm: rank {task.rank}: %(message)s")
     group = _join(task)
     try:

@@ -20,11 +20,6 @@ class BatchLine:
     custom_id: str
     values: dict[str, Any]
 
-    @property
-    def body(self) -> dict[str, Any]:
-        """Of a line whose request could be read."""
-        return self.values["body"]
-
     def request(self) -> ChatRequest | CompletionRequest:
         """APIError for a field that is wrong, not known or not supported."""
         for name in self.values:

@@ -60,6 +60,7 @@ def test_a_wrong_line_is_an_error_of_its_own(run):
             request("model", "x", model="gpt-4o"),
             request("surrogate", "\ud800"),
             "no JSON",
+            '{"custom_id": "empty", "method": "POST", "url": "/v1/completions"}',
             request("good", "again"),
             request("last", say("x")),
         ]
@@ -73,6 +74,7 @@ def test_a_wrong_line_is_an_error_of_its_own(run):
         (404, "model"),
         (400, "prompt"),
         (400, None),
+        (400, "body"),
         (400, "custom_id"),
         (200, None),
     ]

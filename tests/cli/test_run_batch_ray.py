@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import pickle
 import threading
 import time
 from pathlib import Path
@@ -11,6 +13,8 @@ import psutil
 import pytest
 from batches import contents, mixed, read, request, write
 
+from nanovllm.cli import batch_ray
+from nanovllm.cli.batch_engine import Server
 from nanovllm.cli.main import main
 
 ray = pytest.importorskip("ray")
@@ -74,6 +78,7 @@ def test_a_replica_that_is_killed_changes_nothing(run, tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "here")
 
 
+@pytest.mark.slow
 def test_a_rank_of_a_replica_that_is_killed_changes_nothing(run, tmp_path):
     write(tmp_path / "in", *mixed(16, tokens=150))
     ranks = ("--tensor-parallel-size", "2")
@@ -104,3 +109,19 @@ def test_what_fails_on_a_replica_is_the_users_error(run, tmp_path, capsys):
     assert run("out", "--ray", "--max-model-len", "10000") == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("nanovllm: error: max_model_len=10000 exceeds the 512 positions")
+
+
+def test_every_call_of_a_replica_whose_engine_fails_learns_of_it(monkeypatch, chat_model, threads):
+    """Those that wait, and those that come later."""
+    pyarrow = pytest.importorskip("pyarrow")
+
+    def fail(engine):
+        raise ZeroDivisionError("no step")
+
+    monkeypatch.setattr(batch_ray.BatchEngine, "step", fail)
+    replica = batch_ray.Replica(Server(str(chat_model), {}, ["m"]), batch_ray.Crew(1, 1, 0, 1))
+    chunk = pyarrow.table({"place": [0, 1], "line": [json.dumps(line).encode() for line in mixed(2)]})
+    for _ in range(2):
+        (row,) = replica(chunk).to_pylist()
+        with pytest.raises(RuntimeError, match=r"a replica failed:\n(?s:.*)ZeroDivisionError: no step"):
+            raise pickle.loads(row["line"])
