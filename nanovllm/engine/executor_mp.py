@@ -23,10 +23,12 @@ from nanovllm.models.base import CausalLM
 from nanovllm.weights.checkpoint import Checkpoint
 
 # not multiprocessing's spawn, which runs the user's script again in each process
-_START = (
-    "import sys; sys.path[:] = sys.argv[4:]; from nanovllm.engine.worker import main; "
-    "main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])"
-)
+_START = """
+import sys
+_, link, lifeline, folder, *sys.path[:] = sys.argv
+from nanovllm.engine.worker import main
+main(int(link), int(lifeline), folder)
+"""
 _LAST_WORDS = 3.0  # seconds for a process to end whose link is closed
 
 

@@ -86,7 +86,7 @@ class RankActor:
     def serve(self) -> None:
         link, lifeline = self._accept(), self._accept()
         self._listener.close()
-        serve(link, lifeline, deserted=lambda: None)
+        serve(link, lifeline, os._exit)
         require_ray().actor.exit_actor()
 
     def _accept(self) -> Connection:

@@ -101,40 +101,33 @@ class Progress:
 
 
 def main(link_fd: int, lifeline_fd: int, folder: str) -> None:
-    """A process of its own. folder: where ranks meet, private to the engine."""
+    """A process of its own. folder: private to the engine; ranks meet there."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's
-    tidy = functools.partial(shutil.rmtree, folder, ignore_errors=True)
-    code = 0
-    try:
-        serve(Connection(link_fd), Connection(lifeline_fd), deserted=tidy)
-    except SystemExit:
-        code = 1
-    tidy()  # the driver may be gone already, or be killed before it does so
-    sys.stdout.flush()
-    os._exit(code)  # at once, as torch's file store would write into the folder once more
+    leave = functools.partial(_leave, folder)
+    leave(serve(Connection(link_fd), Connection(lifeline_fd), leave))
 
 
-def serve(link: Connection, lifeline: Connection, deserted: Callable[[], None]) -> None:
-    """The life of a worker: until the driver says so, or is gone, or something goes wrong.
+def serve(link: Connection, lifeline: Connection, leave: Callable[[int], None]) -> int:
+    """The life of a worker: until the driver says so, or is gone, or something goes wrong; its exit code.
 
-    deserted: what to do before this process ends as the driver is gone.
+    leave: ends the process with a code at once, as the driver may be gone while a step runs.
     """
     progress = Progress()
-    watch = threading.Thread(target=_watch, args=(lifeline, os.getppid(), deserted, progress), daemon=True)
+    watch = threading.Thread(target=_watch, args=(lifeline, os.getppid(), leave, progress), daemon=True)
     watch.start()
     try:
         _serve(link, progress)
     except BaseException as error:
-        lost = isinstance(error, PeerLost)
-        typed = error if isinstance(error, NanoVLLMError) and not lost else None
+        deserted = isinstance(error, PeerLost)
+        typed = error if isinstance(error, NanoVLLMError) and not deserted else None
         cause = traceback.format_exception_only(type(error), error)[-1].strip()
         with contextlib.suppress(ConnectionError):  # no driver
-            link.send(Failed(typed, lost, cause, traceback.format_exc()))
-            sys.exit(1)
-        watch.join()  # the driver is gone, and it ends this process
+            link.send(Failed(typed, deserted, cause, traceback.format_exc()))
+        return 1
+    return 0
 
 
-def _watch(lifeline: Connection, parent: int, deserted: Callable[[], None], progress: Progress) -> None:
+def _watch(lifeline: Connection, parent: int, leave: Callable[[int], None], progress: Progress) -> None:
     """Say how far this rank is whenever the driver asks; end with the driver, even within a step."""
     try:
         while os.getppid() == parent:  # a process that the driver has forked may hold the line open
@@ -143,8 +136,15 @@ def _watch(lifeline: Connection, parent: int, deserted: Callable[[], None], prog
                 lifeline.send((progress.steps, progress.stack()))
     except (EOFError, OSError):
         pass
-    deserted()
-    os._exit(1)
+    leave(1)
+
+
+def _leave(folder: str, code: int) -> None:
+    """The driver may be gone already, or be killed before it clears up. At once, as torch's file store would
+    write into the folder once more."""
+    shutil.rmtree(folder, ignore_errors=True)
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def _serve(link: Connection, progress: Progress) -> None:

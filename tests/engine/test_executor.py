@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import rank_models
-from helpers import run_all
+from helpers import run_all, wait_until
 from rank_models import EXIT, HANG, KILL, OPTIONS, RAISE, STOP, sum_model
 
 from nanovllm import LLM, ConfigError, EngineClosed, RequestError, SamplingParams, WeightError, WorkerDied
@@ -217,7 +217,7 @@ def test_a_worker_killed_amid_recorded_steps(tiny_model, rank):
         with pytest.raises(WorkerDied, match=f"rank {rank} was killed by SIGKILL"):
             generate(llm, [[1 + i % 100] for i in range(6400)], params)
         assert time.monotonic() - killed[0] < 2.0
-        assert not any(psutil.pid_exists(pid) for pid in workers.values())
+        wait_until(lambda: not any(psutil.pid_exists(pid) for pid in workers.values()))
 
 
 @pytest.mark.parametrize(
@@ -338,6 +338,33 @@ print("ready", flush=True)
 """
 
 
+@pytest.fixture
+def driver(model, tmp_path, interruptible_children):
+    """driver(end) -> a process that does this last and has two workers. Nothing of it is left afterwards: no call of
+    close(), and the script has no `if __name__ == '__main__'` either."""
+    script, folder, found = tmp_path / "script.py", tmp_path / "temporary", []
+    folder.mkdir()
+
+    def start(end):
+        script.write_text(LEAVE.format(model=model, options=OPTIONS, end=end))
+        env = os.environ | {"TMPDIR": str(folder), "PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen([sys.executable, str(script)], env=env, stdout=subprocess.PIPE, text=True)
+        workers = []
+        while process.poll() is None and len(workers) < 2:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                workers = workers_of(process.pid)
+        assert len(workers) == 2
+        found.append((process, workers))
+        return process
+
+    yield start
+    for process, workers in found:
+        process.wait(20)
+        _, alive = psutil.wait_procs(workers, timeout=10)
+        assert not alive
+    assert not list(folder.iterdir())
+
+
 @pytest.mark.parametrize(
     "end",
     [
@@ -345,28 +372,19 @@ print("ready", flush=True)
         "os.kill(os.getpid(), signal.SIGKILL)",
         pytest.param("os.kill(os.getpid(), signal.SIGTERM)", marks=pytest.mark.slow),
         pytest.param("signal.default_int_handler(2, None)", marks=pytest.mark.slow),
-        pytest.param(f"llm.generate([[1, {HANG}]])  # SIGKILL", marks=pytest.mark.slow),
-        f"llm.generate([[1, {HANG}]])  # SIGINT",
     ],
 )
-def test_nothing_is_left_when_the_driver_ends(model, tmp_path, end, interruptible_children):
-    """No call of close(); the script has no `if __name__ == '__main__'` either."""
-    script = tmp_path / "script.py"
-    script.write_text(LEAVE.format(model=model, options=OPTIONS, end=end))
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    env = os.environ | {"TMPDIR": str(folder), "PYTHONPATH": str(ROOT)}
-    driver = subprocess.Popen([sys.executable, str(script)], env=env, stdout=subprocess.PIPE, text=True)
-    seen = []
-    while driver.poll() is None and len(seen) < 2:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            seen = workers_of(driver.pid)
-    assert len(seen) == 2
-    assert driver.stdout.readline() == "ready\n"
-    if "generate" in end:
-        time.sleep(1)
-        driver.send_signal(getattr(signal, end.split()[-1]))
-    driver.wait(20)
-    _, alive = psutil.wait_procs(seen, timeout=10)
-    assert not alive
-    assert not list(folder.iterdir())
+def test_nothing_is_left_of_a_driver_that_ends(driver, end):
+    assert driver(end).stdout.readline() == "ready\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_nothing_is_left_of_a_driver_that_waits_for_a_step(driver, number):
+    process = driver(f"llm.generate([[1, {HANG}]])")
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(1)
+    process.send_signal(number)
+
+
+def test_nothing_is_left_of_a_driver_whose_workers_still_start(driver):
+    driver("").kill()

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import rank_models
-from helpers import run_all
+from helpers import run_all, wait_until
 from rank_models import HANG, OPTIONS, RAISE, sum_model
 from tiny_models import make_tiny_model
 
@@ -69,13 +69,6 @@ def free_cpus():
     import ray
 
     return ray.available_resources().get("CPU", 0)
-
-
-def wait_until(true, seconds=10):
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def start(model, **options):
