@@ -115,7 +115,7 @@ def test_messages_have_no_size_limit(cluster, model):
 @pytest.mark.parametrize("way", ["SIGKILL", pytest.param("ray.kill", marks=pytest.mark.slow)])
 def test_a_killed_actor_fails_all_requests_within_two_seconds(cluster, model, way):
     with start(model, tensor_parallel_size=3) as llm:
-        engine, pids = llm.engine, dict(llm.apply_model(rank_models.rank_of))
+        engine, pids = llm.engine, llm.apply_model(rank_models.pid_of)
         for i in range(32):
             engine.add(engine.prepare([i], SamplingParams(temperature=0, max_tokens=500)))
         engine.step()
@@ -131,7 +131,7 @@ def test_a_killed_actor_fails_all_requests_within_two_seconds(cluster, model, wa
         assert str(pids[2]) in caught.value.details
         with pytest.raises(WorkerDied):
             generate(llm, [[1]])
-        wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids.values()))
+        wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
         wait_until(lambda: free_cpus() == 4)
 
 
@@ -187,7 +187,7 @@ import json, os, signal, sys
 import psutil, rank_models
 from nanovllm import LLM
 llm = LLM({model!r}, **{options!r}, executor="ray", tensor_parallel_size=2, num_threads=1)
-found = [psutil.Process(pid) for _, pid in llm.apply_model(rank_models.rank_of)] + psutil.Process().children(True)
+found = [psutil.Process(pid) for pid in llm.apply_model(rank_models.pid_of)] + psutil.Process().children(True)
 print(json.dumps([(p.pid, " ".join(p.cmdline())) for p in found]), flush=True)
 {end}
 """
