@@ -133,7 +133,6 @@ def test_a_killed_actor_fails_all_requests_within_two_seconds(cluster, model, wa
         with pytest.raises(WorkerDied):
             generate(llm, [[1]])
         wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
-        wait_until(lambda: free_cpus() == 4)
 
 
 def test_a_rank_that_raises_sends_its_traceback(cluster, model):
