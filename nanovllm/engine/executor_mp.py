@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from multiprocessing.connection import Pipe
 
 import torch
@@ -25,44 +22,45 @@ from nanovllm.weights.checkpoint import Checkpoint
 # not multiprocessing's spawn, which runs the user's script again in each process
 _START = """
 import sys
-_, link, lifeline, folder, *sys.path[:] = sys.argv
+_, link, lifeline, *sys.path[:] = sys.argv
 from nanovllm.engine.worker import main
-main(int(link), int(lifeline), folder)
+main(int(link), int(lifeline))
 """
 _LAST_WORDS = 3.0  # seconds for a process to end whose link is closed
 
 
 class MultiprocessExecutor(WorkersExecutor):
-    """Ranks meet in a folder that is private to the engine."""
+    """Ranks meet in a file without a name: two engines never do, and nothing is left of it."""
 
     def __init__(self, config: EngineConfig, model_class: type[CausalLM], checkpoint: Checkpoint) -> None:
         """config: resolved. Raises what a rank raises; no process is left then."""
         assert config.tensor_parallel_size is not None
+        if sys.platform != "linux":
+            raise ConfigError("executor='mp' needs Linux: set tensor_parallel_size=1, or use executor='torchrun'")
         size = config.tensor_parallel_size
         require_devices(config, size)
-        folder = tempfile.mkdtemp(prefix="nanovllm-")
-        tidy = functools.partial(shutil.rmtree, folder, ignore_errors=True)
+        meeting_fd = os.memfd_create("nanovllm")
         try:
-            places = [Place(f"file://{folder}/ranks", rank, host_rank=rank, host_ranks=size) for rank in range(size)]
+            init_method = f"file:///proc/self/fd/{meeting_fd}"
+            places = [Place(init_method, gpu=rank, host_rank=rank, host_ranks=size) for rank in range(size)]
             tasks = worker_tasks(config, model_class, checkpoint, places)
-            pool = WorkerPool((ProcessWorker(rank, folder) for rank in range(size)), config.worker_timeout, tidy)
-        except BaseException:
-            tidy()
-            raise
+            pool = WorkerPool((ProcessWorker(rank, meeting_fd) for rank in range(size)), config.worker_timeout)
+        finally:
+            os.close(meeting_fd)
         super().__init__(pool, tasks, pool.close)
 
 
 class ProcessWorker:
     """One rank's process."""
 
-    def __init__(self, rank: int, folder: str) -> None:
+    def __init__(self, rank: int, meeting_fd: int) -> None:
         self.rank = rank
         self.link, theirs = Pipe()
         self.lifeline, theirs_too = Pipe()
         fds = theirs.fileno(), theirs_too.fileno()
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _START, *map(str, fds), folder, *sys.path],
-            pass_fds=fds,
+            [sys.executable, "-c", _START, *map(str, fds), *sys.path],
+            pass_fds=(*fds, meeting_fd),
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C in a terminal is for the driver alone
         )
@@ -89,8 +87,6 @@ class ProcessWorker:
 
 def require_devices(config: EngineConfig, ranks: int) -> None:
     """ConfigError for what this machine cannot do. ranks: on this host."""
-    if os.name != "posix":
-        raise ConfigError("more than one process needs Linux or macOS; set tensor_parallel_size=1")
     if config.device == "cuda" and ranks > torch.cuda.device_count():
         raise ConfigError(
             f"tensor_parallel_size={config.tensor_parallel_size} needs {ranks} GPUs here, and torch sees "

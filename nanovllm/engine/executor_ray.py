@@ -54,7 +54,7 @@ class RayExecutor(WorkersExecutor):
             addresses, meeting = _greet(ray, actors, config.worker_timeout)
             tasks = worker_tasks(config, model_class, checkpoint, _places(placement.nodes, addresses, meeting))
             workers = (ActorWorker(rank, actors[rank], addresses[rank], key) for rank in range(size))
-            pool = WorkerPool(workers, config.worker_timeout, tidy=placement.remove)
+            pool = WorkerPool(workers, config.worker_timeout)
             release.callback(pool.close)
         except BaseException:
             release.close()
@@ -86,7 +86,7 @@ class RankActor:
     def serve(self) -> None:
         link, lifeline = self._accept(), self._accept()
         self._listener.close()
-        serve(link, lifeline, os._exit)
+        serve(link, lifeline)
         require_ray().actor.exit_actor()
 
     def _accept(self) -> Connection:

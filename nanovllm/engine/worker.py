@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import pickle
-import shutil
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -100,21 +97,16 @@ class Progress:
         return "".join(traceback.format_stack(sys._current_frames()[self.thread]))
 
 
-def main(link_fd: int, lifeline_fd: int, folder: str) -> None:
-    """A process of its own. folder: private to the engine; ranks meet there."""
+def main(link_fd: int, lifeline_fd: int) -> None:
+    """A process of its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's
-    leave = functools.partial(_leave, folder)
-    leave(serve(Connection(link_fd), Connection(lifeline_fd), leave))
+    sys.exit(serve(Connection(link_fd), Connection(lifeline_fd)))
 
 
-def serve(link: Connection, lifeline: Connection, leave: Callable[[int], None]) -> int:
-    """The life of a worker: until the driver says so, or is gone, or something goes wrong; its exit code.
-
-    leave: ends the process with a code at once, as the driver may be gone while a step runs.
-    """
+def serve(link: Connection, lifeline: Connection) -> int:
+    """The life of a worker: until the driver says so, or is gone, or something goes wrong; its exit code."""
     progress = Progress()
-    watch = threading.Thread(target=_watch, args=(lifeline, os.getppid(), leave, progress), daemon=True)
-    watch.start()
+    threading.Thread(target=_watch, args=(lifeline, os.getppid(), progress), daemon=True).start()
     try:
         _serve(link, progress)
     except BaseException as error:
@@ -127,7 +119,7 @@ def serve(link: Connection, lifeline: Connection, leave: Callable[[int], None]) 
     return 0
 
 
-def _watch(lifeline: Connection, parent: int, leave: Callable[[int], None], progress: Progress) -> None:
+def _watch(lifeline: Connection, parent: int, progress: Progress) -> None:
     """Say how far this rank is whenever the driver asks; end with the driver, even within a step."""
     try:
         while os.getppid() == parent:  # a process that the driver has forked may hold the line open
@@ -136,15 +128,7 @@ def _watch(lifeline: Connection, parent: int, leave: Callable[[int], None], prog
                 lifeline.send((progress.steps, progress.stack()))
     except (EOFError, OSError):
         pass
-    leave(1)
-
-
-def _leave(folder: str, code: int) -> None:
-    """The driver may be gone already, or be killed before it clears up. At once, as torch's file store would
-    write into the folder once more."""
-    shutil.rmtree(folder, ignore_errors=True)
-    sys.stdout.flush()
-    os._exit(code)
+    os._exit(1)
 
 
 def _serve(link: Connection, progress: Progress) -> None:

@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -63,12 +63,11 @@ class WorkerPool:
     leaves a rank without it; one reads, and sees at once when a rank is gone. What fails one rank ends all,
     and every waiting and later question raises it.
 
-    workers: by rank, started as they are taken from it. timeout: seconds for a rank to answer. tidy: what is
-    done once all have ended; harmless when repeated.
+    workers: by rank, started as they are taken from it. timeout: seconds for a rank to answer.
     """
 
-    def __init__(self, workers: Iterable[Worker], timeout: float, tidy: Callable[[], None]) -> None:
-        self._timeout, self._tidy = timeout, tidy
+    def __init__(self, workers: Iterable[Worker], timeout: float) -> None:
+        self._timeout = timeout
         self._outbox: queue.SimpleQueue[Question | None] = queue.SimpleQueue()
         self._questions: deque[Question] = deque()
         self._since = time.monotonic()  # of the last sign of life that was waited for
@@ -216,7 +215,6 @@ class WorkerPool:
             worker.kill()
         for worker in self._workers:
             worker.wait(_PATIENCE)
-        self._tidy()
 
 
 def _where(worker: Worker) -> tuple[int, str] | None:

@@ -48,9 +48,8 @@ def llm(request, model):
 
 
 @pytest.fixture
-def two_ranks(model, tmp_path, monkeypatch):
-    """start(**options) -> an LLM of two ranks. Nothing of it is left afterwards."""
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+def two_ranks(model):
+    """start(**options) -> an LLM of two ranks. No process of it is left afterwards."""
     before = workers_of(os.getpid())
     with contextlib.ExitStack() as stack:
 
@@ -60,7 +59,6 @@ def two_ranks(model, tmp_path, monkeypatch):
             return llm
 
         yield start
-    assert not list(tmp_path.iterdir())
     assert workers_of(os.getpid()) == before
 
 
@@ -257,16 +255,12 @@ def test_who_is_suspected_when_nobody_answers():
     assert suspect({0: (3, step), 1: (2, step)}) == 1
 
 
-def test_a_failed_load_on_one_rank_ends_all_with_its_error(tmp_path, monkeypatch):
-    model = sum_model(tmp_path, damaged=1)
-    folder, before = tmp_path / "temporary", workers_of(os.getpid())
-    folder.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(folder))
+def test_a_failed_load_on_one_rank_ends_all_with_its_error(tmp_path):
+    model, before = sum_model(tmp_path, damaged=1), workers_of(os.getpid())
     with pytest.raises(WeightError, match="the shard is damaged") as caught:
         LLM(model, **OPTIONS, tensor_parallel_size=2)
     assert "rank 1" in str(caught.value.__cause__)
     assert not [p for p in workers_of(os.getpid()) if p not in before]
-    assert not list(folder.iterdir())
 
 
 def test_ranks_agree_on_the_smallest_capacity(tmp_path):

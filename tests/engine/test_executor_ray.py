@@ -90,11 +90,12 @@ def test_text_is_that_of_one_rank(cluster, llama, ranks, threads, nodes, communi
         where = llm.apply_model(rank_models.ray_node)
         assert sorted(where.count(node) for node in set(where)) == nodes
         assert where == sorted(where, key=where.index)  # neighbours
-        assert where[0] == rank_models.ray_node(None)  # this process's
+        here = rank_models.ray_node(None)
+        assert where == sorted(where, key=lambda node: (node != here, node))  # neighbours, those of this node first
         assert llm.apply_model(rank_models.communicator) == [communicator] * ranks
         assert llm.apply_model(rank_models.threads) == [threads] * ranks
         assert generate(llm, PROMPTS) == expected
-        assert free_cpus() == 4 - ranks * threads
+        wait_until(lambda: free_cpus() == 4 - ranks * threads)
 
 
 def test_messages_have_no_size_limit(cluster, model):
@@ -125,7 +126,6 @@ def test_a_killed_actor_fails_all_requests_within_two_seconds(cluster, model, wa
         with pytest.raises(WorkerDied):
             generate(llm, [[1]])
         wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
-        wait_until(lambda: free_cpus() == 4)
 
 
 def test_a_rank_that_raises_sends_its_traceback(cluster, model):
