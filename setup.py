@@ -5,8 +5,10 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 TRANSFORMERS = ["transformers>=5.6", "accelerate>=1.0"]  # it needs accelerate for GPUs and GGUF files
+RAY = ["ray[data]>=2.40"]
 TEST = [
     *TRANSFORMERS,
+    *RAY,
     "hypothesis>=6.100",
     "import-linter>=2.1",
     "mypy>=1.11",
@@ -82,6 +84,6 @@ setup(
         "tqdm>=4.66",
         "xxhash>=3.4",
     ],
-    extras_require={"test": TEST, "dev": TEST, "bench": BENCH, "gpu": GPU, "transformers": TRANSFORMERS},
+    extras_require={"test": TEST, "dev": TEST, "bench": BENCH, "gpu": GPU, "ray": RAY, "transformers": TRANSFORMERS},
     entry_points={"console_scripts": ["nanovllm = nanovllm.cli.main:main"]},
 )

@@ -124,3 +124,15 @@ def threads(model):
 
 def fail(model):
     raise KeyError("asked for too much")
+
+
+def communicator(model):
+    """How its ranks speak, by the first layer that says so."""
+    groups = (vars(module).get("tp") or vars(module).get("_tp") for module in model.modules())
+    return type(next(group for group in groups if group is not None).comm).__name__
+
+
+def ray_node(model):
+    import ray
+
+    return ray.get_runtime_context().get_node_id()

@@ -59,7 +59,7 @@ REFUSED = {
     "kvcache_memory": [0, -1, 1.5, "", "lots", "-1GiB", "4 TiB", "0", True],
     "gpu_memory_utilization": [0, -0.5, 1.1, float("nan"), "0.9", None, True],
     "tensor_parallel_size": COUNTS,
-    "executor": ["ray", "processes", None],
+    "executor": ["uni", "processes", None],
     "worker_timeout": [0, -1, "60", None, True, float("nan"), float("inf")],
     "trust_remote_code": [True, "no"],
     "enforce_eager": ["yes", None, 1],
@@ -120,6 +120,7 @@ def test_resolve_device(asked, cuda, device):
 def test_cuda_without_a_device_is_refused():
     with pytest.raises(ConfigError, match="device='cuda'"):
         resolve(device="cuda")
+    assert resolve(device="cuda", executor="ray").device == "cuda"  # of other hosts
 
 
 def test_kvcache_memory_is_for_the_cpu():

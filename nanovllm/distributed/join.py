@@ -16,12 +16,23 @@ from nanovllm.ops.library import Library, library_or_reason
 logger = logging.getLogger(__name__)
 
 
-def join_group(rank: int, size: int, *, init_method: str, device: torch.device, timeout_s: float) -> TPGroup:
+def join_group(
+    rank: int,
+    size: int,
+    *,
+    init_method: str,
+    device: torch.device,
+    timeout_s: float,
+    host: str = "",
+    address: str | None = None,
+) -> TPGroup:
     """Wait until all `size` ranks are here, and find the fastest way for them to speak: shared memory between
     CPUs of one host, gloo between other CPUs, NCCL between GPUs.
 
     init_method: where they meet, as torch.distributed writes it: "file:///...", "tcp://host:port" or "env://",
     torchrun's. One rank meets nobody. timeout_s: for which a rank waits for another, here and in a step.
+    host: a name of this one, where it is known: ranks of different hosts need not try to share memory.
+    address: of this host for gloo, which otherwise looks up the host's name unless GLOO_SOCKET_IFNAME is set.
     ConfigError for an init_method that cannot be; PeerLost if a rank does not come.
     """
     if size == 1:
@@ -30,7 +41,7 @@ def join_group(rank: int, size: int, *, init_method: str, device: torch.device, 
 
     try:
         store = _store(dist, rank, size, init_method, timeout_s)
-        return TPGroup(rank, size, _communicator(store, rank, size, device, timeout_s))
+        return TPGroup(rank, size, _communicator(store, rank, size, device, timeout_s, host, address))
     except RuntimeError as error:  # of several kinds, for as many kinds of stores
         raise PeerLost(f"the {size} ranks did not meet at {init_method} within {timeout_s:g} s: {error}") from error
 
@@ -49,17 +60,19 @@ def _store(dist: Any, rank: int, size: int, init_method: str, timeout_s: float) 
     return dist.PrefixStore(f"nanovllm/{nth}", store)
 
 
-def _communicator(store: Any, rank: int, size: int, device: torch.device, timeout_s: float) -> Communicator:
+def _communicator(
+    store: Any, rank: int, size: int, device: torch.device, timeout_s: float, host: str, address: str | None
+) -> Communicator:
     from nanovllm.distributed.torch_group import GlooCommunicator, NCCLCommunicator
 
     if device.type != "cpu":
         return NCCLCommunicator(store, rank, size, device, timeout_s)
     library = library_or_reason()
-    store.set(f"library/{rank}", "yes" if isinstance(library, Library) else "no")
-    everywhere = all(store.get(f"library/{other}") == b"yes" for other in range(size))
-    if isinstance(library, Library) and everywhere:
+    store.set(f"ready/{rank}", f"native kernels on {host}" if isinstance(library, Library) else "")
+    found = {store.get(f"ready/{other}") for other in range(size)}
+    if isinstance(library, Library) and len(found) == 1:
         try:
             return SharedMemoryCommunicator(library, rank, size, store, timeout_s)
         except ConnectionError as error:
             logger.info("%s: gloo sums instead", error)
-    return GlooCommunicator(store, rank, size, timeout_s)
+    return GlooCommunicator(store, rank, size, timeout_s, address)

@@ -12,6 +12,7 @@ from nanovllm.cache_spec import CachePlan
 from nanovllm.config import EngineConfig
 from nanovllm.engine.executor import Executor, InProcessExecutor
 from nanovllm.engine.executor_mp import MultiprocessExecutor
+from nanovllm.engine.executor_ray import RayExecutor
 from nanovllm.engine.executor_torchrun import TorchrunExecutor, launched_processes
 from nanovllm.engine.generation_config import generation_defaults
 from nanovllm.engine.llm_engine import LLMEngine
@@ -65,6 +66,8 @@ def create_executor(
     """Where the ranks are. config: resolved."""
     if config.executor == "torchrun":
         return TorchrunExecutor(config, model_class, model_config, checkpoint)
+    if config.executor == "ray":
+        return RayExecutor(config, model_class, checkpoint)
     if config.executor == "mp" or config.tensor_parallel_size != 1:
         return MultiprocessExecutor(config, model_class, checkpoint)
     return InProcessExecutor(config, model_class, model_config, checkpoint)

@@ -2,87 +2,87 @@
 
 from __future__ import annotations
 
-import dataclasses
-import logging
-import pickle
+import contextlib
+import os
+import signal
+import subprocess
 import sys
-import weakref
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from typing import TypeVar
+from multiprocessing.connection import Pipe
 
 import torch
 
-from nanovllm.cache_spec import CachePlan
 from nanovllm.config import EngineConfig
-from nanovllm.engine.plan_wire import PlanWriter
-from nanovllm.engine.step import StepPlan, StepResult
-from nanovllm.engine.worker import Call, WorkerTask
+from nanovllm.engine.executor_workers import WorkersExecutor, worker_tasks
+from nanovllm.engine.worker import Place
 from nanovllm.engine.worker_pool import WorkerPool
-from nanovllm.errors import ConfigError, RequestError
+from nanovllm.errors import ConfigError, WorkerDied
 from nanovllm.models.base import CausalLM
 from nanovllm.weights.checkpoint import Checkpoint
 
-T = TypeVar("T")
+# not multiprocessing's spawn, which runs the user's script again in each process
+_START = """
+import sys
+_, link, lifeline, *sys.path[:] = sys.argv
+from nanovllm.engine.worker import main
+main(int(link), int(lifeline))
+"""
+_LAST_WORDS = 3.0  # seconds for a process to end whose link is closed
 
 
-class MultiprocessExecutor:
-    """All ranks are workers, rank 0 too: while one of them waits for a rank that is gone, this process does
-    not, and can say so. Every rank gets every plan; rank 0 answers."""
+class MultiprocessExecutor(WorkersExecutor):
+    """Ranks meet in a file without a name: two engines never do, and nothing is left of it."""
 
     def __init__(self, config: EngineConfig, model_class: type[CausalLM], checkpoint: Checkpoint) -> None:
         """config: resolved. Raises what a rank raises; no process is left then."""
         assert config.tensor_parallel_size is not None
         if sys.platform != "linux":
             raise ConfigError("executor='mp' needs Linux: set tensor_parallel_size=1, or use executor='torchrun'")
-        require_devices(config, config.tensor_parallel_size)
-        self._size = config.tensor_parallel_size
-        self._writer = PlanWriter()
-        self._pool = WorkerPool(self._size, config.worker_timeout)
-        self._end = weakref.finalize(self, self._pool.close)  # also when the interpreter ends
+        size = config.tensor_parallel_size
+        require_devices(config, size)
+        meeting_fd = os.memfd_create("nanovllm")
         try:
-            plans = self._pool.ask(self._tasks(config, model_class, checkpoint), self._size, patient=True).result()
-            self._capacity = smallest(plans)
-            self._ask_all(self._capacity).result()
-        except BaseException:
-            self.close()
-            raise
+            init_method = f"file:///proc/self/fd/{meeting_fd}"
+            places = [Place(init_method, gpu=rank, host_rank=rank, host_ranks=size) for rank in range(size)]
+            tasks = worker_tasks(config, model_class, checkpoint, places)
+            pool = WorkerPool((ProcessWorker(rank, meeting_fd) for rank in range(size)), config.worker_timeout)
+        finally:
+            os.close(meeting_fd)
+        super().__init__(pool, tasks, pool.close)
 
-    @property
-    def capacity(self) -> CachePlan:
-        return self._capacity
 
-    def submit(self, plan: StepPlan) -> Future[StepResult]:
+class ProcessWorker:
+    """One rank's process."""
+
+    def __init__(self, rank: int, meeting_fd: int) -> None:
+        self.rank = rank
+        self.link, theirs = Pipe()
+        self.lifeline, theirs_too = Pipe()
+        fds = theirs.fileno(), theirs_too.fileno()
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _START, *map(str, fds), *sys.path],
+            pass_fds=(*fds, meeting_fd),
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C in a terminal is for the driver alone
+        )
+        theirs.close()
+        theirs_too.close()
+
+    def death(self) -> WorkerDied:
         try:
-            message = pickle.dumps(self._writer.write(plan), pickle.HIGHEST_PROTOCOL)
-            answers = self._pool.ask([message] * self._size, 1)
-        except BaseException:
-            self._writer = PlanWriter()  # nobody has read what it thinks that it wrote
-            raise
-        return _first(answers)
+            code = self._process.wait(_LAST_WORDS)
+        except subprocess.TimeoutExpired:
+            return WorkerDied(self.rank, "closed its connection")
+        if code >= 0:
+            return WorkerDied(self.rank, f"exited with code {code}")
+        name = signal.Signals(-code).name
+        return WorkerDied(self.rank, f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else ""))
 
-    def apply_model(self, function: Callable[[CausalLM], T]) -> list[T]:
-        """RequestError if workers cannot import `function`, or it raises."""
-        return self._ask_all(Call(_pickled(function))).result()
+    def wait(self, seconds: float) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
 
-    def close(self) -> None:
-        self._end()
-
-    def _ask_all(self, message: object) -> Future[list[T]]:
-        return self._pool.ask([pickle.dumps(message)] * self._size, self._size)
-
-    def _tasks(self, config: EngineConfig, model_class: type[CausalLM], checkpoint: Checkpoint) -> list[bytes]:
-        model = None if config.model_plugin else model_class
-        if model_class.__module__ == "__main__":
-            raise ConfigError(f"workers cannot import {model_class.__name__} from the script itself: use model_plugin")
-        level = logging.getLogger("nanovllm").getEffectiveLevel()
-        try:
-            return [
-                pickle.dumps(WorkerTask(rank, self._size, config, model, checkpoint.path, level))
-                for rank in range(self._size)
-            ]
-        except (pickle.PicklingError, AttributeError) as error:
-            raise ConfigError(f"workers cannot import {model_class.__name__} ({error}): use model_plugin") from error
+    def kill(self) -> None:
+        self._process.kill()
 
 
 def require_devices(config: EngineConfig, ranks: int) -> None:
@@ -92,37 +92,3 @@ def require_devices(config: EngineConfig, ranks: int) -> None:
             f"tensor_parallel_size={config.tensor_parallel_size} needs {ranks} GPUs here, and torch sees "
             f"{torch.cuda.device_count()}: lower it, or set device='cpu'"
         )
-
-
-def smallest(plans: Sequence[CachePlan]) -> CachePlan:
-    """What every rank can hold."""
-    return dataclasses.replace(
-        plans[0],
-        num_blocks=min(plan.num_blocks for plan in plans),
-        num_slots=min(plan.num_slots for plan in plans),
-        num_bytes=min(plan.num_bytes for plan in plans),
-    )
-
-
-def _first(answers: Future[list[StepResult]]) -> Future[StepResult]:
-    result: Future[StepResult] = Future()
-
-    def settle(done: Future[list[StepResult]]) -> None:
-        error = done.exception()
-        if error is not None:
-            result.set_exception(error)
-        else:
-            result.set_result(done.result()[0])
-
-    answers.add_done_callback(settle)
-    return result
-
-
-def _pickled(function: Callable) -> bytes:
-    advice = "workers import it by name, so define it at the top of a module that is not the script itself"
-    try:
-        if function.__module__ == "__main__":
-            raise RequestError(f"apply_model({function.__qualname__}): {advice}")
-        return pickle.dumps(function)
-    except (pickle.PicklingError, AttributeError) as error:
-        raise RequestError(f"apply_model({function!r}): {advice}") from error

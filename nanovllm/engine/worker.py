@@ -27,14 +27,33 @@ from nanovllm.errors import NanoVLLMError, PeerLost
 from nanovllm.models.base import CausalLM
 from nanovllm.models.registry import model_class
 from nanovllm.weights.checkpoint import open_checkpoint
+from nanovllm.weights.hub import resolve_model
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a rank is.
+
+    init_method: where ranks meet, as torch.distributed writes it. gpu: of those that this rank sees.
+    host_rank, host_ranks: which of how many ranks on its host. host, address: as for join_group.
+    """
+
+    init_method: str
+    gpu: int
+    host_rank: int
+    host_ranks: int
+    host: str = ""
+    address: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerTask:
-    """The first message. model: None for a plugin's, which is imported from its file."""
+    """The first message. model: None for a plugin's, which is imported from its file. checkpoint: where the
+    driver has it."""
 
     rank: int
     size: int
+    place: Place
     config: EngineConfig
     model: type[CausalLM] | None
     checkpoint: Path
@@ -78,27 +97,32 @@ class Progress:
         return "".join(traceback.format_stack(sys._current_frames()[self.thread]))
 
 
-def main(link_fd: int, lifeline_fd: int, meeting_fd: int) -> None:
-    """The life of a worker: until the driver says so, or is gone, or something goes wrong. meeting_fd: of a file
-    without a name, in which ranks find each other."""
+def main(link_fd: int, lifeline_fd: int) -> None:
+    """A process of its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's
-    link, lifeline, progress = Connection(link_fd), Connection(lifeline_fd), Progress()
+    sys.exit(serve(Connection(link_fd), Connection(lifeline_fd)))
+
+
+def serve(link: Connection, lifeline: Connection) -> int:
+    """The life of a worker: until the driver says so, or is gone, or something goes wrong; its exit code."""
+    progress = Progress()
     threading.Thread(target=_watch, args=(lifeline, os.getppid(), progress), daemon=True).start()
     try:
-        _serve(link, meeting_fd, progress)
+        _serve(link, progress)
     except BaseException as error:
         deserted = isinstance(error, PeerLost)
         typed = error if isinstance(error, NanoVLLMError) and not deserted else None
         cause = traceback.format_exception_only(type(error), error)[-1].strip()
         with contextlib.suppress(ConnectionError):  # no driver
             link.send(Failed(typed, deserted, cause, traceback.format_exc()))
-        sys.exit(1)
+        return 1
+    return 0
 
 
-def _watch(lifeline: Connection, driver: int, progress: Progress) -> None:
+def _watch(lifeline: Connection, parent: int, progress: Progress) -> None:
     """Say how far this rank is whenever the driver asks; end with the driver, even within a step."""
     try:
-        while os.getppid() == driver:  # a process that the driver has forked may hold the line open
+        while os.getppid() == parent:  # a process that the driver has forked may hold the line open
             if lifeline.poll(1.0):
                 lifeline.recv_bytes()
                 lifeline.send((progress.steps, progress.stack()))
@@ -107,10 +131,10 @@ def _watch(lifeline: Connection, driver: int, progress: Progress) -> None:
     os._exit(1)
 
 
-def _serve(link: Connection, meeting_fd: int, progress: Progress) -> None:
+def _serve(link: Connection, progress: Progress) -> None:
     task: WorkerTask = link.recv()
     logging.basicConfig(level=task.log_level, format=f"nanovllm: rank {task.rank}: %(message)s")
-    group = _join(task, meeting_fd)
+    group = _join(task)
     try:
         runner = _load(link, task, group)
         reader = PlanReader()
@@ -128,24 +152,29 @@ def _serve(link: Connection, meeting_fd: int, progress: Progress) -> None:
             group.comm.close()
 
 
-def _join(task: WorkerTask, meeting_fd: int) -> TPGroup:
-    config = task.config
-    device = torch.device(config.device, task.rank) if config.device == "cuda" else torch.device(config.device)
-    if device.type == "cuda":
+def _join(task: WorkerTask) -> TPGroup:
+    config, place = task.config, task.place
+    device = torch.device(config.device)
+    if config.device == "cuda":
+        device = torch.device("cuda", place.gpu)
         torch.cuda.set_device(device)
     return join_group(
         task.rank,
         task.size,
-        init_method=f"file:///proc/self/fd/{meeting_fd}",
+        init_method=place.init_method,
         device=device,
         timeout_s=2 * config.worker_timeout,  # the driver sees it first, and knows more
+        host=place.host,
+        address=place.address,
     )
 
 
 def _load(link: Connection, task: WorkerTask, group: TPGroup) -> ModelRunner:
     """This rank's weights, and caches of the size that all can hold, as the driver says."""
     config = task.config
-    checkpoint = open_checkpoint(task.checkpoint, config.load_format)
+    here = task.checkpoint.exists()  # or the driver is on another host
+    path = task.checkpoint if here else resolve_model(config.model, config.revision)
+    checkpoint = open_checkpoint(path, config.load_format)
     model = task.model or model_class(checkpoint.config.get("architectures") or [], model_plugin=config.model_plugin)
 
     def agree(plan: CachePlan) -> CachePlan:
@@ -153,7 +182,13 @@ def _load(link: Connection, task: WorkerTask, group: TPGroup) -> ModelRunner:
         return link.recv()
 
     sizes = model.read_config(checkpoint.config)
-    return ModelRunner(config, model, sizes, checkpoint, tp=group, host_ranks=task.size, agree=agree)
+    return ModelRunner(
+        *(config, model, sizes, checkpoint),
+        tp=group,
+        host_rank=task.place.host_rank,
+        host_ranks=task.place.host_ranks,
+        agree=agree,
+    )
 
 
 def _call(call: Call, model: CausalLM) -> bytes:

@@ -1,74 +1,49 @@
-"""WorkerPool: starts a process for each rank, speaks with all of them, and ends them together."""
+"""WorkerPool: speaks with the processes of all ranks, and ends them together."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
 import queue
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, Pipe, wait
-from typing import Any
+from multiprocessing.connection import Connection, wait
+from typing import Any, Protocol
 
 from nanovllm.engine.worker import Answer, Failed, Raised
 from nanovllm.errors import EngineClosed, RequestError, WorkerDied
 
-# not multiprocessing's spawn, which runs the user's script again in each process
-_START = """
-import sys
-_, link, lifeline, meeting, *sys.path[:] = sys.argv
-from nanovllm.engine.worker import main
-main(int(link), int(lifeline), int(meeting))
-"""
 _TICK = 1.0  # seconds between looks at the clock
 _GRACE = 0.5  # for the rank that is the cause to show, when another one fails for want of it
 _PATIENCE = 3.0  # for ranks to end by themselves
 _COLLECTIVE = ("nanovllm/distributed/", "nanovllm/ops/recorder.py")  # where ranks wait for others
 
 
-class Worker:
-    """One rank's process. lifeline: of its second thread, which answers during a step."""
+class Worker(Protocol):
+    """A rank in a process of its own. lifeline: to its second thread, which answers during a step."""
 
-    def __init__(self, rank: int, meeting_fd: int) -> None:
-        self.rank = rank
-        self.link, theirs = Pipe()
-        self.lifeline, theirs_too = Pipe()
-        fds = theirs.fileno(), theirs_too.fileno(), meeting_fd
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", _START, *map(str, fds), *sys.path],
-            pass_fds=fds,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C in a terminal is for the driver alone
-        )
-        theirs.close()
-        theirs_too.close()
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def link(self) -> Connection: ...
+
+    @property
+    def lifeline(self) -> Connection: ...
 
     def death(self) -> WorkerDied:
         """How it ended; its link is closed."""
-        try:
-            code = self.process.wait(_PATIENCE)
-        except subprocess.TimeoutExpired:
-            return WorkerDied(self.rank, "closed its connection")
-        if code >= 0:
-            return WorkerDied(self.rank, f"exited with code {code}")
-        name = signal.Signals(-code).name
-        return WorkerDied(self.rank, f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else ""))
+        ...
 
-    def where(self, seconds: float) -> tuple[int, str] | None:
-        """(steps done, stack), asked of its second thread; None without an answer."""
-        with contextlib.suppress(EOFError, OSError):
-            self.lifeline.send_bytes(b"where")
-            if self.lifeline.poll(seconds):
-                return self.lifeline.recv()
-        return None
+    def wait(self, seconds: float) -> None:
+        """For its end, no longer than this."""
+        ...
+
+    def kill(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -88,10 +63,10 @@ class WorkerPool:
     leaves a rank without it; one reads, and sees at once when a rank is gone. What fails one rank ends all,
     and every waiting and later question raises it.
 
-    timeout: seconds for a rank to answer.
+    workers: by rank, started as they are taken from it. timeout: seconds for a rank to answer.
     """
 
-    def __init__(self, size: int, timeout: float) -> None:
+    def __init__(self, workers: Iterable[Worker], timeout: float) -> None:
         self._timeout = timeout
         self._outbox: queue.SimpleQueue[Question | None] = queue.SimpleQueue()
         self._questions: deque[Question] = deque()
@@ -100,14 +75,11 @@ class WorkerPool:
         self._closing = False
         self._lock = threading.RLock()  # re-entrant, as garbage collection may close in any place
         self._workers: list[Worker] = []
-        meeting_fd = os.memfd_create("nanovllm")  # theirs alone: two engines never meet, and nothing is left of it
         try:
-            self._workers += (Worker(rank, meeting_fd) for rank in range(size))
+            self._workers += workers
         except BaseException:
             self._end()
             raise
-        finally:
-            os.close(meeting_fd)
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._write, self._read)]
         for thread in self._threads:
             thread.start()
@@ -129,8 +101,7 @@ class WorkerPool:
         self._outbox.put(None)
         deadline = time.monotonic() + _PATIENCE
         for worker in self._workers:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                worker.process.wait(max(0.0, deadline - time.monotonic()))
+            worker.wait(max(0.0, deadline - time.monotonic()))
         self._fail(EngineClosed("this engine is closed; create a new LLM"))
         for thread in self._threads:
             if thread is not threading.current_thread():
@@ -226,7 +197,7 @@ class WorkerPool:
             return time.monotonic() - self._since > self._timeout
 
     def _hung(self) -> WorkerDied:
-        places = {worker.rank: worker.where(_TICK) for worker in self._workers}
+        places = {worker.rank: _where(worker) for worker in self._workers}
         details = "\n".join(f"rank {r} was at:\n{p[1]}" for r, p in places.items() if p is not None)
         return WorkerDied(suspect(places), f"did not answer for {self._timeout:g} s", details)
 
@@ -241,16 +212,25 @@ class WorkerPool:
 
     def _end(self) -> None:
         for worker in self._workers:
-            worker.process.kill()
+            worker.kill()
         for worker in self._workers:
-            worker.process.wait()
+            worker.wait(_PATIENCE)
+
+
+def _where(worker: Worker) -> tuple[int, str] | None:
+    """(steps done, stack); None without an answer."""
+    with contextlib.suppress(EOFError, OSError):
+        worker.lifeline.send_bytes(b"where")
+        if worker.lifeline.poll(_TICK):
+            return worker.lifeline.recv()
+    return None
 
 
 def suspect(places: dict[int, tuple[int, str] | None]) -> int:
     """The rank that others wait for: a silent one, else of those with the fewest steps one that does not wait
     itself.
 
-    places: of each rank, as from Worker.where.
+    places: (steps done, stack) of each rank, None without an answer.
     """
 
     def order(rank: int) -> tuple[int, int, bool, int]:

@@ -13,14 +13,15 @@ import numpy as np
 import psutil
 import pytest
 import rank_models
-from helpers import run_all
+from helpers import run_all, wait_until
 from rank_models import EXIT, HANG, KILL, OPTIONS, RAISE, STOP, sum_model
 
 from nanovllm import LLM, ConfigError, EngineClosed, RequestError, SamplingParams, WeightError, WorkerDied
 from nanovllm.cache_spec import CachePlan
 from nanovllm.config import EngineConfig
 from nanovllm.engine import executor_mp
-from nanovllm.engine.executor_mp import MultiprocessExecutor, require_devices, smallest
+from nanovllm.engine.executor_mp import MultiprocessExecutor, require_devices
+from nanovllm.engine.executor_workers import smallest
 from nanovllm.engine.plan_wire import PlanWriter
 from nanovllm.engine.threads import usable_cores
 from nanovllm.engine.worker_pool import suspect
@@ -214,7 +215,7 @@ def test_a_worker_killed_amid_recorded_steps(tiny_model, rank):
         with pytest.raises(WorkerDied, match=f"rank {rank} was killed by SIGKILL"):
             generate(llm, [[1 + i % 100] for i in range(6400)], params)
         assert time.monotonic() - killed[0] < 2.0
-        assert not any(psutil.pid_exists(pid) for pid in workers.values())
+        wait_until(lambda: not any(psutil.pid_exists(pid) for pid in workers.values()))
 
 
 @pytest.mark.parametrize(
