@@ -299,6 +299,12 @@ def test_a_model_that_workers_cannot_import(model, monkeypatch):
     assert all(worker.status() != psutil.STATUS_ZOMBIE for worker in workers_of(os.getpid()))
 
 
+def test_systems_without_nameless_files(model, monkeypatch):
+    monkeypatch.setattr(executor_mp.sys, "platform", "darwin")
+    with pytest.raises(ConfigError, match="needs Linux"):
+        LLM(model, **OPTIONS, executor="mp")
+
+
 def test_more_gpus_than_there_are(monkeypatch):
     monkeypatch.setattr(executor_mp.torch.cuda, "device_count", lambda: 1)
     config = EngineConfig("m", device="cuda", tensor_parallel_size=2)
