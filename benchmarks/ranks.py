@@ -35,7 +35,7 @@ _given: list[int] = []  # in a worker: bytes, of each sum or gather
 
 def watch(model: nn.Module) -> None:
     """In a worker: note what is given from now on, where steps run op by op."""
-    for name in ("all_reduce", "all_gather"):
+    for name in ("all_reduce", "gather"):
         setattr(SharedMemoryCommunicator, name, _noting(getattr(SharedMemoryCommunicator, name)))
 
 

@@ -19,6 +19,7 @@ class BuildContext:
     dtype: of weights and cached keys and values.
     max_model_len: positions that rotary tables must cover.
     ops: the kernels that layers compute with.
+    expert_parallel: whether the ranks divide a mixture's experts among them, instead of each expert's rows.
     """
 
     device: torch.device
@@ -27,6 +28,7 @@ class BuildContext:
     max_model_len: int
     tp: TPGroup = field(default_factory=TPGroup)
     ops: Ops = field(default_factory=TorchOps)
+    expert_parallel: bool = False
 
     @property
     def hidden_dtype(self) -> torch.dtype:

@@ -23,6 +23,10 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _DEFAULT_BATCHED_TOKENS = 2048
+_SWITCHES = (
+    *("skip_tokenizer_init", "trust_remote_code", "enable_expert_parallel"),
+    *("enforce_eager", "enable_prefix_caching"),
+)
 _OPTIONAL_COUNTS = (
     *("max_model_len", "max_num_batched_tokens", "num_kvcache_blocks"),
     *("tensor_parallel_size", "num_threads"),
@@ -58,13 +62,15 @@ class EngineConfig:
     gpu_memory_utilization: GPU only: share of the device's memory for weights and pages.
     tensor_parallel_size: ranks that share the model, each a process; default 1, with executor="torchrun" the
         number of its processes.
+    enable_expert_parallel: of a mixture of experts, whether each rank has some experts whole instead of a part of
+        each: fewer and larger products, unevenly divided.
     executor: where the ranks are: "mp" starts a process for each, "ray" an actor of a Ray cluster, "torchrun"
         takes the processes that torchrun has started (vLLM's "external_launcher"), "auto" is this process for
         one rank and "mp" for more.
     worker_timeout: seconds after which a rank that does not answer is given up, and all with it.
     num_threads: CPU only: of each rank; default OMP_NUM_THREADS, else the ranks of a host share the physical
-        cores that this process may use. On a machine with several NUMA nodes a rank is bound to one of them
-        then. It is torch's number, for a whole process.
+        cores that this process may use, and where these belong to several NUMA nodes, each rank is bound to
+        one node. It is torch's number, for a whole process.
     enforce_eager: compute every step op by op. Otherwise, where the kernels are native, a step is
         recorded and run as a whole, and those that decode are recorded once for each number of sequences.
     enable_prefix_caching: reuse the pages of equal prefixes.
@@ -98,6 +104,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int | None = None
     executor: str = "auto"
+    enable_expert_parallel: bool = False
     worker_timeout: float = 600.0
     num_threads: int | None = None
     enforce_eager: bool = False
@@ -125,7 +132,7 @@ class EngineConfig:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
-        for name in ("skip_tokenizer_init", "trust_remote_code", "enforce_eager", "enable_prefix_caching"):
+        for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         _require_count("max_num_seqs", self.max_num_seqs)

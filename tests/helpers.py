@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import zlib
 from concurrent.futures import Future
 
@@ -182,3 +183,10 @@ def run_all(engine: LLMEngine, max_steps: int = 10_000) -> dict[str, RequestOutp
             if output.finished:
                 finished[output.request_id] = output
     raise AssertionError("the engine does not come to an end")
+
+
+def wait_until(true, seconds=10):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -16,7 +16,7 @@ COLUMNS = ("linear", "norm", "rotation", "attention", "other")
 _ACTS = {number: name for name, number in reversed(_ACTIVATIONS.items())}
 _MAPS = ("add", "scale", "divide", "clamp")
 # where the C functions have them
-_BIAS, _ACT, _GATED = 5, 12, 13
+_BIAS, _RESIDUAL, _ACT, _GATED = 5, 6, 14, 15
 _ROW_SIZE, _HALF = 5, 8
 _HEADS, _KV_HEADS, _WINDOW, _SLOPES = 7, 8, 16, 17
 
@@ -48,7 +48,7 @@ def native_row(path: Path) -> tuple[str, ...]:
 def _linear(args: tuple) -> str:
     act = _ACTS.get(args[_ACT], "")
     form = f"gated {act}" if args[_GATED] else act or "plain"
-    return f"{form} + bias" if args[_BIAS] else form
+    return form + (" + bias" if args[_BIAS] else "") + (" + residual" if args[_RESIDUAL] else "")
 
 
 def _attention(args: tuple) -> str:
@@ -65,6 +65,6 @@ _NOTED = {
     "attention": ("attention", _attention),
     "mamba2": ("other", lambda args: "Mamba2"),
     "route": ("other", lambda args: "route"),
-    "mixture": ("other", lambda args: f"mixture of {_ACTS[args[14]]} experts"),
+    "mixture": ("other", lambda args: f"mixture of {_ACTS[args[15]]} experts"),
     "elementwise": ("other", lambda args: _MAPS[args[0]]),
 }

@@ -29,6 +29,7 @@ _PLAN_OPTIONS = (
     "attention_backend",
     "kernels",
     "enable_prefix_caching",
+    "enable_expert_parallel",
 )
 _PARITY_OPTIONS = (
     "revision",
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="nanovllm: %(message)s")
     try:
-        status = importlib.import_module(f"nanovllm.cli.{args.command}").run(args)
+        status = importlib.import_module(f"nanovllm.cli.{args.command.replace('-', '_')}").run(args)
         sys.stdout.flush()
     except NanoVLLMError as error:
         print("nanovllm: error:", " ".join(str(error).split()), file=sys.stderr)
@@ -74,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_complete(command("complete", "Complete prompts; one alone is streamed."))
     _add_chat(command("chat", "Chat in the terminal, or by pipe with one turn a line."))
+    _add_run_batch(command("run-batch", "Answer a file of requests in OpenAI's batch format."))
     command("models", "List what runs here: architectures, aliases, and models that are cached.")
     _add_plan(command("plan", "Work out the memory that a model takes, before loading anything."))
     _add_parity(command("parity", "Compare logits and greedy text with transformers'."))
@@ -94,6 +96,25 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system-prompt", metavar="TEXT", help="goes before the conversation")
     parser.add_argument("--chat-template", metavar="FILE", type=_text_of, help="a Jinja template, not the model's own")
     add_sampling_options(parser, n=False)
+    add_engine_options(parser)
+
+
+def _add_run_batch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("input", metavar="IN", help="requests for /v1/chat/completions and /v1/completions, one a line")
+    text = (
+        "answers in the order of IN; until all are there they are in OUT.partial. If either exists it is gone on "
+        "with: lines that have an answer, by their custom_id, keep it, and errors are tried again"
+    )
+    parser.add_argument("output", metavar="OUT", help=text)
+    parser.add_argument("-m", "--model", required=True, help=_MODEL_HELP)
+    parser.add_argument("--overwrite", action="store_true", help="forget what OUT and OUT.partial hold")
+    text = "what requests and responses call the model (repeatable; responses have the first; default: MODEL)"
+    parser.add_argument("--served-model-name", action="append", metavar="NAME", help=text)
+    parser.add_argument("--chat-template", metavar="FILE", type=_text_of, help="a Jinja template, not the model's own")
+    text = "replicas of the engine on a Ray cluster: that of RAY_ADDRESS, one that runs here, or this machine alone"
+    parser.add_argument("--ray", action="store_true", help=text)
+    text = "with --ray (default: as many as there are GPUs, or groups of tensor-parallel ones; without GPUs, nodes)"
+    parser.add_argument("--replicas", type=_positive, metavar="N", help=text)
     add_engine_options(parser)
 
 

@@ -148,7 +148,7 @@ def _changes(case: Case, memory: int) -> list[str]:
     for tp in _RANKS:
         try:
             if tp > case.tp and case.changed(tp=tp).fits(memory):
-                found.append(f"--tp {tp}, with as much memory on each rank (this version runs one)")
+                found.append(f"--tp {tp}, with as much memory on each rank")
                 break
         except ConfigError:  # heads do not divide by it
             continue

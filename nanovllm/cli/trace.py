@@ -48,11 +48,13 @@ class Divergence:
 @contextmanager
 def watching(model: nn.Module, see: Callable[[str, Any, Any], None]) -> Iterator[None]:
     """Call see(name, what it got, what it gave) as each module ends: the first floating-point tensor of
-    its arguments or None, and its output or the first of its outputs."""
+    its arguments or None, and its output or the first of its outputs, without the `residual` that it was given to
+    add this to."""
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            see(name, next((v for v in (*args, *kwargs.values()) if _is_float(v)), None), _first(output))
+            given, residual = next((v for v in (*args, *kwargs.values()) if _is_float(v)), None), kwargs.get("residual")
+            see(name, given, _first(output) if residual is None else output - residual)
 
         return hook
 

@@ -183,6 +183,19 @@ inline void add_bias(float* values, const float* bias, int64_t column, int64_t w
         for (int64_t l = 0; l < width; ++l) values[l] += bias[column + l];
 }
 
+inline void add_residual(float* values, const float* residual, int64_t width) {
+    if (width < PANEL)
+        for (int64_t l = 0; l < width; ++l) values[l] += residual[l];
+    else
+        for (int l = 0; l < PANEL; l += WIDTH) store(values + l, load(values + l) + load(residual + l));
+}
+
+// Towards the cache, while the sums are computed.
+inline void fetch_residual(const Linear& g, int64_t row, int rows, int64_t pair) {
+    for (int i = 0; i < rows; ++i)
+        for (int j = 0; j < 2; ++j) __builtin_prefetch(g.residual + (row + i) * g.ldr + (2 * pair + j) * PANEL);
+}
+
 // One row's 16 (or fewer) results of a panel.
 inline void store_panel(const Linear& g, int64_t row, int64_t column, int64_t width, const float* values) {
     if (!g.y_bf16) {
@@ -217,6 +230,7 @@ inline void finish(const Linear& g, float* sums, int64_t row, int rows, int64_t 
             add_bias(panel, g.bias, column, width);
             if (g.act != Activation::NONE)
                 for (int l = 0; l < PANEL; l += WIDTH) store(panel + l, activate(g.act, load(panel + l)));
+            if (g.residual != nullptr) add_residual(panel, g.residual + (row + i) * g.ldr + column, width);
             store_panel(g, row + i, column, width, panel);
         }
     }
@@ -262,6 +276,7 @@ void part(const Linear& g, int64_t m0, int64_t m1, int64_t pair0, int64_t pair1)
                 const int height = start(t + 1) - start(t);
                 // each tile of rows fetches its part of the next pair: all at once would wait for memory
                 const char* next = w + pair_bytes + t * steps / tiles * STEP_BYTES;
+                if (g.residual != nullptr) fetch_residual(g, m + start(t), height, pair);
                 two_panels<W>(height, x + start(t) * row_elements, w, steps, next, tiles == 1 ? STEP_BYTES : 64, sums);
                 finish(g, sums, m + start(t), height, pair);
             }

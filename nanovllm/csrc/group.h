@@ -48,14 +48,15 @@ inline bool meet(const GroupCall& c) {
     return true;  // even if one has left since: it has read what it needs, and its part lies here
 }
 
-// take(at, count): bytes [at, at + count) of all ranks' parts lie in their slots, which slot(rank) gives.
+// take(at, count, slot): bytes [at, at + count) of all ranks' parts lie at slot(rank), those of this rank only if it
+// gives them to others.
 template <class F>
-void exchange(const GroupCall& c, const void* part, int64_t bytes, Team& team, F take) {
+void exchange(const GroupCall& c, const void* part, int64_t bytes, bool gives, Team& team, F take) {
     for (int64_t at = 0; at < bytes && !team.failed(); at += c.region->slot_bytes) {
         const int64_t count = std::min(bytes - at, c.region->slot_bytes);
         const uint64_t turn = c.region->written(c.rank).load(std::memory_order_relaxed) % 2;
         const auto slot = [&](int64_t rank) { return c.region->slot(c.size, rank, turn); };
-        team.share((count + 63) / 64, [&](int64_t first, int64_t last) {
+        if (gives) team.share((count + 63) / 64, [&](int64_t first, int64_t last) {
             const int64_t from = first * 64, until = std::min(last * 64, count);
             memcpy(slot(c.rank) + from, (const char*)part + at + from, until - from);
         });
@@ -67,7 +68,7 @@ void exchange(const GroupCall& c, const void* part, int64_t bytes, Team& team, F
 }
 
 void all_reduce(const AllReduce& c, Team& team) {
-    exchange(c, c.x, c.n * sizeof(float), team, [&](int64_t at, int64_t count, auto slot) {
+    exchange(c, c.x, c.n * sizeof(float), true, team, [&](int64_t at, int64_t count, auto slot) {
         float* y = c.y + at / sizeof(float);
         const int64_t n = count / sizeof(float);
         team.share((n + WIDTH - 1) / WIDTH, [&](int64_t first, int64_t last) {
@@ -81,8 +82,10 @@ void all_reduce(const AllReduce& c, Team& team) {
     });
 }
 
-void all_gather(const AllGather& c, Team& team) {
-    exchange(c, c.x, c.rows * c.row_bytes, team, [&](int64_t at, int64_t count, auto slot) {
+void gather_ranks(const GatherRanks& c, Team& team) {
+    const bool gives = c.root != c.rank, takes = c.root < 0 || c.root == c.rank;
+    exchange(c, c.x, c.rows * c.row_bytes, gives, team, [&](int64_t at, int64_t count, auto slot) {
+        if (!takes) return;
         const int64_t begin = at / c.row_bytes, end = (at + count + c.row_bytes - 1) / c.row_bytes;
         team.share((end - begin) * c.size, [&](int64_t first, int64_t last) {
             for (int64_t i = first; i < last; ++i) {
@@ -90,7 +93,8 @@ void all_gather(const AllGather& c, Team& team) {
                 const int64_t from = std::max(at, row * c.row_bytes), until = std::min(at + count, (row + 1) * c.row_bytes);
                 const int64_t column = rank * c.row_bytes + from - row * c.row_bytes;
                 const int64_t kept = std::min(until - from, c.out_bytes - column);
-                if (kept > 0) memcpy((char*)c.y + row * c.out_bytes + column, slot(rank) + from - at, kept);
+                const char* part = rank == c.rank ? (const char*)c.x + at : slot(rank);
+                if (kept > 0) memcpy((char*)c.y + row * c.out_bytes + column, part + from - at, kept);
             }
         });
     });

@@ -31,8 +31,10 @@ struct Linear {
     int64_t ldx;
     bool x_bf16;
     const void* weight;
-    const float* bias;  // may be null
-    void* y;            // [m] rows of n, ldy elements apart; float, or bfloat16 if y_bf16
+    const float* bias;      // may be null
+    const float* residual;  // [m] rows of n, ldr elements apart, added to the results; may be null
+    int64_t ldr;
+    void* y;  // [m] rows of n, ldy elements apart; float, or bfloat16 if y_bf16
     int64_t ldy;
     bool y_bf16;
     int64_t m, n, k;
@@ -62,6 +64,7 @@ struct MixtureCall {
     int64_t ldx;
     const float* weights;
     const int32_t* chosen;
+    int64_t first;  // the experts here are first, ..., first + experts - 1; others give nothing
     int64_t tokens, experts, k, hidden, inner;
     const void *gate_up, *down;
     int64_t gate_up_bytes, down_bytes;  // of one expert
@@ -255,8 +258,10 @@ struct AllReduce : GroupCall {
     int64_t work() const { return n * size; }
 };
 
-// y's rows: those of all ranks side by side, of which the first out_bytes are kept.
-struct AllGather : GroupCall {
+// y's rows: those of all ranks side by side, of which the first out_bytes are kept. For the rank `root` alone, if
+// that is not negative.
+struct GatherRanks : GroupCall {
+    int64_t root;
     const void* x;  // [rows] of row_bytes
     int64_t rows, row_bytes, out_bytes;
     void* y;
@@ -284,7 +289,7 @@ struct Kernels {
     Kernel<Mamba2Call> mamba2;
     Kernel<RmsScale> rms_scale;
     Kernel<AllReduce> all_reduce;
-    Kernel<AllGather> all_gather;
+    Kernel<GatherRanks> gather_ranks;
 };
 
 // null where this build has no such level

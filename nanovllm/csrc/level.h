@@ -33,7 +33,7 @@ constexpr Kernels table(const char* name) {
             mamba2,
             rms_scale,
             all_reduce,
-            all_gather};
+            gather_ranks};
 }
 
 }  // namespace

@@ -162,9 +162,12 @@ int nv_replay(const Tape* tape, int threads) {
 // --- kernels --------------------------------------------------------------------------------------------
 
 // weight_bf16: which of the two packed formats. A float weight takes float rows only.
-void nv_linear(const void* x, int64_t ldx, int x_bf16, const void* weight, int weight_bf16, const float* bias, void* y,
-               int64_t ldy, int y_bf16, int64_t m, int64_t n, int64_t k, int act, int gated, int threads) {
-    const Linear call = {x, ldx, x_bf16 != 0, weight, bias, y, ldy, y_bf16 != 0, m, n, k, (Activation)act, gated != 0};
+void nv_linear(const void* x, int64_t ldx, int x_bf16, const void* weight, int weight_bf16, const float* bias,
+               const float* residual, int64_t ldr, void* y, int64_t ldy, int y_bf16, int64_t m, int64_t n, int64_t k,
+               int act, int gated, int threads) {
+    const Linear call = {x,   ldx,         x_bf16 != 0, weight, bias, residual,        ldr,
+                         y,   ldy,         y_bf16 != 0, m,      n,    k,               (Activation)act,
+                         gated != 0};
     submit(weight_bf16 ? active->linear_bf16 : active->linear_f32, call, threads);
 }
 
@@ -174,12 +177,13 @@ void nv_route(const float* scores, int64_t tokens, int64_t experts, int64_t k, i
     submit(active->route, call, threads);
 }
 
-void nv_mixture(const float* x, int64_t ldx, const float* weights, const int32_t* chosen, int64_t tokens,
-                int64_t experts, int64_t k, int64_t hidden, int64_t inner, const void* gate_up, const void* down,
+void nv_mixture(const float* x, int64_t ldx, const float* weights, const int32_t* chosen, int64_t first,
+                int64_t tokens, int64_t experts, int64_t k, int64_t hidden, int64_t inner, const void* gate_up, const void* down,
                 int64_t gate_up_bytes, int64_t down_bytes, int weight_bf16, int act, float* out, int32_t* index,
                 void* fed, float* results, int threads) {
-    const MixtureCall call = {x,    ldx,           weights,    chosen,          tokens, experts, k,   hidden, inner, gate_up,
-                              down, gate_up_bytes, down_bytes, (Activation)act, out,    index,   fed, results};
+    const MixtureCall call = {x,     ldx,     weights, chosen,        first,      tokens,          experts, k,   hidden,
+                              inner, gate_up, down,    gate_up_bytes, down_bytes, (Activation)act, out,     index, fed,
+                              results};
     submit(weight_bf16 ? active->mixture_bf16 : active->mixture_f32, call, threads);
 }
 
@@ -286,10 +290,10 @@ int nv_all_reduce(Region* region, int64_t rank, int64_t size, double timeout, co
     return status();
 }
 
-int nv_all_gather(Region* region, int64_t rank, int64_t size, double timeout, const void* x, int64_t rows,
-                  int64_t row_bytes, int64_t out_bytes, void* y, int threads) {
-    const AllGather call = {{region, rank, size, timeout}, x, rows, row_bytes, out_bytes, y};
-    submit(active->all_gather, call, threads);
+int nv_gather_ranks(Region* region, int64_t rank, int64_t size, double timeout, int64_t root, const void* x,
+                    int64_t rows, int64_t row_bytes, int64_t out_bytes, void* y, int threads) {
+    const GatherRanks call = {{region, rank, size, timeout}, root, x, rows, row_bytes, out_bytes, y};
+    submit(active->gather_ranks, call, threads);
     return status();
 }
 }

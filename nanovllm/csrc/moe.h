@@ -67,7 +67,7 @@ void route(const RouteCall& call, Team& team) {
 struct Grouped {
     int32_t* begin;   // [experts + 1]: an expert's pairs
     int32_t* tokens;  // [pairs]: whose they are
-    int32_t* places;  // [tokens][k]: where a token's pairs have come to lie
+    int32_t* places;  // [tokens][k]: where a token's pairs have come to lie; -1 for an expert that is not here
     int32_t* tasks;   // [2][experts + 1]: an expert's tasks of the first and of the second linear layer
 
     explicit Grouped(const MixtureCall& c)
@@ -79,13 +79,19 @@ struct Grouped {
 
 inline void group(const MixtureCall& c, const Grouped& to) {
     const int64_t pairs = c.tokens * c.k;
+    auto expert = [&](int64_t pair) -> int64_t {
+        const int64_t e = c.chosen[pair] - c.first;
+        return e < c.experts ? e : -1;
+    };
     std::fill(to.begin, to.begin + c.experts + 1, 0);
-    for (int64_t i = 0; i < pairs; ++i) ++to.begin[c.chosen[i] + 1];
+    for (int64_t i = 0; i < pairs; ++i)
+        if (const int64_t e = expert(i); e >= 0) ++to.begin[e + 1];
     for (int64_t e = 0; e < c.experts; ++e) to.begin[e + 1] += to.begin[e];
     std::copy(to.begin, to.begin + c.experts, to.tasks);  // for a moment: where the next one goes
     for (int64_t i = 0; i < pairs; ++i) {
-        to.places[i] = to.tasks[c.chosen[i]]++;
-        to.tokens[to.places[i]] = i / c.k;
+        const int64_t e = expert(i);
+        to.places[i] = e < 0 ? -1 : to.tasks[e]++;
+        if (e >= 0) to.tokens[to.places[i]] = i / c.k;
     }
 }
 
@@ -130,12 +136,14 @@ inline void sum_choices(const MixtureCall& c, const Grouped& g, int64_t first, i
         int64_t h = 0;
         for (; h + WIDTH <= c.hidden; h += WIDTH) {
             V total = {};
-            for (int64_t i = 0; i < c.k; ++i) total += weights[i] * load(c.results + places[i] * c.hidden + h);
+            for (int64_t i = 0; i < c.k; ++i)
+                if (places[i] >= 0) total += weights[i] * load(c.results + places[i] * c.hidden + h);
             store(out + h, total);
         }
         for (; h < c.hidden; ++h) {
             out[h] = 0;
-            for (int64_t i = 0; i < c.k; ++i) out[h] += weights[i] * c.results[places[i] * c.hidden + h];
+            for (int64_t i = 0; i < c.k; ++i)
+                if (places[i] >= 0) out[h] += weights[i] * c.results[places[i] * c.hidden + h];
         }
     }
 }
@@ -145,9 +153,9 @@ void mixture(const MixtureCall& c, Team& team) {
     constexpr bool bf16 = W::K_PER_STEP == 2;
     const Grouped g(c);
     const int64_t pairs = c.tokens * c.k;
-    const Linear first = {c.x,   c.ldx,   false,    c.gate_up, nullptr, c.fed, c.inner, bf16,
+    const Linear first = {c.x,   c.ldx,   false,    c.gate_up, nullptr, nullptr, 0, c.fed, c.inner, bf16,
                           pairs, c.inner, c.hidden, c.act,     true,    g.tokens};
-    const Linear second = {c.fed, c.inner,  bf16,    c.down,           nullptr, c.results, c.hidden, false,
+    const Linear second = {c.fed, c.inner,  bf16,    c.down,           nullptr, nullptr, 0, c.results, c.hidden, false,
                            pairs, c.hidden, c.inner, Activation::NONE, false};
     int32_t *first_tasks = g.tasks, *second_tasks = g.tasks + c.experts + 1;
     if (team.thread == 0) {

@@ -21,8 +21,10 @@ class Communicator(Protocol):
         are added in the order of the ranks."""
         ...
 
-    def all_gather(self, x: torch.Tensor, width: int | None = None) -> torch.Tensor:
-        """[R, n] of each rank -> [R, size * n] in the order of the ranks, or the first `width` columns of that."""
+    def gather(self, x: torch.Tensor, width: int | None = None, *, root: int | None = None) -> torch.Tensor:
+        """[R, n] of each rank -> [R, size * n] in the order of the ranks, or the first `width` columns of that.
+
+        root: the rank that gets it, the others get [R, 0]; None: all get it."""
         ...
 
     def close(self) -> None:
@@ -53,6 +55,12 @@ class TPGroup:
         count = self.shard(total, what)
         return slice(self.rank * count, (self.rank + 1) * count)
 
+    def uneven_part(self, total: int, what: str) -> slice:
+        """The same, but where they do not divide some ranks have one more; ConfigError where one would have none."""
+        if total < self.size:
+            raise ConfigError(f"{what}: {total} are too few for tensor_parallel_size={self.size}")
+        return slice(self.rank * total // self.size, (self.rank + 1) * total // self.size)
+
     def part_or_copy(self, total: int, what: str) -> slice:
         """The same, but where there are fewer things than ranks, neighbouring ranks have one and the same."""
         if total >= self.size:
@@ -67,9 +75,10 @@ class TPGroup:
         """The sum of the ranks' x."""
         return x if self.comm is None else self.comm.all_reduce(x)
 
-    def all_gather(self, x: torch.Tensor, width: int) -> torch.Tensor:
-        """The ranks' x [R, n] side by side, cut to `width` columns: what lies behind is padding."""
-        return x if self.comm is None else self.comm.all_gather(x, width)
+    def gather(self, x: torch.Tensor, width: int, *, root: int | None = None) -> torch.Tensor:
+        """The ranks' x [R, n] side by side, cut to `width` columns: what lies behind is padding. root: the rank
+        that gets it, the others get [R, 0]; None: all get it."""
+        return x if self.comm is None else self.comm.gather(x, width, root=root)
 
     def _refusal(self, total: int, what: str, sizes: list[int]) -> ConfigError:
         return ConfigError(

@@ -24,7 +24,7 @@ class SharedMemoryCommunicator:
 
     def __init__(self, library: Library, rank: int, size: int, store: Any, timeout_s: float) -> None:
         """store: torch.distributed's, which all ranks meet at; ConnectionError if they cannot share memory."""
-        self._library, self._size = library, size
+        self._library, self._rank, self._size = library, rank, size
         self._store = store  # rank 0's may serve the others, who need it a little longer
         self._memory = _share_memory(library, rank, size, store)  # mapped for as long as this object lives
         self._region = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
@@ -40,12 +40,14 @@ class SharedMemoryCommunicator:
             raise PeerLost
         return out.to(x.dtype)
 
-    def all_gather(self, x: torch.Tensor, width: int | None = None) -> torch.Tensor:
+    def gather(self, x: torch.Tensor, width: int | None = None, *, root: int | None = None) -> torch.Tensor:
         x = x.contiguous()
         rows, count = x.shape
-        out = torch.empty(rows, count * self._size if width is None else width, dtype=x.dtype)
-        status = self._library.all_gather(
-            *(*self._group, x.data_ptr(), rows, count * x.itemsize, out.shape[1] * x.itemsize),
+        width = count * self._size if width is None else width
+        out = torch.empty(rows, width if root in (None, self._rank) else 0, dtype=x.dtype)
+        status = self._library.gather_ranks(
+            *(*self._group, -1 if root is None else root, x.data_ptr()),
+            *(rows, count * x.itemsize, out.shape[1] * x.itemsize),
             *(out.data_ptr(), torch.get_num_threads()),
         )
         if status != 0:

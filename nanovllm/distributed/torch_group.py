@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -18,7 +19,7 @@ class GlooCommunicator:
 
     def __init__(self, store: Any, rank: int, size: int, timeout_s: float, address: str | None = None) -> None:
         """address: of this host; default what its name stands for, or GLOO_SOCKET_IFNAME, which goes first."""
-        self._size = size
+        self._rank, self._size = rank, size
         timeout = timedelta(seconds=timeout_s)
         if address is None or "GLOO_SOCKET_IFNAME" in os.environ:
             self._backend: Any = dist.ProcessGroupGloo(store, rank, size, timeout)
@@ -33,8 +34,9 @@ class GlooCommunicator:
         """In fp32, rounded once."""
         return functools.reduce(torch.add, (part.float() for part in self._gather(x))).to(x.dtype)
 
-    def all_gather(self, x: torch.Tensor, width: int | None = None) -> torch.Tensor:
-        return torch.cat(self._gather(x), dim=-1)[:, :width].contiguous()
+    def gather(self, x: torch.Tensor, width: int | None = None, *, root: int | None = None) -> torch.Tensor:
+        parts = self._gather(x)
+        return _side_by_side(parts, width) if root in (None, self._rank) else x[:, :0]
 
     def close(self) -> None:
         self._backend = None
@@ -55,7 +57,7 @@ class NCCLCommunicator:
     """Between GPUs. NCCL adds in an order of its own, which is the same for the same ranks and sizes."""
 
     def __init__(self, store: Any, rank: int, size: int, device: torch.device, timeout_s: float) -> None:
-        self._size = size
+        self._rank, self._size = rank, size
         torch.cuda.set_device(device)
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=timeout_s)
@@ -66,10 +68,14 @@ class NCCLCommunicator:
         self._backend.allreduce([out]).wait()
         return out
 
-    def all_gather(self, x: torch.Tensor, width: int | None = None) -> torch.Tensor:
+    def gather(self, x: torch.Tensor, width: int | None = None, *, root: int | None = None) -> torch.Tensor:
         parts = x.new_empty(self._size, *x.shape)
         self._backend._allgather_base(parts, x.contiguous()).wait()
-        return parts.transpose(0, 1).flatten(1)[:, :width].contiguous()
+        return _side_by_side(parts.unbind(), width) if root in (None, self._rank) else x[:, :0]
 
     def close(self) -> None:
         self._backend.abort()
+
+
+def _side_by_side(parts: Sequence[torch.Tensor], width: int | None) -> torch.Tensor:
+    return torch.cat(list(parts), dim=-1)[:, :width].contiguous()

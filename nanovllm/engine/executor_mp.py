@@ -42,7 +42,7 @@ class MultiprocessExecutor(WorkersExecutor):
         meeting_fd = os.memfd_create("nanovllm")
         try:
             init_method = f"file:///proc/self/fd/{meeting_fd}"
-            places = [Place(init_method, gpu=rank, host_ranks=size) for rank in range(size)]
+            places = [Place(init_method, gpu=rank, host_rank=rank, host_ranks=size) for rank in range(size)]
             tasks = worker_tasks(config, model_class, checkpoint, places)
             pool = WorkerPool((ProcessWorker(rank, meeting_fd) for rank in range(size)), config.worker_timeout)
         finally:

@@ -155,8 +155,8 @@ def _threads(config: EngineConfig) -> int:
 def _places(nodes: Sequence[str], addresses: Sequence[Address], meeting: str) -> list[Place]:
     """Ray shows a rank no GPU but its own."""
     return [
-        Place(meeting, gpu=0, host_ranks=nodes.count(node), host=node, address=address)
-        for node, (address, _) in zip(nodes, addresses, strict=True)
+        Place(meeting, 0, nodes[:rank].count(node), nodes.count(node), host=node, address=address)
+        for rank, (node, (address, _)) in enumerate(zip(nodes, addresses, strict=True))
     ]
 
 

@@ -59,6 +59,7 @@ class TorchrunExecutor:
             self._runner = ModelRunner(
                 *(config, model_class, model_config, checkpoint),
                 tp=self._group,
+                host_rank=int(os.environ["LOCAL_RANK"]),
                 host_ranks=host_ranks,
                 agree=lambda plan: smallest(self._gather(plan)),
             )
@@ -92,7 +93,7 @@ class TorchrunExecutor:
     def _compare(self, mine: int) -> None:
         """RanksDiffer unless all ranks have the same number, of 63 bits."""
         numbers = torch.tensor([[mine]], device=self._device)
-        found = self._group.all_gather(numbers, self._group.size)[0].tolist()
+        found = self._group.gather(numbers, self._group.size)[0].tolist()
         other = next((rank for rank, number in enumerate(found) if number != found[0]), None)
         if other is not None:
             raise RanksDiffer(
@@ -103,9 +104,9 @@ class TorchrunExecutor:
     def _gather(self, mine: T) -> list[T]:
         """Of all ranks, in order."""
         size, data = self._group.size, pickle.dumps(mine)
-        lengths = self._group.all_gather(torch.tensor([[len(data)]], device=self._device), size)[0].tolist()
+        lengths = self._group.gather(torch.tensor([[len(data)]], device=self._device), size)[0].tolist()
         padded = torch.frombuffer(bytearray(data.ljust(max(lengths))), dtype=torch.uint8)[None]
-        found = self._group.all_gather(padded.to(self._device), size * max(lengths))
+        found = self._group.gather(padded.to(self._device), size * max(lengths))
         return [pickle.loads(part.tobytes()) for part in found.cpu().view(size, -1).numpy()]
 
 

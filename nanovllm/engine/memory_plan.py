@@ -47,32 +47,34 @@ class Footprint:
 def footprint(model_class: type[CausalLM], model_config: ModelConfig, config: EngineConfig, tp: int = 1) -> Footprint:
     """Build the model of one rank without memory and add up. config: resolved.
 
-    All ranks have as much. ConfigError where heads or rows do not divide.
+    All ranks have as much, or less where experts do not divide. ConfigError where heads or rows do not divide.
     """
-    assert config.max_model_len is not None
     device, dtype = torch.device(config.device), getattr(torch, config.dtype)
     backend = select_backend(config.attention_backend, device, dtype, config.kvcache_block_size)
     ops = select_ops(config.kernels, device, dtype)
-    meta = torch.device("meta")
-    model, whole = (
-        model_class(model_config, BuildContext(meta, dtype, backend, config.max_model_len, TPGroup(0, size), ops))
-        for size in (tp, 1)
-    )
+
+    def build(rank: int, size: int) -> CausalLM:
+        assert config.max_model_len is not None
+        meta, group, experts = torch.device("meta"), TPGroup(rank, size), config.enable_expert_parallel
+        return model_class(model_config, BuildContext(meta, dtype, backend, config.max_model_len, group, ops, experts))
+
+    last, other, whole = build(tp - 1, tp), build(0, tp), build(0, 1)  # the last one has the most experts
     replicated: Counter[str] = Counter()
     weights: dict[tuple[int, str], int] = {}  # by who owns them: tied ones count once
-    for layer, whole_layer in zip(model.modules(), whole.modules(), strict=True):
+    for layer, other_layer, whole_layer in zip(last.modules(), other.modules(), whole.modules(), strict=True):
         for name, parameter in layer.named_parameters(recurse=False):
             own = name == "weight" and isinstance(layer, LinearWeights) and layer.method.num_bytes(layer, device)
             size = own or parameter.numel() * parameter.itemsize
             place_in_memory = (id(layer), name) if own and not ops.embeds_packed else (id(parameter), "")
             weights[place_in_memory] = max(size, weights.get(place_in_memory, 0))
-            if tp > 1 and parameter.shape == whole_layer.get_parameter(name).shape:
+            is_whole = parameter.shape == whole_layer.get_parameter(name).shape
+            if tp > 1 and is_whole and name in other_layer._parameters:
                 replicated[type(layer).__name__] += size
     return Footprint(
         sum(weights.values()),
-        sum(b.numel() * b.itemsize for b in model.buffers()),
+        sum(b.numel() * b.itemsize for b in last.buffers()),
         dict(replicated),
-        tuple(m.cache_spec for m in model.modules() if isinstance(m, CachedLayer)),
+        tuple(m.cache_spec for m in last.modules() if isinstance(m, CachedLayer)),
     )
 
 

@@ -20,8 +20,10 @@ from nanovllm.engine.memory import cache_memory, size_caches
 from nanovllm.engine.step import StepPlan, StepResult
 from nanovllm.engine.step_graphs import StepGraphs
 from nanovllm.engine.threads import set_threads
+from nanovllm.errors import ConfigError
 from nanovllm.host_memory import mapped_zeros
 from nanovllm.layers.attention import CachedLayer
+from nanovllm.layers.moe import SparseMoE
 from nanovllm.layers.sampler import sample, token_logprobs
 from nanovllm.models.base import CausalLM, ModelConfig
 from nanovllm.ops.base import select_ops
@@ -46,13 +48,13 @@ class ModelRunner:
         checkpoint: Checkpoint,
         *,
         tp: TPGroup | None = None,
+        host_rank: int = 0,
         host_ranks: int = 1,
         agree: Callable[[CachePlan], CachePlan] | None = None,
     ) -> None:
-        """config: resolved. tp: this rank's place in its group. host_ranks: that share this host's cores and
-        memory. agree: from what this rank can hold to what all can."""
+        """config: resolved. tp: this rank's place in its group. host_rank, host_ranks: which of how many
+        share this host's cores and memory. agree: from what this rank can hold to what all can."""
         assert config.max_model_len is not None
-        self._tp = tp or TPGroup()
         self._device = torch.device(config.device)
         self._block_size = config.kvcache_block_size
         dtype: torch.dtype = getattr(torch, config.dtype)
@@ -60,10 +62,16 @@ class ModelRunner:
             config.attention_backend, self._device, dtype, self._block_size
         )
         if self._device.type == "cpu":
-            set_threads(config.num_threads, self._tp.rank % host_ranks, host_ranks)
+            set_threads(config.num_threads, host_rank, host_ranks)
         self._ops = select_ops(config.kernels, self._device, dtype)
-        ctx = BuildContext(self._device, dtype, self._backend, config.max_model_len, self._tp, self._ops)
+        self._tp = tp or TPGroup()
+        ctx = BuildContext(
+            *(self._device, dtype, self._backend, config.max_model_len, self._tp, self._ops),
+            expert_parallel=config.enable_expert_parallel,
+        )
         self._model = model_class(model_config, ctx)
+        if config.enable_expert_parallel and not any(isinstance(m, SparseMoE) for m in self._model.modules()):
+            raise ConfigError("enable_expert_parallel=True: this model has no experts; leave it out")
         if config.load_format == "dummy":
             self._model.load_dummy(config.seed or 0)
         else:

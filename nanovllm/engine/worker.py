@@ -35,11 +35,12 @@ class Place:
     """Where a rank is.
 
     init_method: where ranks meet, as torch.distributed writes it. gpu: of those that this rank sees.
-    host_ranks: that share its host. host, address: as for join_group.
+    host_rank, host_ranks: which of how many ranks on its host. host, address: as for join_group.
     """
 
     init_method: str
     gpu: int
+    host_rank: int
     host_ranks: int
     host: str = ""
     address: str | None = None
@@ -179,7 +180,13 @@ def _load(link: Connection, task: WorkerTask, group: TPGroup) -> ModelRunner:
         return link.recv()
 
     sizes = model.read_config(checkpoint.config)
-    return ModelRunner(config, model, sizes, checkpoint, tp=group, host_ranks=task.place.host_ranks, agree=agree)
+    return ModelRunner(
+        *(config, model, sizes, checkpoint),
+        tp=group,
+        host_rank=task.place.host_rank,
+        host_ranks=task.place.host_ranks,
+        agree=agree,
+    )
 
 
 def find_files(task: WorkerTask) -> Path:

@@ -52,7 +52,7 @@ class VocabParallelEmbedding(WeightLayer):
 
 
 class ParallelLMHead(MergedColumnParallelLinear):
-    """Hidden states [R, H] to logits [R, vocabulary], on every rank.
+    """Hidden states [R, H] to logits [R, vocabulary] on rank 0, which samples; to [R, 0] on the others.
 
     tied: the embedding whose weight is used; nothing is loaded then.
     """
@@ -69,7 +69,7 @@ class ParallelLMHead(MergedColumnParallelLinear):
             self.weight = tied.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._tp.all_gather(super().forward(x), self._vocab_size)
+        return self._tp.gather(super().forward(x), self._vocab_size, root=0)
 
     def expected_weights(self) -> dict[str, dict[str | None, tuple[int, ...]]]:
         return {} if self._tied else super().expected_weights()

@@ -129,6 +129,8 @@ class RowParallelLinear(WeightLayer, LinearWeights):
 
     reduce: False gives what this rank adds to the result, for a caller who sums several of these and then over
     the ranks. The bias is on rank 0.
+
+    forward(residual=): what the result is added to, the same [T, out] on all ranks; where not reduced, this rank's.
     """
 
     bias: torch.Tensor | None
@@ -146,8 +148,10 @@ class RowParallelLinear(WeightLayer, LinearWeights):
         if bias:
             self.add_parameter("bias", (out_features,), ctx.hidden_dtype, ctx.device)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [T, this rank's columns] -> [T, out]
-        part = self.method.apply(self, x, self.bias if self._tp.rank == 0 else None)
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        # x: [T, this rank's columns] -> [T, out]
+        first = self._tp.rank == 0
+        part = self.method.apply(self, x, self.bias if first else None, residual if first or not self._reduce else None)
         return self._tp.all_reduce(part) if self._reduce else part
 
     def expected_weights(self) -> dict[str, dict[str | None, tuple[int, ...]]]:

@@ -26,5 +26,5 @@ class GatedMLP(nn.Module):
         self.gate_up_proj = GatedLinear(hidden_size, intermediate_size, ctx, bias=bias, act=act)
         self.down_proj = RowParallelLinear(intermediate_size, hidden_size, ctx, bias=bias, reduce=reduce)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [T, H] -> [T, H]
-        return self.down_proj(self.gate_up_proj(x))
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:  # [T, H] -> [T, H]
+        return self.down_proj(self.gate_up_proj(x), residual=residual)

@@ -62,7 +62,7 @@ class CausalLM(nn.Module):
         return self.model(batch)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[R, H] -> fp32 [R, vocabulary]."""
+        """[R, H] -> fp32 [R, vocabulary] on rank 0, [R, 0] on others."""
         return self.lm_head(hidden).float()
 
     def load(self, checkpoint: Checkpoint) -> None:

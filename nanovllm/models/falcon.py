@@ -107,13 +107,15 @@ class FalconAttention(nn.Module):
             self.num_heads, self.num_kv_heads, self.head_dim, ctx, scale=self.head_dim**-0.5, alibi=alibi
         )
 
-    def forward(self, x: torch.Tensor, rope: Rope | None, batch: Batch) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, rope: Rope | None, batch: Batch, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
         heads = self.query_key_value(x).unflatten(1, (-1, self.head_dim))  # [T, H + 2 KH, D]
         qk, v = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
         if rope is not None:
             qk = apply_rotary(qk, *rope)
         q, k = qk.split((self.num_heads, self.num_kv_heads), dim=1)
-        return self.dense(self.attn(q, k, v, batch)[:, self.mine])
+        return self.dense(self.attn(q, k, v, batch)[:, self.mine], residual=residual)
 
 
 def attention_group(config: FalconConfig, tp: TPGroup) -> TPGroup:
@@ -133,8 +135,8 @@ class FalconMLP(nn.Module):
             config.ffn_hidden_size, config.hidden_size, ctx, bias=config.bias, reduce=not config.parallel_attn
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.dense_4h_to_h(self.dense_h_to_4h(x))
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return self.dense_4h_to_h(self.dense_h_to_4h(x), residual=residual)
 
 
 class FalconDecoderLayer(nn.Module):
@@ -156,8 +158,8 @@ class SequentialLayer(FalconDecoderLayer):
         self.post_attention_layernorm = LayerNorm(config.hidden_size, config.layer_norm_epsilon, ctx)
 
     def forward(self, x: torch.Tensor, rope: Rope | None, batch: Batch) -> torch.Tensor:
-        x = x + self.self_attention(self.input_layernorm(x), rope, batch)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = self.self_attention(self.input_layernorm(x), rope, batch, residual=x)
+        return self.mlp(self.post_attention_layernorm(x), residual=x)
 
 
 class OneNormLayer(FalconDecoderLayer):
@@ -169,7 +171,7 @@ class OneNormLayer(FalconDecoderLayer):
 
     def forward(self, x: torch.Tensor, rope: Rope | None, batch: Batch) -> torch.Tensor:
         normed = self.input_layernorm(x)
-        return x + self._tp.all_reduce(self.mlp(normed) + self.self_attention(normed, rope, batch))
+        return x + self._tp.all_reduce(self.mlp(normed, residual=self.self_attention(normed, rope, batch)))
 
 
 class TwoNormLayer(FalconDecoderLayer):
@@ -181,7 +183,8 @@ class TwoNormLayer(FalconDecoderLayer):
         self.ln_mlp = LayerNorm(config.hidden_size, config.layer_norm_epsilon, ctx)
 
     def forward(self, x: torch.Tensor, rope: Rope | None, batch: Batch) -> torch.Tensor:
-        return x + self._tp.all_reduce(self.mlp(self.ln_mlp(x)) + self.self_attention(self.ln_attn(x), rope, batch))
+        attended = self.self_attention(self.ln_attn(x), rope, batch)
+        return x + self._tp.all_reduce(self.mlp(self.ln_mlp(x), residual=attended))
 
 
 def layer_class(config: FalconConfig) -> type[FalconDecoderLayer]:

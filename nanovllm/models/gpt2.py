@@ -76,9 +76,9 @@ class GPT2Attention(nn.Module):
         mine = self.c_attn.num_heads
         self.attn = Attention(mine, mine, self.head_dim, ctx, scale=scale)
 
-    def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, batch: Batch, residual: torch.Tensor) -> torch.Tensor:
         q, k, v = self.c_attn(x).unflatten(1, (3, -1, self.head_dim)).unbind(1)  # [T, H, D] each
-        return self.c_proj(self.attn(q, k, v, batch))
+        return self.c_proj(self.attn(q, k, v, batch), residual=residual)
 
 
 class GPT2MLP(nn.Module):
@@ -87,8 +87,8 @@ class GPT2MLP(nn.Module):
         self.c_fc = ActivatedLinear(config.n_embd, config.n_inner, ctx, bias=True, act=config.activation_function)
         self.c_proj = RowParallelLinear(config.n_inner, config.n_embd, ctx, bias=True)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.c_proj(self.c_fc(x))
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return self.c_proj(self.c_fc(x), residual=residual)
 
 
 class GPT2Block(nn.Module):
@@ -100,8 +100,8 @@ class GPT2Block(nn.Module):
         self.mlp = GPT2MLP(config, ctx)
 
     def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x), batch)
-        return x + self.mlp(self.ln_2(x))
+        x = self.attn(self.ln_1(x), batch, residual=x)
+        return self.mlp(self.ln_2(x), residual=x)
 
 
 class GPT2Model(nn.Module):

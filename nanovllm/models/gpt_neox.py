@@ -57,11 +57,11 @@ class GPTNeoXAttention(nn.Module):
         self.num_heads = self.query_key_value.num_heads
         self.attn = Attention(self.num_heads, self.num_heads, self.head_dim, ctx, scale=self.head_dim**-0.5)
 
-    def forward(self, x: torch.Tensor, rope: Rope, batch: Batch) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rope: Rope, batch: Batch, residual: torch.Tensor | None = None) -> torch.Tensor:
         heads = self.query_key_value(x).unflatten(1, (-1, self.head_dim))  # [T, 3 H, D]
         qk, v = heads.split((2 * self.num_heads, self.num_heads), dim=1)
         q, k = apply_rotary(qk, *rope).chunk(2, dim=1)
-        return self.dense(self.attn(q, k, v, batch))
+        return self.dense(self.attn(q, k, v, batch), residual=residual)
 
 
 class GPTNeoXMLP(nn.Module):
@@ -74,8 +74,8 @@ class GPTNeoXMLP(nn.Module):
             config.intermediate_size, config.hidden_size, ctx, bias=True, reduce=not config.use_parallel_residual
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.dense_4h_to_h(self.dense_h_to_4h(x))
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return self.dense_4h_to_h(self.dense_h_to_4h(x), residual=residual)
 
 
 class GPTNeoXLayer(nn.Module):
@@ -88,11 +88,12 @@ class GPTNeoXLayer(nn.Module):
         self.mlp = GPTNeoXMLP(config, ctx)
 
     def forward(self, x: torch.Tensor, rope: Rope, batch: Batch) -> torch.Tensor:
-        attended = self.attention(self.input_layernorm(x), rope, batch)
+        normed = self.input_layernorm(x)
         if self.parallel:
-            return self._tp.all_reduce(self.mlp(self.post_attention_layernorm(x)) + attended) + x
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x))
+            attended = self.attention(normed, rope, batch)
+            return x + self._tp.all_reduce(self.mlp(self.post_attention_layernorm(x), residual=attended))
+        x = self.attention(normed, rope, batch, residual=x)
+        return self.mlp(self.post_attention_layernorm(x), residual=x)
 
 
 class GPTNeoXModel(nn.Module):

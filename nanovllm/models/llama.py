@@ -100,15 +100,15 @@ class LlamaAttention(nn.Module):
         scale = self.head_dim**-0.5 if scale is None else scale
         self.attn = Attention(self.num_heads, self.num_kv_heads, self.head_dim, ctx, scale=scale, window=window)
 
-    def forward(self, x: torch.Tensor, rope: Rope, batch: Batch) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rope: Rope, batch: Batch, residual: torch.Tensor | None = None) -> torch.Tensor:
         heads = self.qkv_proj(x).unflatten(1, (-1, self.head_dim))  # [T, H + 2 KH, D]
         qk, v = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
         q, k = apply_rotary(qk, *rope).split((self.num_heads, self.num_kv_heads), dim=1)
-        return self.o_proj(self.attn(q, k, v, batch))
+        return self.o_proj(self.attn(q, k, v, batch), residual=residual)
 
 
 class LlamaDecoderLayer(nn.Module):
-    """Attention, then the MLP, each behind a norm and beside a residual."""
+    """Attention, then the MLP, each behind a norm and added to what comes past it."""
 
     def __init__(self, self_attn: nn.Module, mlp: nn.Module, config: DecoderConfig, ctx: BuildContext) -> None:
         super().__init__()
@@ -118,8 +118,8 @@ class LlamaDecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ctx)
 
     def forward(self, x: torch.Tensor, rope: Rope, batch: Batch) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, batch)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = self.self_attn(self.input_layernorm(x), rope, batch, residual=x)
+        return self.mlp(self.post_attention_layernorm(x), residual=x)
 
 
 class LlamaModel(nn.Module):

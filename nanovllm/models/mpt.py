@@ -76,12 +76,12 @@ class MptAttention(nn.Module):
         scale = config.attn_config.softmax_scale or self.head_dim**-0.5
         self.attn = Attention(mine, mine, self.head_dim, ctx, scale=scale, alibi=alibi)
 
-    def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, batch: Batch, residual: torch.Tensor) -> torch.Tensor:
         qkv = self.Wqkv(x)
         if self.clip:
             qkv = qkv.clamp(-self.clip, self.clip)
         q, k, v = qkv.unflatten(1, (3, -1, self.head_dim)).unbind(1)  # [T, H, D] each
-        return self.out_proj(self.attn(q, k, v, batch))
+        return self.out_proj(self.attn(q, k, v, batch), residual=residual)
 
 
 class MptMLP(nn.Module):
@@ -91,8 +91,8 @@ class MptMLP(nn.Module):
         self.up_proj = ActivatedLinear(config.d_model, inner, ctx, bias=False, act="gelu")
         self.down_proj = RowParallelLinear(inner, config.d_model, ctx)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.up_proj(x))
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.up_proj(x), residual=residual)
 
 
 class MptBlock(nn.Module):
@@ -104,8 +104,8 @@ class MptBlock(nn.Module):
         self.ffn = MptMLP(config, ctx)
 
     def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
-        x = x + self.attn(self.norm_1(x), batch)
-        return x + self.ffn(self.norm_2(x))
+        x = self.attn(self.norm_1(x), batch, residual=x)
+        return self.ffn(self.norm_2(x), residual=x)
 
 
 class MptModel(nn.Module):

@@ -67,12 +67,12 @@ class Qwen3Attention(nn.Module):
         scale = self.head_dim**-0.5
         self.attn = Attention(self.num_heads, self.num_kv_heads, self.head_dim, ctx, scale=scale, window=window)
 
-    def forward(self, x: torch.Tensor, rope: Rope, batch: Batch) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rope: Rope, batch: Batch, residual: torch.Tensor | None = None) -> torch.Tensor:
         heads = self.qkv_proj(x).unflatten(1, (-1, self.head_dim))  # [T, H + 2 KH, D]
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         q = apply_rotary(self.q_norm(q), *rope)  # the norm comes before the rotation
         k = apply_rotary(self.k_norm(k), *rope)
-        return self.o_proj(self.attn(q, k, v, batch))
+        return self.o_proj(self.attn(q, k, v, batch), residual=residual)
 
 
 class Qwen3ForCausalLM(CausalLM):

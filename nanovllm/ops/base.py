@@ -75,9 +75,15 @@ class Ops(Protocol):
         ...
 
     def linear(
-        self, x: torch.Tensor, packed: torch.Tensor, rows: int, bias: torch.Tensor | None, act: str | None = None
+        self,
+        x: torch.Tensor,
+        packed: torch.Tensor,
+        rows: int,
+        bias: torch.Tensor | None,
+        act: str | None = None,
+        residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """act(x [T, K] @ weight.T + bias) -> [T, rows]."""
+        """act(x [T, K] @ weight.T + bias) -> [T, rows], or the residual [T, rows] plus x @ weight.T + bias."""
         ...
 
     def gated_linear(
@@ -101,10 +107,12 @@ class Ops(Protocol):
         down: torch.Tensor,
         inner: int,
         act: str,
+        first: int = 0,
     ) -> torch.Tensor:
         """x [T, H] -> [T, H]: each token through the experts that `route` chose, summed in their order by its weights.
         For an act that `fuses` takes.
 
+        first: the experts here are this one and those that follow; what others would add is left out.
         gate_up, down: [E, packed_numel], experts' weights [2 * inner, H] packed as gated, and [H, inner] packed.
         """
         ...

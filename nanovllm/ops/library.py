@@ -23,7 +23,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "nv_linear": (
         None,
         [
-            *(_POINTER, _LONG, _INT, _POINTER, _INT, _POINTER, _POINTER, _LONG, _INT),
+            *(_POINTER, _LONG, _INT, _POINTER, _INT, _POINTER, _POINTER, _LONG, _POINTER, _LONG, _INT),
             _LONG,
             _LONG,
             _LONG,
@@ -36,7 +36,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "nv_mixture": (
         None,
         [
-            *(_POINTER, _LONG, _POINTER, _POINTER),  # x, its stride, weights, experts chosen
+            *(_POINTER, _LONG, _POINTER, _POINTER, _LONG),  # x, its stride, weights, experts chosen, the first one here
             *(_LONG, _LONG, _LONG, _LONG, _LONG),  # tokens, experts, choices a token, hidden and inner size
             *(_POINTER, _POINTER, _LONG, _LONG, _INT, _INT),  # two weights, bytes of an expert, bfloat16?, activation
             *(_POINTER, _POINTER, _POINTER, _POINTER, _INT),  # out, three to work in, threads
@@ -78,7 +78,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "nv_region_init": (None, [_POINTER, _LONG]),
     "nv_region_break": (None, [_POINTER]),
     "nv_all_reduce": (_INT, [*_GROUP, _POINTER, _LONG, _POINTER, _INT]),
-    "nv_all_gather": (_INT, [*_GROUP, _POINTER, _LONG, _LONG, _LONG, _POINTER, _INT]),
+    "nv_gather_ranks": (_INT, [*_GROUP, _LONG, _POINTER, _LONG, _LONG, _LONG, _POINTER, _INT]),
     "nv_record": (None, []),
     "nv_recorded": (_POINTER, []),
     "nv_replay": (_INT, [_POINTER, _INT]),
@@ -121,7 +121,7 @@ class Library:
         self.mamba2, self.rms_scale = library.nv_mamba2, library.nv_rms_scale
         self.region_bytes, self.region_init = library.nv_region_bytes, library.nv_region_init
         self.region_break = library.nv_region_break
-        self.all_reduce, self.all_gather = library.nv_all_reduce, library.nv_all_gather
+        self.all_reduce, self.gather_ranks = library.nv_all_reduce, library.nv_gather_ranks
         self.record, self.recorded = library.nv_record, library.nv_recorded
         self.replay, self.free = library.nv_replay, library.nv_free
         self._level, self._set_level = library.nv_level, library.nv_set_level

@@ -61,11 +61,18 @@ class NativeOps:
         return packed
 
     def linear(
-        self, x: torch.Tensor, packed: torch.Tensor, rows: int, bias: torch.Tensor | None, act: str | None = None
+        self,
+        x: torch.Tensor,
+        packed: torch.Tensor,
+        rows: int,
+        bias: torch.Tensor | None,
+        act: str | None = None,
+        residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """With an activation, rounded to a bfloat16 weight's dtype, as the next linear layer would do anyway."""
         if act is None:
-            return self._linear(x, packed, bias, torch.empty(len(x), rows))
+            return self._linear(x, packed, bias, torch.empty(len(x), rows), residual=residual)
+        assert residual is None
         return self._linear(x, packed, bias, torch.empty(len(x), rows, dtype=packed.dtype), act)
 
     def gated_linear(
@@ -83,7 +90,10 @@ class NativeOps:
         act: str | None = None,
         *,
         gated: bool = False,
+        residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        if residual is not None:
+            residual = _fp32_rows(residual)
         if x.stride(1) != 1 or (x.dtype != torch.float32 and x.dtype != packed.dtype):
             x = x.float().contiguous()
         count, cols = x.shape
@@ -95,6 +105,7 @@ class NativeOps:
             packed.data_ptr(),
             packed.dtype == torch.bfloat16,
             None if bias is None else bias.data_ptr(),
+            *((None, 0) if residual is None else (residual.data_ptr(), residual.stride(0))),
             out.data_ptr(),
             rows,
             out.dtype == torch.bfloat16,
@@ -124,6 +135,7 @@ class NativeOps:
         down: torch.Tensor,
         inner: int,
         act: str,
+        first: int = 0,
     ) -> torch.Tensor:
         x = _fp32_rows(x)
         (tokens, hidden), k, experts = x.shape, chosen.shape[1], len(gate_up)
@@ -135,6 +147,7 @@ class NativeOps:
             x.stride(0),
             weights.data_ptr(),
             chosen.data_ptr(),
+            first,
             tokens,
             experts,
             k,

@@ -46,12 +46,19 @@ class TorchOps:
         return torch.ops.mkldnn._reorder_linear_weight(weight)
 
     def linear(
-        self, x: torch.Tensor, packed: torch.Tensor, rows: int, bias: torch.Tensor | None, act: str | None = None
+        self,
+        x: torch.Tensor,
+        packed: torch.Tensor,
+        rows: int,
+        bias: torch.Tensor | None,
+        act: str | None = None,
+        residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert act is None
         # oneDNN sums a single row in another order; as one of two it gets the bits it has in any batch
         doubled = x.expand(2, -1) if len(x) == 1 else x
-        return torch.ops.mkldnn._linear_pointwise(doubled, packed, bias, "none", [], "")[: len(x)]
+        out = torch.ops.mkldnn._linear_pointwise(doubled, packed, bias, "none", [], "")[: len(x)]
+        return out if residual is None else residual + out
 
     def gated_linear(
         self, x: torch.Tensor, packed: torch.Tensor, rows: int, bias: torch.Tensor | None, act: str
@@ -72,6 +79,7 @@ class TorchOps:
         down: torch.Tensor,
         inner: int,
         act: str,
+        first: int = 0,
     ) -> torch.Tensor:
         raise NotImplementedError(act)
 

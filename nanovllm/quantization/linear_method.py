@@ -51,8 +51,16 @@ class LinearMethod(Protocol):
         """Of the weight's own memory once finalized there; None if it stays what `create` made, or a tied one."""
         ...
 
-    def apply(self, layer: LinearWeights, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """act(x [T, cols] @ weight.T + bias) -> [T, rows]; where gated, act(first half) * second half."""
+    def apply(
+        self,
+        layer: LinearWeights,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """act(x [T, cols] @ weight.T + bias) -> [T, rows]; where gated, act(first half) * second half.
+
+        residual: [T, rows], added to the result of a layer without an activation."""
         ...
 
 
@@ -96,15 +104,23 @@ class UnquantizedLinearMethod:
             return None
         return self._ops.packed_numel(rows, cols, dtype) * dtype.itemsize
 
-    def apply(self, layer: LinearWeights, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def apply(
+        self,
+        layer: LinearWeights,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        assert residual is None or layer.act is None
         if not layer.packed:
-            return _activated(layer, F.linear(x, layer.weight, bias))
+            out = _activated(layer, F.linear(x, layer.weight, bias))
+            return out if residual is None else residual + out
         if not self._fuses(layer):
             return _activated(layer, self._ops.linear(x, layer.weight, layer.rows, bias))
         if layer.gated:
             assert layer.act is not None
             return self._ops.gated_linear(x, layer.weight, layer.rows, bias, layer.act)
-        return self._ops.linear(x, layer.weight, layer.rows, bias, layer.act)
+        return self._ops.linear(x, layer.weight, layer.rows, bias, layer.act, residual)
 
     def _fuses(self, layer: LinearWeights) -> bool:
         return layer.act is None or self._ops.fuses(layer.act)

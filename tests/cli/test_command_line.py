@@ -21,7 +21,7 @@ try:
 finally:
     print("loaded:", *({"torch", "numpy", "tokenizers", "transformers", "jinja2"} & set(sys.modules)))
 """
-COMMANDS = ("complete", "chat", "models", "plan", "parity", "verify")
+COMMANDS = ("complete", "chat", "models", "plan", "parity", "run-batch", "verify")
 
 
 def run(*args: str, **options) -> subprocess.CompletedProcess:
@@ -41,7 +41,7 @@ def test_python_dash_m_help_names_the_commands():
     done = run(sys.executable, "-m", "nanovllm", "--help")
     assert done.returncode == 0
     assert done.stdout.startswith("usage: nanovllm ")
-    assert all(f"    {command} " in done.stdout for command in COMMANDS)
+    assert all(f"\n    {command}" in done.stdout for command in COMMANDS)
 
 
 def test_version(capsys):
@@ -70,6 +70,7 @@ def test_wrong_usage_is_argparses_error(argv, capsys):
         (["chat", "-m", "/nowhere", "--max-num-seqs", "0"], "max_num_seqs must be"),
         (["plan", "/nowhere"], "'/nowhere' does not exist"),
         (["plan", "/nowhere", "--memory", "lots"], "'/nowhere'"),
+        (["run-batch", "/nowhere", "/nowhere/out", "-m", "/nowhere"], "/nowhere is not a file"),
         (["parity", "/nowhere"], "'/nowhere' does not exist"),
         (["parity"], "MODEL or --random"),
         (["parity", "a", "--random", "llama"], "MODEL or --random"),

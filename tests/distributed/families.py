@@ -38,13 +38,14 @@ def answers(models: dict[str, str], executor: str) -> dict[tuple[str, str], dict
 
 def answer(path: str, options: dict[str, Any]) -> dict[str, Any]:
     with LLM(path, **OPTIONS, **options) as llm:
-        found = {"logits": all_logits(llm, PROMPTS[-1]), "text": generate(llm, PROMPTS)}
+        hidden, logits = one_pass(llm, PROMPTS[-1])
+        found = {"hidden": hidden, "logits": logits, "text": generate(llm, PROMPTS)}
         found["again"] = generate(llm, PROMPTS[::-1])[::-1]
         found["recorded"] = llm.engine._executor._runner._graphs is not None
     with LLM(path, **SCARCE, **options) as llm:
         found["scarce"], found["preemptions"] = generate(llm, PROMPTS), llm.engine.stats.preemptions
     with LLM(path, **OPTIONS, **options, dtype="bfloat16") as llm:
-        found["bfloat16"] = all_logits(llm, PROMPTS[-1])
+        found["bfloat16 hidden"], found["bfloat16"] = one_pass(llm, PROMPTS[-1])
     return found
 
 
@@ -53,8 +54,8 @@ def generate(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
 
 
 @torch.inference_mode()
-def all_logits(llm: LLM, token_ids: list[int]) -> np.ndarray:
-    """[T, V] of one prompt in one pass."""
+def one_pass(llm: LLM, token_ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Hidden states [T, H] and logits [T, V] of a prompt; rank 0 alone has logits."""
     runner = llm.engine._executor._runner
     size = runner._block_size
     table = np.arange(1, 1 + -(-len(token_ids) // size))
@@ -65,7 +66,8 @@ def all_logits(llm: LLM, token_ids: list[int]) -> np.ndarray:
         backend=runner._backend,
         with_states=runner.cache_plan.num_slots > 0,
     )
-    return runner.model.compute_logits(runner.model(batch)).numpy()
+    hidden = runner.model(batch)
+    return hidden.float().numpy(), runner.model.compute_logits(hidden).numpy()
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ class Ranks:
     """`size` processes that run function(group, *args) and send what it returns."""
 
     def __init__(self, size: int, tmp_path: Path, function: Callable, *args: Any, timeout_s: float = 60) -> None:
-        self._pipes, self.processes = [], []
+        self._pipes, self._processes = [], []
         init_method = f"file://{tmp_path / 'meet'}"
         for rank in range(size):
             ours, theirs = SPAWN.Pipe()
@@ -40,7 +40,7 @@ class Ranks:
             process.start()
             theirs.close()
             self._pipes.append(ours)
-            self.processes.append(process)
+            self._processes.append(process)
 
     def receive(self, rank: int, within_s: float = 300) -> Any:
         """What the rank sent; whatever it raised is raised here."""
@@ -52,10 +52,13 @@ class Ranks:
 
     def results(self) -> list[Any]:
         found = [self.receive(rank) for rank in range(len(self._pipes))]
-        for process in self.processes:
-            process.join(30)
-            assert process.exitcode == 0
+        assert self.exit_codes() == [0] * len(found)
         return found
+
+    def exit_codes(self) -> list[int | None]:
+        for process in self._processes:
+            process.join(30)
+        return [process.exitcode for process in self._processes]
 
 
 class _Failure:

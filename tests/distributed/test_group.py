@@ -55,9 +55,12 @@ def sums_and_gathers(group: TPGroup, kind: str) -> str:
             for dtype in (torch.float32, torch.bfloat16):
                 parts = [term(rank, (rows, columns)).to(dtype) for rank in range(group.size)]
                 whole = torch.cat(parts, dim=1)
-                found = comm.all_gather(parts[group.rank], width)
+                found = comm.gather(parts[group.rank], width)
                 assert torch.equal(found, whole[:, :width]) and found.is_contiguous()
-                assert torch.equal(comm.all_gather(parts[group.rank]), whole)
+                assert torch.equal(comm.gather(parts[group.rank]), whole)
+                for root in range(group.size):
+                    found = comm.gather(parts[group.rank], width, root=root)
+                    assert torch.equal(found, whole[:, : width if group.rank == root else 0])
     return type(comm).__name__
 
 
@@ -93,7 +96,7 @@ def replayed(group: TPGroup) -> bool:
         y = ops.rms_norm(x, weight, 1e-6)
         for _ in range(3):
             y = group.all_reduce(y) + x
-        return group.all_gather(y, 1000) * 0.5
+        return group.gather(y, 1000) * 0.5
 
     with torch.inference_mode():
         result, graph = ops.recorder().record(step)
@@ -134,6 +137,7 @@ def until_it_fails(group: TPGroup, victim_closes: bool) -> float:
 def test_a_rank_that_is_gone_is_not_waited_for_for_ever(tmp_path, victim_closes):
     ranks = Ranks(3, tmp_path, until_it_fails, victim_closes, timeout_s=60 if victim_closes else 4)
     assert max(ranks.receive(rank, 50) for rank in (0, 2)) < 40
+    assert len(set(ranks.exit_codes())) == (1 if victim_closes else 2)
 
 
 def failed_replay(group: TPGroup) -> bool:
@@ -166,7 +170,7 @@ def test_a_rank_that_does_not_come_is_named_in_time(tmp_path):
 def test_one_rank_meets_nobody():
     group = join_group(0, 1, init_method="", device=CPU, timeout_s=1)
     x = torch.ones(2, 3)
-    assert group.all_reduce(x) is x and group.all_gather(x, 3) is x
+    assert group.all_reduce(x) is x and group.gather(x, 3) is x
 
 
 def test_where_ranks_cannot_meet():

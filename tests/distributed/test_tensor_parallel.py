@@ -7,11 +7,11 @@ import pickle
 
 import numpy as np
 import pytest
-from distributed.families import GREEDY, PROMPTS, SCARCE, answers
+from distributed.families import GREEDY, KERNELS, OPTIONS, PROMPTS, SCARCE, answers
 from distributed.ranks import torchrun
 from tiny_models import TINY, make_tiny_model
 
-from nanovllm import LLM, RequestOutput, SamplingParams
+from nanovllm import LLM, ConfigError, RequestOutput, SamplingParams
 
 # Largest difference of any logit in fp32, which are up to about 10: ranks add in another order.
 TOLERANCE = 2e-5
@@ -110,6 +110,27 @@ def test_workers_give_what_one_rank_gives(size, family, models):
     assert again["token_ids"] == outputs[-1]["token_ids"] and again.num_cached_tokens >= 32
 
 
+def generated(path: str, **options) -> list[RequestOutput]:
+    with LLM(path, **SCARCE, **options) as llm:
+        return llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("family", ["mixtral", "granite-hybrid-moe"])
+def test_experts_on_one_rank_each(family, kernels, models):
+    """Mixtures that are divided by their experts, which need not divide by their rows."""
+    path = models[3, family]
+    expected = generated(path, kernels=kernels)
+    found = generated(path, kernels=kernels, tensor_parallel_size=3, enable_expert_parallel=True)
+    assert [o["token_ids"] for o in found] == [o["token_ids"] for o in expected]
+    assert np.abs(np.subtract(logprobs(found), logprobs(expected))).max() < TOLERANCE
+
+
+def test_experts_that_are_not_there(models):
+    with pytest.raises(ConfigError, match="no experts"):
+        LLM(models[2, "llama"], **OPTIONS, enable_expert_parallel=True)
+
+
 def logprobs(outputs: list[RequestOutput]) -> list[float]:
     """Of the tokens that were chosen."""
     chosen = [zip(o.outputs[0].token_ids, o.outputs[0].logprobs, strict=True) for o in outputs]
@@ -139,7 +160,7 @@ def test_all_ranks_have_the_same_bits(found):
     _, *ranks = found
     for other in ranks[1:]:
         for case, mine in ranks[0].items():
-            for key in ("logits", "bfloat16"):
+            for key in ("hidden", "bfloat16 hidden"):
                 assert np.array_equal(mine[key], other[case][key]), (case, key)
             assert mine["text"] == other[case]["text"]
 

@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import rank_models
-from helpers import run_all
+from helpers import run_all, wait_until
 from rank_models import EXIT, HANG, KILL, OPTIONS, RAISE, STOP, sum_model
 
 from nanovllm import LLM, ConfigError, EngineClosed, RequestError, SamplingParams, WeightError, WorkerDied
@@ -215,7 +215,7 @@ def test_a_worker_killed_amid_recorded_steps(tiny_model, rank):
         with pytest.raises(WorkerDied, match=f"rank {rank} was killed by SIGKILL"):
             generate(llm, [[1 + i % 100] for i in range(6400)], params)
         assert time.monotonic() - killed[0] < 2.0
-        assert not any(psutil.pid_exists(pid) for pid in workers.values())
+        wait_until(lambda: not any(psutil.pid_exists(pid) for pid in workers.values()))
 
 
 @pytest.mark.parametrize(

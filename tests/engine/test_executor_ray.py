@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import rank_models
-from helpers import run_all
+from helpers import run_all, wait_until
 from rank_models import HANG, OPTIONS, RAISE, sum_model
 from tiny_models import make_tiny_model
 
@@ -74,13 +74,6 @@ def free_cpus():
     return ray.available_resources().get("CPU", 0)
 
 
-def wait_until(true, seconds=10):
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def start(model, **options):
     return LLM(model, **{**OPTIONS, "executor": "ray", "num_threads": 1, **options})
 
@@ -117,7 +110,7 @@ def test_ranks_share_the_cores_of_a_host_like_this_one(cluster, model, monkeypat
 
 
 def test_files_that_the_drivers_host_alone_has(tmp_path):
-    place, config = Place("", gpu=0, host_ranks=1), EngineConfig(str(tmp_path))
+    place, config = Place("", gpu=0, host_rank=0, host_ranks=1), EngineConfig(str(tmp_path))
     for there, found in ((ROOT, ROOT), (tmp_path / "not here", tmp_path)):
         assert find_files(WorkerTask(0, 1, place, config, None, there, 0)) == found
 

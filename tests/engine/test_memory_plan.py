@@ -76,6 +76,15 @@ def test_ranks_share_linear_layers_vocabulary_and_heads(tmp_path):
     assert plan_memory(third, config, 2**20).num_blocks > plan_memory(one, config, 2**20).num_blocks
 
 
+def test_experts_are_divided_one_way_or_the_other(tiny_model):
+    """Five experts: a third of each on every rank, or two of them on the ranks that have most."""
+    path = tiny_model("qwen3-moe-window")
+    (rows, _), (whole, _) = (planned(path, 3, kernels="torch", enable_expert_parallel=way) for way in (False, True))
+    expert = 3 * 36 * 48 * 4  # bytes
+    assert whole.weights - rows.weights == 2 * expert - 5 * expert // 3  # in the one layer of two that has experts
+    assert whole.replicated == rows.replicated
+
+
 @pytest.mark.parametrize(
     ("family", "tp", "message"),
     [

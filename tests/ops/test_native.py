@@ -51,6 +51,18 @@ def test_linear(level, dtype, shape):
     assert_linear_is_right(OPS.linear(x, packed, n, bias), x, weight, bias)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (15, 31, 64), (29, 97, 65), (300, 576, 130)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_residual_is_added_last(level, dtype, shape):
+    rows, n, k = shape
+    x, weight, bias = normal(rows, k), normal(n, k, seed=1).to(dtype), normal(n, seed=2)
+    residual = normal(rows, n + 3, seed=3)[:, 1 : n + 1]
+    packed = OPS.pack(weight, gated=False)
+    for offset in (None, bias):
+        added = OPS.linear(x, packed, n, offset, residual=residual)
+        assert torch.equal(added, OPS.linear(x, packed, n, offset) + residual)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @settings(max_examples=60, deadline=None)
 @given(shape=SHAPES, seed=st.integers(0, 9), level=st.sampled_from(LEVELS))

@@ -118,6 +118,18 @@ def test_choices_are_summed_by_their_weights(level, threads, dtype, gate):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_experts_that_are_elsewhere_give_nothing(level, threads, dtype):
+    threads(2)
+    experts = Experts(12, 77, 45, dtype)
+    x, (weights, chosen) = normal(31, 77), routed(31, 12, 8)
+    for here in (slice(0, 5), slice(5, 9), slice(9, 12)):
+        gate_up, down = experts.gate_up[here], experts.down[here]
+        found = OPS.mixture(x, weights, chosen, gate_up, down, 45, "silu", here.start)
+        is_here = (chosen >= here.start) & (chosen < here.stop)
+        assert torch.equal(found, experts.mixture(x, weights * is_here, chosen))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_token_has_the_same_bits_in_any_company(threads, dtype, data):
