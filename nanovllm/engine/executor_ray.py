@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import concurrent.futures
 import contextlib
+import dataclasses
 import importlib
 import os
 import secrets
@@ -41,6 +42,7 @@ class RayExecutor(WorkersExecutor):
         ray = require_ray()
         assert config.tensor_parallel_size is not None
         size, threads = config.tensor_parallel_size, _threads(config)
+        config = dataclasses.replace(config, num_threads=threads)  # whatever the environment of Ray's processes says
         release = contextlib.ExitStack()
         atexit.register(release.close)  # before Ray's own, and so while it can still be asked
         release.callback(atexit.unregister, release.close)
@@ -103,7 +105,7 @@ class ActorWorker:
         self._life: Future[None] = actor.serve.remote().future()
         try:
             self.link, self.lifeline = (_at_once(Client(address, authkey=key)) for _ in range(2))
-        except OSError as error:
+        except (OSError, EOFError) as error:
             raise ConfigError(
                 f"this process cannot reach rank {rank} at {address[0]}:{address[1]} ({error}): run it on a node of "
                 "the Ray cluster, whose nodes reach each other on all ports"
@@ -145,11 +147,9 @@ def _threads(config: EngineConfig) -> int:
         return 1
     if config.num_threads is not None:
         return config.num_threads
-    return (
-        torch.get_num_threads()
-        if "OMP_NUM_THREADS" in os.environ
-        else max(1, usable_cores() // config.tensor_parallel_size)
-    )
+    if "OMP_NUM_THREADS" in os.environ:
+        return torch.get_num_threads()
+    return max(1, usable_cores() // config.tensor_parallel_size)
 
 
 def _places(nodes: Sequence[str], addresses: Sequence[Address], meeting: str) -> list[Place]:

@@ -172,9 +172,7 @@ def _join(task: WorkerTask) -> TPGroup:
 def _load(link: Connection, task: WorkerTask, group: TPGroup) -> ModelRunner:
     """This rank's weights, and caches of the size that all can hold, as the driver says."""
     config = task.config
-    here = task.checkpoint.exists()  # or the driver is on another host
-    path = task.checkpoint if here else resolve_model(config.model, config.revision)
-    checkpoint = open_checkpoint(path, config.load_format)
+    checkpoint = open_checkpoint(find_files(task), config.load_format)
     model = task.model or model_class(checkpoint.config.get("architectures") or [], model_plugin=config.model_plugin)
 
     def agree(plan: CachePlan) -> CachePlan:
@@ -189,6 +187,13 @@ def _load(link: Connection, task: WorkerTask, group: TPGroup) -> ModelRunner:
         host_ranks=task.place.host_ranks,
         agree=agree,
     )
+
+
+def find_files(task: WorkerTask) -> Path:
+    """The driver's checkpoint, or this host's own if the driver is on another one."""
+    if task.checkpoint.exists():
+        return task.checkpoint
+    return resolve_model(task.config.model, task.config.revision)
 
 
 def _call(call: Call, model: CausalLM) -> bytes:

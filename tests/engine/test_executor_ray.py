@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import Pipe
 from pathlib import Path
 
 import psutil
@@ -16,11 +17,13 @@ from rank_models import HANG, OPTIONS, RAISE, sum_model
 from tiny_models import make_tiny_model
 
 from nanovllm import LLM, ConfigError, SamplingParams, WeightError, WorkerDied
-from nanovllm.engine import ray_cluster
+from nanovllm.config import EngineConfig
+from nanovllm.engine import executor_ray, ray_cluster
+from nanovllm.engine.worker import Place, WorkerTask, find_files
 from nanovllm.ops.library import Library, library_or_reason
 
 ROOT = Path(__file__).parents[2]
-NODE = {"num_cpus": 2, "object_store_memory": 100 * 2**20, "include_dashboard": False}
+NODE = {"num_cpus": 2, "num_gpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
 LLAMA = {"device": "cpu", "skip_tokenizer_init": True, "kvcache_memory": "8MiB"}
 PROMPTS = [[5, 6, 7], list(range(2, 60)), [9]]
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -98,6 +101,20 @@ def test_text_is_that_of_one_rank(cluster, llama, ranks, threads, nodes, communi
         wait_until(lambda: free_cpus() == 4 - ranks * threads)
 
 
+def test_ranks_share_the_cores_of_a_host_like_this_one(cluster, model, monkeypatch):
+    """Whatever OMP_NUM_THREADS was when Ray was started."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(executor_ray, "usable_cores", lambda: 4)
+    with start(model, tensor_parallel_size=2, num_threads=None) as llm:
+        assert llm.apply_model(rank_models.threads) == [2, 2]
+
+
+def test_files_that_the_drivers_host_alone_has(tmp_path):
+    place, config = Place("", gpu=0, host_rank=0, host_ranks=1), EngineConfig(str(tmp_path))
+    for there, found in ((ROOT, ROOT), (tmp_path / "not here", tmp_path)):
+        assert find_files(WorkerTask(0, 1, place, config, None, there, 0)) == found
+
+
 def test_messages_have_no_size_limit(cluster, model):
     params = SamplingParams(temperature=0, max_tokens=2, logprobs=-1, prompt_logprobs=0)
     prompts = [[i] * 2000 for i in range(1, 20)]
@@ -146,12 +163,32 @@ def test_what_the_cluster_lacks(cluster, model, monkeypatch):
         start(model, tensor_parallel_size=5)
     with pytest.raises(ConfigError, match="2 ranks with 3 CPUs each do not fit"):  # as no node has three
         start(model, tensor_parallel_size=2, num_threads=3)
-    with pytest.raises(ConfigError, match=r"2 \+ 2 CPUs and 0 \+ 0 GPUs: .*device='cpu'"):
-        start(model, device="cuda", kvcache_memory=None)
+    with pytest.raises(ConfigError, match=r"2 \+ 2 CPUs and 1 \+ 1 GPUs: .*device='cpu'"):
+        start(model, device="cuda", kvcache_memory=None, tensor_parallel_size=3)
     with start(model, tensor_parallel_size=3):
         monkeypatch.setattr(ray_cluster, "_PLACEMENT_S", 0.3)
         with pytest.raises(ConfigError, match="others use it, and 1 CPUs are free"):
             start(model, tensor_parallel_size=2)
+
+
+def test_a_gpu_for_each_rank(cluster):
+    """As far as Ray knows: these are but numbers."""
+    placement = ray_cluster.Placement(2, cpus=1, gpus=1)
+    try:
+        assert len(set(placement.nodes)) == 2
+        assert [placement.options(rank)["num_gpus"] for rank in range(2)] == [1, 1]
+    finally:
+        placement.remove()
+        placement.remove()
+
+
+def test_a_host_that_is_gone_is_an_end_behind_what_it_has_sent():
+    ours, theirs = Pipe()
+    theirs.send("last words")
+    executor_ray._hang_up(ours)
+    assert ours.recv() == "last words"
+    with pytest.raises(EOFError):
+        ours.recv()
 
 
 def test_ray_is_not_installed(model, monkeypatch):
