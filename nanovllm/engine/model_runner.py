@@ -17,7 +17,7 @@ from nanovllm.distributed.group import TPGroup
 from nanovllm.engine.batch_builder import build_batch
 from nanovllm.engine.decode_batch import DecodeBatch
 from nanovllm.engine.memory import cache_memory, size_caches
-from nanovllm.engine.step import StepPlan, StepResult
+from nanovllm.engine.step import StepPlan, StepResult, fill_in
 from nanovllm.engine.step_graphs import StepGraphs
 from nanovllm.engine.threads import set_threads
 from nanovllm.errors import ConfigError
@@ -77,6 +77,7 @@ class ModelRunner:
         else:
             self._model.load(checkpoint)
         self.cache_plan = self._create_caches(config, host_ranks, agree)
+        self._sampled = np.empty(0, np.int64)  # in the last step, on rank 0
         self._graphs = None if config.enforce_eager else self._step_graphs(config, self._ops.recorder())
         logger.info(
             "%s on %s in %s, kernels %s, attention %s, %d pages of %d tokens (%.2f GiB)",
@@ -98,14 +99,22 @@ class ModelRunner:
     def execute(self, plan: StepPlan) -> StepResult:
         """One forward pass over the planned tokens, then one token for each sequence that samples: drawn by
         rank 0 alone, so that ranks cannot disagree."""
+        if any(s.follows >= 0 for s in plan.sequences):
+            fill_in(plan, self._last_sampled())
         self._copy_states([(s.resume_from, s.state_slot) for s in plan.sequences if s.resume_from])
         logits, prompt_logprobs = self._logits(plan)
         self._copy_states([(s.state_slot, s.capture_to) for s in plan.sequences if s.capture_to])
-        if self._tp.rank > 0:
-            return StepResult(np.empty(0, np.int64), [])
         rows = [s.sample for s in plan.sequences if s.sample is not None]
-        token_ids, logprobs = sample(logits, rows, self._ops.sampling)
-        return StepResult(token_ids, logprobs, prompt_logprobs)
+        if self._tp.rank > 0:
+            self._sampled = np.zeros(len(rows), np.int64)
+            return StepResult(self._sampled[:0], [])
+        self._sampled, logprobs = sample(logits, rows, self._ops.sampling)
+        return StepResult(self._sampled, logprobs, prompt_logprobs)
+
+    def _last_sampled(self) -> np.ndarray:
+        """What rank 0 has sampled in the last step, int64 [R]."""
+        mine = torch.from_numpy(self._sampled)[None].to(self._device)
+        return self._tp.gather(mine, len(self._sampled))[0].cpu().numpy()
 
     def _build_batch(self, plan: StepPlan) -> Batch:
         return build_batch(
