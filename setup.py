@@ -15,6 +15,7 @@ TEST = [
     "pytest>=8.2",
     "pytest-cov>=5.0",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "ruff>=0.8",
     "types-psutil",
     "types-tqdm",

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes run tests: threads would wait for each other's cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 from kernels import at_level
 from tiny_models import make_chat_model, make_tiny_model
