@@ -5,7 +5,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 TRANSFORMERS = ["transformers>=5.6", "accelerate>=1.0"]  # it needs accelerate for GPUs and GGUF files
-RAY = ["ray[data]>=2.40"]
+RAY = ["ray[data]>=2.60"]
 TEST = [
     *TRANSFORMERS,
     *RAY,
