@@ -69,7 +69,7 @@ class EngineConfig:
         one rank and "mp" for more.
     async_scheduling: plan a step while the one before it runs: the scheduler's time is hidden. A sequence that
         ends by a token or a string is noticed a step late, and what that step gave it is dropped: outputs are
-        the same. Default: where ranks are processes of their own.
+        the same. Default: on GPUs, and where ranks are processes of their own.
     worker_timeout: seconds after which a rank that does not answer is given up, and all with it.
     num_threads: CPU only: of each rank; default OMP_NUM_THREADS, else the ranks of a host share the physical
         cores that this process may use, and where these belong to several NUMA nodes, each rank is bound to
@@ -204,7 +204,7 @@ class EngineConfig:
                 f"set max_model_len to at most {max_positions}"
             )
         ranks = self._ranks(launched)
-        apart = self.executor in ("mp", "ray") or (self.executor == "auto" and ranks > 1)
+        hidden = self.executor in ("mp", "ray") or (self.executor == "auto" and (ranks > 1 or device == "cuda"))
         return dataclasses.replace(
             self,
             device=device,
@@ -212,7 +212,7 @@ class EngineConfig:
             max_model_len=max_model_len,
             max_num_batched_tokens=self.max_num_batched_tokens or max(_DEFAULT_BATCHED_TOKENS, self.max_num_seqs),
             tensor_parallel_size=ranks,
-            async_scheduling=apart if self.async_scheduling is None else self.async_scheduling,
+            async_scheduling=hidden if self.async_scheduling is None else self.async_scheduling,
         )
 
     def _ranks(self, launched: int | None) -> int:

@@ -23,10 +23,10 @@ _SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31), np.uint64(11)
 
 def sample(
     logits: torch.Tensor, rows: Sequence[SampleRow], ops: SamplingOps
-) -> tuple[np.ndarray, list[TokenLogprobs | None]]:
+) -> tuple[torch.Tensor, list[TokenLogprobs | None]]:
     """Draw a token for each row of fp32 logits [R, V], which are changed in place.
 
-    Returns int64 [R] and, for rows that ask, log probabilities of the unchanged logits.
+    Returns int64 [R] on the logits' device and, for rows that ask, log probabilities of the unchanged logits.
     """
     wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
     raw = ops.log_softmax(logits[wanted]) if wanted else None
@@ -38,7 +38,7 @@ def sample(
         counts = [rows[i].params.logprobs for i in wanted]
         for i, found in zip(wanted, token_logprobs(raw, token_ids[wanted], counts), strict=True):
             logprobs[i] = found
-    return token_ids, logprobs
+    return torch.from_numpy(token_ids), logprobs
 
 
 def token_logprobs(logprobs: torch.Tensor, token_ids: np.ndarray, counts: Sequence[int | None]) -> list[TokenLogprobs]:
