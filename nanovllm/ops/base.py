@@ -17,8 +17,8 @@ from nanovllm.ops.library import Library, library_or_reason
 from nanovllm.ops.mamba2 import Mamba2Sizes, Mamba2Weights, SumOverRanks
 from nanovllm.ops.native import NativeOps
 from nanovllm.ops.torch_ops import TorchOps
+from nanovllm.ops.triton_support import unsupported_reason
 from nanovllm.sample_row import SampleRow
-from nanovllm.triton_kernels.available import unsupported_reason
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Whether the kernels of this package can run; asked without importing triton."""
+"""Whether the kernels of triton_kernels/ can run; asked without importing triton."""
 
 from __future__ import annotations
 

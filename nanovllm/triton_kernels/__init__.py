@@ -1,1 +1,0 @@
-"""Triton kernels for GPUs: a file a family, each with the functions that launch them."""
