@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from kernels import at_level
 from tiny_models import make_chat_model, make_tiny_model
 
 from nanovllm.ops.library import LEVELS
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: its kernels run on the CPU
 
 ALIAS = "smollm2-135m"
 
