@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.ops.torch_ops import TorchOps
+from nanovllm.ops.triton_sampling import TritonSampling
 from nanovllm.triton_kernels.activation import activate_gated
 from nanovllm.triton_kernels.gather import gather
 from nanovllm.triton_kernels.norm import layer_norm, rms_norm
@@ -19,6 +20,7 @@ class TritonOps(TorchOps):
     """
 
     name = "triton"
+    sampling = TritonSampling()
 
     def packs(self, device: torch.device, dtype: torch.dtype) -> bool:
         return False
