@@ -6,9 +6,11 @@ from setuptools.command.build_ext import build_ext
 
 TRANSFORMERS = ["transformers>=5.6", "accelerate>=1.0"]  # it needs accelerate for GPUs and GGUF files
 RAY = ["ray[data]>=2.60"]
+GPU = ["triton>=3.6; sys_platform == 'linux'"]  # the tests interpret its kernels
 TEST = [
     *TRANSFORMERS,
     *RAY,
+    *GPU,
     "hypothesis>=6.100",
     "import-linter>=2.1",
     "mypy>=1.11",
@@ -21,7 +23,6 @@ TEST = [
     "types-tqdm",
 ]
 BENCH = ["matplotlib>=3.9"]  # bench.py --plot
-GPU = ["triton>=3.6; sys_platform == 'linux'", "flash-attn>=2.6; sys_platform == 'linux'"]
 
 CSRC = Path("nanovllm/csrc")
 AVX2 = ["-mavx2", "-mfma"]

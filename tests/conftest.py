@@ -17,6 +17,9 @@ from tiny_models import make_chat_model, make_tiny_model
 
 from nanovllm.ops.library import LEVELS
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: its kernels run on the CPU
+
 ALIAS = "smollm2-135m"
 
 
