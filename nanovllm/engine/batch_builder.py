@@ -10,7 +10,7 @@ import torch
 from nanovllm.attention.base import AttentionBackend
 from nanovllm.batch import Batch
 from nanovllm.engine.step import StepPlan
-from nanovllm.engine.transfer import to_device
+from nanovllm.transfer import to_device
 
 
 def build_batch(

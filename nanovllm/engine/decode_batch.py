@@ -10,7 +10,7 @@ import torch
 from nanovllm.batch import Batch
 from nanovllm.engine.batch_builder import fill_tables
 from nanovllm.engine.step import PlannedSequence, StepPlan
-from nanovllm.engine.transfer import to_device
+from nanovllm.transfer import to_device
 
 
 def decodes(plan: StepPlan) -> bool:

@@ -24,7 +24,6 @@ from nanovllm.engine.memory import DeviceMemory, host_cache_memory, size_caches
 from nanovllm.engine.step import StepPlan, StepResult, fill_in
 from nanovllm.engine.step_graphs import StepGraphs
 from nanovllm.engine.threads import set_threads
-from nanovllm.engine.transfer import to_host
 from nanovllm.errors import ConfigError
 from nanovllm.layers.attention import CachedLayer
 from nanovllm.layers.moe import SparseMoE
@@ -33,6 +32,7 @@ from nanovllm.models.base import CausalLM, ModelConfig
 from nanovllm.ops.base import select_ops
 from nanovllm.ops.graph import CannotRecord
 from nanovllm.sample_row import SampleRow, TokenLogprobs
+from nanovllm.transfer import to_host
 from nanovllm.weights.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)

@@ -33,13 +33,12 @@ def sample(
     process_logits(logits, rows, ops)
     greedy = all(row.params.greedy for row in rows)
     drawn = ops.argmax(logits) if greedy else ops.draw(logits, rows, uniforms(rows))
-    token_ids = drawn.cpu().numpy()  # where the host waits for the device
     logprobs: list[TokenLogprobs | None] = [None] * len(rows)
     if raw is not None:
         counts = [rows[i].params.logprobs for i in wanted]
         for i, found in zip(wanted, ops.token_logprobs(raw, drawn[wanted], counts), strict=True):
             logprobs[i] = found
-    return torch.from_numpy(token_ids), logprobs
+    return drawn, logprobs
 
 
 def uniforms(rows: Sequence[SampleRow]) -> np.ndarray:

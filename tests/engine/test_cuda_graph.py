@@ -1,6 +1,7 @@
 """Steps that decode, padded and replayed; a GPU's recorder is replaced by one that runs everything again."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -11,9 +12,9 @@ from nanovllm.engine.cuda_graph import DecodeGraphs, early_sizes, graph_sizes
 from nanovllm.engine.decode_batch import DeviceDecodeBatch
 from nanovllm.engine.largest_step import largest_step
 from nanovllm.engine.step import PlannedSequence
-from nanovllm.engine.transfer import pack, packed_bytes, unpack
 from nanovllm.ops.graph import CannotRecord
 from nanovllm.sample_row import SampleRow
+from nanovllm.transfer import pack, packed_bytes, unpack
 
 OPTIONS = {"device": "cpu", "kernels": "torch", "attention_backend": "reference", "skip_tokenizer_init": True}
 
@@ -38,7 +39,7 @@ def test_sizes_cover_every_number_of_sequences():
     for largest in range(1, 300):
         sizes = graph_sizes(largest)
         assert sizes == sorted(set(sizes)) and sizes[0] == 1 and sizes[-1] == largest
-        assert all(larger - smaller <= max(4, smaller) for smaller, larger in zip(sizes, sizes[1:], strict=False))
+        assert all(larger - smaller <= max(4, smaller) for smaller, larger in itertools.pairwise(sizes))
         early = early_sizes(sizes)
         assert early[0] == largest and set(early) <= set(sizes) and len(early) <= 11
 

@@ -166,7 +166,7 @@ def test_what_to_do_where_device_memory_does_not_suffice(monkeypatch):
     device = Device(monkeypatch, 1000, 0)
     before = memory.DeviceMemory(torch.device("cuda"))
     device.take(800)
-    with pytest.raises(ConfigError, match=r"gpu_memory_utilization=0\.9 .* 800 of weights and 150 for a step: raise it"):
+    with pytest.raises(ConfigError, match=r"utilization=0\.9 .* 800 of weights and 150 for a step: raise it"):
         before.left(EngineConfig("m"), lambda: device.take(150))
     with pytest.raises(ConfigError, match=r"beside 950 bytes of weights: lower max_num_batched_tokens"):
         before.left(EngineConfig("m"), lambda: device.take(150))

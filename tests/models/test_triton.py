@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import pytest
 import torch
 
@@ -29,7 +31,7 @@ def generated(path: str, kernels: str, **options) -> list:
 def test_the_text_is_torch_s(tiny_model, family):
     options = {"device": "cpu", "dtype": "float32", "attention_backend": "reference", "num_kvcache_blocks": 20}
     found, wanted = (generated(str(tiny_model(family)), kernels, **options) for kernels in ("triton", "torch"))
-    for mine, theirs in zip(sum(found, []), sum(wanted, []), strict=True):
+    for mine, theirs in zip(chain(*found), chain(*wanted), strict=True):
         assert mine.outputs[0].token_ids == theirs.outputs[0].token_ids
         for here, there in zip(mine.outputs[0].logprobs or [], theirs.outputs[0].logprobs or [], strict=True):
             assert list(here) == list(there)

@@ -11,14 +11,14 @@ import torch
 
 T = TypeVar("T")
 
-_ALIGNMENT = 8  # bytes: that of int64
+_ALIGNMENT = 16  # bytes
 
 
 def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
     """Tensors of the arrays' types and shapes; on CPUs they share memory. To a GPU all go in one copy, which
     neither waits for what runs there nor lets the host wait."""
     if device.type == "cpu":
-        return [torch.from_numpy(array) for array in arrays]
+        return [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
     # torch gives pinned memory to nobody else before the copies from it are done
     staged = torch.empty(packed_bytes(arrays), dtype=torch.uint8, pin_memory=True)
     pack(arrays, staged.numpy())
