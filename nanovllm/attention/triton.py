@@ -11,7 +11,7 @@ from nanovllm.batch import Batch
 from nanovllm.cache_spec import PagedKVSpec
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_MAX_HEAD = 256
+_MAX_HEAD = {4: 128, 2: 256}  # by the bytes of a number
 _LEAST_BLOCK = 16
 
 
@@ -31,8 +31,8 @@ class TritonAttention:
             return "triton is not installed; pip install 'nanovllm[gpu]'"
         if dtype not in _DTYPES:
             return f"has no kernels for {dtype}"
-        if spec.head_dim > _MAX_HEAD:
-            return f"takes head sizes up to {_MAX_HEAD}, not {spec.head_dim}; set attention_backend='reference'"
+        if spec.head_dim > (most := _MAX_HEAD[dtype.itemsize]):
+            return f"takes head sizes of {dtype} up to {most}, not {spec.head_dim}; set attention_backend='reference'"
         if block_size < _LEAST_BLOCK or block_size & (block_size - 1):
             return f"needs kvcache_block_size to be a power of two from {_LEAST_BLOCK}, not {block_size}"
         return _device_reason(device, dtype)
