@@ -89,7 +89,7 @@ def decode_kernel(
         first = tl.maximum(seq_len - window, 0) // BLOCK_N * BLOCK_N
     end = seq_len
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    heads = kv_head * GROUP + rows
+    heads = kv_head * GROUP + tl.minimum(rows, GROUP - 1)
     if SPLIT:
         log_places = logs + (sequence * kv_heads * GROUP + heads) * num_splits + split
         origin = first // SPAN * SPAN
