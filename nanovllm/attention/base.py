@@ -84,7 +84,7 @@ def select_backend(name: str, device: torch.device, dtype: torch.dtype, block_si
     if name != "auto":
         return load_backend(name)
     probe = PagedKVSpec(num_kv_heads=1, head_dim=64, dtype=dtype)
-    reasons = []
+    reasons: list[str] = []
     for candidate in _PREFERENCE.get(device.type, ("reference",)):
         backend = load_backend(candidate)
         reason = backend.unsupported_reason(device, dtype, probe, block_size)

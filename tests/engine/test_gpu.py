@@ -24,15 +24,21 @@ pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encount
 ON_GPU = {"device": "cuda", "skip_tokenizer_init": True, "max_model_len": 128, "max_num_seqs": 8}
 INTERPRETED = {
     **ON_GPU,
-    **dict(device="cpu", kernels="triton", attention_backend="triton", dtype="float32"),
+    "device": "cpu",
+    "kernels": "triton",
+    "attention_backend": "triton",
+    "dtype": "float32",
     "num_kvcache_blocks": 40,
 }
 CLOSE = 0.3  # between log probabilities in bfloat16 and those in float32, of logits about ten apart
 PROMPTS = [[5, 9, 80, 23, 7, 11, 64] * 9, [100, 2], [7], [3, 4, 5, 6, 7, 8] * 3]
-GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=2)
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=2)
 
 
-@pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu), "interpreted"])
+WHERE = [pytest.param("cuda", marks=pytest.mark.gpu), pytest.param("interpreted", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(params=WHERE)
 def options(request):
     if request.param == "cuda":
         return ON_GPU
@@ -127,7 +133,6 @@ def test_two_engines_share_a_gpu(tiny_model):
 
 
 @pytest.mark.gpu
-@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3", "granite-hybrid"])
 def test_soak(tiny_model, family):
     """Three minutes of requests that come, are aborted and are preempted at random; nothing is lost or leaks."""
