@@ -19,8 +19,10 @@ from nanovllm.layers.sampler import uniforms
 from nanovllm.sample_row import SampleRow
 from nanovllm.sampling_params import SamplingParams
 
+MAKERS = sampling_makers()
 
-@pytest.fixture(autouse=True, scope="module", params=sampling_makers())
+
+@pytest.fixture(autouse=True, scope="module", params=MAKERS.values(), ids=MAKERS)
 def ops(request):
     with mock.patch.object(sampler, "sample", functools.partial(sampler.sample, ops=request.param)):
         yield request.param
