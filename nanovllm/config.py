@@ -17,7 +17,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "device": ("auto", "cpu", "cuda"),
     "attention_backend": ("auto", "native", "cpu", "reference"),
-    "kernels": ("auto", "native", "torch"),
+    "kernels": ("auto", "native", "triton", "torch"),
     "scheduling_policy": ("fcfs", "priority"),
     "executor": ("auto", "mp", "ray", "torchrun"),
 }
@@ -75,8 +75,8 @@ class EngineConfig:
         recorded and run as a whole, and those that decode are recorded once for each number of sequences.
     enable_prefix_caching: reuse the pages of equal prefixes.
     attention_backend: "auto", or the name of one.
-    kernels: whose linear layers, norms and rotations: "native" this package's own for CPUs, "torch"
-        torch's, "auto" the first wherever they can run.
+    kernels: whose linear layers, norms, rotations and sampling: "native" this package's own for CPUs, "triton"
+        those for GPUs (with torch's matrix products), "torch" torch's, "auto" the first two wherever they can run.
     scheduling_policy: "fcfs", or "priority" (lower values first).
     generation_config: where sampling parameters come from if a request brings none: "auto" is
         the checkpoint's generation_config.json, "vllm" is SamplingParams(), else a folder that
