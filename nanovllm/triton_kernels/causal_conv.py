@@ -16,11 +16,11 @@ def silu(x):
 
 
 @triton.jit
-def _inputs(projected, stride, conv_state, source, channel, held, begin, resumed, CHANNELS, HISTORY):
-    """[N, C] of N places of a chunk; those before it are in the sequence's slot, and zero before its beginning."""
+def _inputs(projected, stride, conv_state, source, channel, held, begin, first, CHANNELS, HISTORY):
+    """[N, C] of N places of a chunk; those before it are in the slot, or zero before the sequence's beginning."""
     rows = (begin + source).to(tl.int64)[:, None] * stride
     now = tl.load(projected + rows + channel[None, :], (source >= 0)[:, None] & held[None, :], 0.0)
-    kept = (source < 0)[:, None] & held[None, :] & resumed
+    kept = ((source < 0) & (source >= -first))[:, None] & held[None, :]
     before = tl.load(conv_state + (HISTORY + source)[:, None] * CHANNELS + channel[None, :], kept, 0.0)
     return now.to(tl.float32) + before.to(tl.float32)
 
@@ -52,10 +52,9 @@ def conv_kernel(
         start = tl.load(stretches + 2 * tl.program_id(1) + 1)
         if sequence < 0:
             return
-    begin, count, first = chunk(query_start, seq_lens, sequence, True)
+    begin, count, first = chunk(query_start, seq_lens, sequence, sequence >= 0)
     if count == 0:
         return
-    resumed = first > 0
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     held = channel < CHANNELS
     conv_state = conv_states + tl.load(slots + sequence).to(tl.int64) * ((KERNEL - 1) * CHANNELS)
@@ -64,7 +63,7 @@ def conv_kernel(
     total = tl.zeros([TOKENS, BLOCK], tl.float32) + tl.load(bias + channel, held, 0.0)[None, :]
     for tap in tl.static_range(KERNEL):
         source = tl.minimum(token, count - 1) + (tap - KERNEL + 1)
-        x = _inputs(projected, stride, conv_state, source, channel, held, begin, resumed, CHANNELS, KERNEL - 1)
+        x = _inputs(projected, stride, conv_state, source, channel, held, begin, first, CHANNELS, KERNEL - 1)
         total += x * tl.load(filters + tap * CHANNELS + channel, held, 0.0)[None, :]
     places = out + (begin + token).to(tl.int64)[:, None] * CHANNELS + channel[None, :]
     tl.store(places, silu(total).to(out.dtype.element_ty), inside)
@@ -72,7 +71,7 @@ def conv_kernel(
     if KERNEL > 1 and start == 0:
         kept = tl.arange(0, HISTORY_ROWS)
         source = tl.minimum(count - (KERNEL - 1) + kept, count - 1)
-        x = _inputs(projected, stride, conv_state, source, channel, held, begin, resumed, CHANNELS, KERNEL - 1)
+        x = _inputs(projected, stride, conv_state, source, channel, held, begin, first, CHANNELS, KERNEL - 1)
         tl.debug_barrier()  # all have read
         mask = (kept < KERNEL - 1)[:, None] & held[None, :]
         places = conv_state + kept[:, None] * CHANNELS + channel[None, :]

@@ -130,7 +130,7 @@ def plan_kernel(
             tl.store(cells + 3 * place + 1, tl.full([LANES], 0, tl.int32), place < num_cells)
             tl.store(cells + 3 * place + 2, tl.full([LANES], 0, tl.int32), place < num_cells)
     else:
-        begin, count, first = chunk(query_start, seq_lens, me, True)
+        begin, count, first = chunk(query_start, seq_lens, me, me >= 0)
         number = tl.cdiv(count, STRETCH)
         for start in range(0, number, LANES):
             mine = start + lanes

@@ -116,8 +116,9 @@ def walk_kernel(
     inside = p[:, None] * STATE + s[None, :]
     slot = tl.load(slots + sequence).to(tl.int64)
     state_places = states + (slot * HEADS + head) * (HEAD_DIM * STATE) + inside
-    _, _, first = chunk(query_start, seq_lens, sequence, True)
-    state = tl.load(state_places, held & (first > 0), 0.0)
+    _, _, first = chunk(query_start, seq_lens, sequence, sequence >= 0)
+    known = tl.where(first > 0, HEAD_DIM, 0)  # what a new sequence finds in its slot is another's
+    state = tl.load(state_places, held & (p < known)[:, None], 0.0)
     at = cell.to(tl.int64) * HEADS + head
     for now in range(cell, last):
         tl.store(entries + at * (HEAD_DIM * STATE) + inside, state.to(entries.dtype.element_ty), held)

@@ -41,7 +41,7 @@ def update_kernel(
     CHANNELS: tl.constexpr = INNER + 2 * GROUPS * STATE
     BLOCKS: tl.constexpr = (HEAD_DIM + BLOCK_P - 1) // BLOCK_P
     sequence = tl.program_id(1)
-    begin, count, first = chunk(query_start, seq_lens, sequence, True)
+    begin, count, first = chunk(query_start, seq_lens, sequence, sequence >= 0)
     if in_cells(count, first, CELL) == count:
         return
     head = tl.program_id(0) // BLOCKS
@@ -50,7 +50,8 @@ def update_kernel(
     slot = tl.load(slots + sequence).to(tl.int64)
     places = states + ((slot * HEADS + head) * HEAD_DIM + p[:, None]) * STATE + s[None, :]
     held = (p < HEAD_DIM)[:, None] & (s < STATE)[None, :]
-    state = tl.load(places, held & (first + count > 1), 0.0)
+    known = tl.where(first + count > 1, HEAD_DIM, 0)  # what a new sequence finds in its slot is another's
+    state = tl.load(places, held & (p < known)[:, None], 0.0)
     row = (begin + count - 1).to(tl.int64)
     xs = mixed + row * CHANNELS
     Bs = xs + INNER + head // (HEADS // GROUPS) * STATE
