@@ -18,11 +18,9 @@ def silu(x):
 @triton.jit
 def _inputs(projected, stride, conv_state, source, channel, held, begin, first, CHANNELS, HISTORY):
     """[N, C] of N places of a chunk; those before it are in the slot, or zero before the sequence's beginning."""
-    rows = (begin + source).to(tl.int64)[:, None] * stride
-    now = tl.load(projected + rows + channel[None, :], (source >= 0)[:, None] & held[None, :], 0.0)
-    kept = ((source < 0) & (source >= -first))[:, None] & held[None, :]
-    before = tl.load(conv_state + (HISTORY + source)[:, None] * CHANNELS + channel[None, :], kept, 0.0)
-    return now.to(tl.float32) + before.to(tl.float32)
+    rows = projected + (begin + source).to(tl.int64) * stride
+    places = tl.where(source < 0, conv_state + (HISTORY + source) * CHANNELS, rows)[:, None] + channel[None, :]
+    return tl.load(places, (source >= -first)[:, None] & held[None, :], 0.0).to(tl.float32)
 
 
 @triton.jit
@@ -70,12 +68,12 @@ def conv_kernel(
     # the chunk's first tokens are all in its first stretch, so nobody else reads what is overwritten
     if KERNEL > 1 and start == 0:
         kept = tl.arange(0, HISTORY_ROWS)
-        source = tl.minimum(count - (KERNEL - 1) + kept, count - 1)
-        x = _inputs(projected, stride, conv_state, source, channel, held, begin, first, CHANNELS, KERNEL - 1)
+        last = tl.minimum(count - (KERNEL - 1) + kept, count - 1)
+        inputs = _inputs(projected, stride, conv_state, last, channel, held, begin, first, CHANNELS, KERNEL - 1)
         tl.debug_barrier()  # all have read
         mask = (kept < KERNEL - 1)[:, None] & held[None, :]
-        places = conv_state + kept[:, None] * CHANNELS + channel[None, :]
-        tl.store(places, x.to(conv_states.dtype.element_ty), mask)
+        target = conv_state + kept[:, None] * CHANNELS + channel[None, :]
+        tl.store(target, inputs.to(conv_states.dtype.element_ty), mask)
 
 
 def _constants(channels: int, kernel: int, tokens: int) -> dict[str, int]:

@@ -130,7 +130,7 @@ def walk_kernel(
         whole = tl.load(sums + at * CELL + CELL - 1)
         left = tl.load(steps + at * CELL + lane) * tl.exp2(whole - tl.load(sums + at * CELL + lane))
         added = (x * left[:, None]).to(x.dtype)  # what of x is left at the cell's end
-        state = tl.dot(tl.trans(added), B, state * tl.exp2(whole), input_precision="tf32x3")
+        state = tl.dot(tl.trans(added), B, state * tl.exp2(whole), input_precision="ieee")
         at += HEADS
     tl.store(state_places, state, held)
 
@@ -181,7 +181,7 @@ def cells_kernel(
         C = tl.load(Cs + (start + s)[None, :], filled & (start + s < STATE)[None, :], 0.0)
         places = (at * HEAD_DIM + p[None, :]) * STATE + (start + s)[:, None]
         entry = tl.load(entries + places, has_p & (start + s < STATE)[:, None], 0.0)
-        total = tl.dot(C, entry, total, input_precision="tf32x3")
+        total = tl.dot(C, entry, total, input_precision="ieee")
     total *= tl.exp2(sum_here)[:, None]
     for first in range(0, part * BLOCK_T + 1, BLOCK_T):
         other = first + tl.arange(0, BLOCK_T)
@@ -192,12 +192,12 @@ def cells_kernel(
             has_s = start + s < STATE
             C = tl.load(Cs + (start + s)[None, :], filled & has_s[None, :], 0.0)
             B = tl.load(Bs + rows[None, :] + (start + s)[:, None], there[None, :] & has_s[:, None], 0.0)
-            scores = tl.dot(C, B, scores, input_precision="tf32x3")
+            scores = tl.dot(C, B, scores, input_precision="ieee")
         decay = tl.exp2(tl.minimum(sum_here[:, None] - tl.load(sums + at * CELL + other)[None, :], 0.0))
         weights = scores * decay * tl.load(steps + at * CELL + other)[None, :]
         weights = tl.where(lane[:, None] >= other[None, :], weights, 0.0)
         x = tl.load(xs + rows[:, None], there[:, None] & has_p, 0.0)
-        total = tl.dot(weights.to(x.dtype), x, total, input_precision="tf32x3")
+        total = tl.dot(weights.to(x.dtype), x, total, input_precision="ieee")
     x = tl.load(xs + (row + lane)[:, None] * CHANNELS, filled & has_p, 0.0)
     total += tl.load(D + head) * x
     tl.store(y + (row + lane)[:, None] * INNER + head * HEAD_DIM + p[None, :], total, filled & has_p)
