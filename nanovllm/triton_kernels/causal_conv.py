@@ -86,6 +86,10 @@ def _constants(channels: int, kernel: int, tokens: int) -> dict[str, int]:
     }
 
 
+def _warps(tokens: int) -> int:
+    return 4 if tokens == 1 else 8
+
+
 def convolve(
     projected: torch.Tensor,
     offset: int,
@@ -108,7 +112,7 @@ def convolve(
         *(projected[:, offset:], projected.stride(0), filters, bias, conv_states, out),
         *(plan.query_start, plan.seq_lens, plan.slots, stretches),
         **constants,
-        **launch_options(num_warps=4),
+        **launch_options(_warps(constants["TOKENS"])),
     )
     return out
 
@@ -125,6 +129,7 @@ def variants() -> list[Variant]:
                 **dict.fromkeys(ints, "*i32:16"),
             },
             _constants(channels, 4, tokens),
+            _warps(tokens),
             chips=AMPERE_ON if dtype == "bf16" else CHIPS,
         )
         for dtype in ("fp32", "bf16", "fp16")

@@ -58,13 +58,13 @@ def experts_kernel(
         else:
             rows = tl.load(x_places + start, filled & (start + k < SIZE_K)[None, :], 0.0)
             columns = tl.load(w_places + start, held & (start + k < SIZE_K)[:, None], 0.0)
-        total = tl.dot(rows, columns, total, input_precision="tf32x3")
+        total = tl.dot(rows, columns, total, input_precision="ieee")
         if GATED:
             if SIZE_K % BLOCK_K == 0:
                 columns = tl.load(w_places + SIZE_N * SIZE_K + start, held, 0.0)
             else:
                 columns = tl.load(w_places + SIZE_N * SIZE_K + start, held & (start + k < SIZE_K)[:, None], 0.0)
-            other = tl.dot(rows, columns, other, input_precision="tf32x3")
+            other = tl.dot(rows, columns, other, input_precision="ieee")
     if GATED:
         total = activated(total, KIND) * other
     tl.store(out + pair[:, None] * SIZE_N + n[None, :], total.to(out.dtype.element_ty), filled & held)
@@ -106,14 +106,9 @@ def experts_linear(
 
 def _choice(rows: int, gated: bool, itemsize: int) -> tuple[dict[str, int], int, int]:
     """Constants, warps and stages. A gate's two halves together are as wide as one weight without a gate."""
-    if itemsize == 4:
-        wide, deep, num_warps, num_stages = 64, 32, 4, 2
-    elif rows < 128:
-        wide, deep, num_warps, num_stages = 128, 64, 4, 4
-    else:
-        wide, deep, num_warps, num_stages = 128, 64, 8, 3
+    wide, deep, num_stages = (64, 32, 2) if itemsize == 4 else (128, 64, 4 if rows < 128 else 3)
     blocks = {"BLOCK_M": rows, "BLOCK_N": wide // 2 if gated else wide, "BLOCK_K": deep}
-    return {**blocks, "TOGETHER": _TOGETHER}, num_warps, num_stages
+    return {**blocks, "TOGETHER": _TOGETHER}, 4 if rows < 128 else 8, num_stages
 
 
 def variants() -> list[Variant]:

@@ -16,7 +16,7 @@ from nanovllm.triton_kernels.grouped_linear import experts_linear, rows_of_tile
 from nanovllm.triton_kernels.variant import AMPERE_ON, CHIPS, Variant, launch_options
 
 _TOKENS = 8  # of a program that routes
-_ONE_HOT = 8192  # pairs by experts that a program compares at once
+_ONE_HOT = 4096  # pairs by experts that a program compares at once
 _COLUMNS = 1024  # of a row, that a program sums
 
 

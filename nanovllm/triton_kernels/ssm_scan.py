@@ -277,7 +277,7 @@ def _cell_constants(head_dim: int, size: int, itemsize: int) -> dict[str, int]:
     return {
         "BLOCK_T": 64 if wide else 32,
         "BLOCK_P": _block(head_dim, 64 if wide else 32),
-        "BLOCK_S": _block(size, 128 if wide else 32),
+        "BLOCK_S": _block(size, 128 if wide else 16),
     }
 
 
