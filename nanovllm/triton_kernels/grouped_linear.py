@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from nanovllm.triton_kernels.activation import activated
-from nanovllm.triton_kernels.variant import AMPERE_ON, CHIPS, Variant, launch_options
+from nanovllm.triton_kernels.variant import AMPERE_ON, CHIPS, Variant, launch_options, multiplies_fast
 
 _TOGETHER = 8  # tiles of rows that take the same columns of the weight one after the other, while they are in L2
 
@@ -92,7 +92,7 @@ def experts_linear(
     """
     assert x.stride(1) == 1 and weight.is_contiguous() and out.is_contiguous()
     num_tiles, (count, size) = len(tiles), out.shape
-    constants, num_warps, num_stages = _choice(len(pairs) // num_tiles, kind != "none", x.dtype.itemsize)
+    constants, num_warps, num_stages = _choice(len(pairs) // num_tiles, kind != "none", multiplies_fast(x))
     experts_kernel[(num_tiles * triton.cdiv(size, constants["BLOCK_N"]),)](
         *(x, x.stride(0), weight, out, pairs, tiles, num_tiles),
         SHARE=count // len(x),
@@ -104,24 +104,26 @@ def experts_linear(
     )
 
 
-def _choice(rows: int, gated: bool, itemsize: int) -> tuple[dict[str, int], int, int]:
+def _choice(rows: int, gated: bool, fast: bool) -> tuple[dict[str, int], int, int]:
     """Constants, warps and stages. A gate's two halves together are as wide as one weight without a gate."""
-    wide, deep, num_stages = (64, 32, 2) if itemsize == 4 else (128, 64, 4 if rows < 128 else 3)
+    wide, deep, num_stages = (128, 64, 4 if rows < 128 else 3) if fast else (64, 32, 2)
     blocks = {"BLOCK_M": rows, "BLOCK_N": wide // 2 if gated else wide, "BLOCK_K": deep}
     return {**blocks, "TOGETHER": _TOGETHER}, 4 if rows < 128 else 8, num_stages
 
 
 def variants() -> list[Variant]:
     made = []
-    for dtype, itemsize in (("fp32", 4), ("bf16", 2), ("fp16", 2)):
+    for dtype, fast, chips in (
+        *(("fp32", False, CHIPS), ("bf16", True, AMPERE_ON)),
+        *(("fp16", True, AMPERE_ON), ("fp16", False, (75,))),
+    ):
         for rows in (128, 64, 16):
             for share, n, k, kind in ((8, 768, 2048, "silu"), (1, 2048, 768, "none")):
-                constants, num_warps, num_stages = _choice(rows, kind != "none", itemsize)
+                blocks, num_warps, num_stages = _choice(rows, kind != "none", fast)
                 types = {
                     **dict.fromkeys(("x", "weight", "out"), f"*{dtype}:16"),
                     **{"x_stride": "i32:16", "pairs": "*i32:16", "tiles": "*i32:16", "num_tiles": "i32"},
                 }
-                constants = {**constants, "SHARE": share, "SIZE_N": n, "SIZE_K": k, "KIND": kind}  # type: ignore[dict-item]
-                chips = AMPERE_ON if dtype == "bf16" else CHIPS
+                constants = {"SHARE": share, "SIZE_N": n, "SIZE_K": k, "KIND": kind, **blocks}
                 made.append(Variant(experts_kernel, types, constants, num_warps, num_stages, chips))
     return made

@@ -150,8 +150,8 @@ def sum_kernel(
     for i in range(K):
         pair = token * K + i
         expert = tl.load(chosen + pair) - first
-        here = (expert >= 0) & (expert < EXPERTS)
-        result = tl.load(results + pair * SIZE + column, (column < SIZE) & here, 0.0)
+        end = tl.where((expert >= 0) & (expert < EXPERTS), SIZE, 0)  # no result of an expert that is elsewhere
+        result = tl.load(results + pair * SIZE + column, column < end, 0.0)
         total += tl.load(weights + pair) * result.to(tl.float32)
     tl.store(out + token * SIZE + column, total.to(out.dtype.element_ty), column < SIZE)
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from nanovllm.triton_kernels.mamba2_plan import CELL, Mamba2Plan, Prompts, chunk
-from nanovllm.triton_kernels.variant import AMPERE_ON, CHIPS, Variant, launch_options
+from nanovllm.triton_kernels.variant import AMPERE_ON, CHIPS, Variant, launch_options, multiplies_fast
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -224,7 +224,7 @@ def scan(
     and layer, where the matrices of a layer multiply 33 million, and moves 12 KiB of states. Not measured yet.
     """
     _, heads, head_dim, size = states.shape
-    num_cells, device = len(prompts.cells), mixed.device
+    num_cells, device, wide = len(prompts.cells), mixed.device, multiplies_fast(mixed)
     steps = torch.empty(num_cells, heads, CELL, dtype=torch.float32, device=device)
     sums = torch.empty_like(steps)
     entries = torch.empty(num_cells, heads, head_dim, size, dtype=mixed.dtype, device=device)
@@ -236,7 +236,7 @@ def scan(
         **constants,
         **launch_options(num_warps=4),
     )
-    constants = _walk_constants(head_dim, size, mixed.dtype.itemsize)
+    constants = _walk_constants(head_dim, size, wide)
     blocks = triton.cdiv(head_dim, constants["BLOCK_P"]) * triton.cdiv(size, constants["BLOCK_S"])
     walk_kernel[(heads * blocks, len(plan.slots))](
         *(mixed, prompts.cells, prompts.cell_starts, steps, sums),
@@ -245,7 +245,7 @@ def scan(
         **constants,
         **launch_options(num_warps=4, num_stages=2),
     )
-    constants = _cell_constants(head_dim, size, mixed.dtype.itemsize)
+    constants = _cell_constants(head_dim, size, wide)
     blocks = triton.cdiv(head_dim, constants["BLOCK_P"]) * (CELL // constants["BLOCK_T"])
     cells_kernel[(heads * blocks, num_cells)](
         *(mixed, prompts.cells, steps, sums, entries, D, y),
@@ -267,13 +267,11 @@ def _block(size: int, most: int) -> int:
     return min(most, max(16, triton.next_power_of_2(size)))
 
 
-def _walk_constants(head_dim: int, size: int, itemsize: int) -> dict[str, int]:
-    wide = itemsize == 2
+def _walk_constants(head_dim: int, size: int, wide: bool) -> dict[str, int]:
     return {"BLOCK_P": _block(head_dim, 64 if wide else 32), "BLOCK_S": _block(size, 64 if wide else 32)}
 
 
-def _cell_constants(head_dim: int, size: int, itemsize: int) -> dict[str, int]:
-    wide = itemsize == 2
+def _cell_constants(head_dim: int, size: int, wide: bool) -> dict[str, int]:
     return {
         "BLOCK_T": 64 if wide else 32,
         "BLOCK_P": _block(head_dim, 64 if wide else 32),
@@ -283,19 +281,21 @@ def _cell_constants(head_dim: int, size: int, itemsize: int) -> dict[str, int]:
 
 def variants() -> list[Variant]:
     made = []
-    for dtype, itemsize in (("fp32", 4), ("bf16", 2), ("fp16", 2)):
-        for heads, head_dim, groups, size in ((48, 64, 1, 128), (48, 32, 1, 128), (128, 64, 8, 256)):
+    for dtype, wide, chips in (
+        *(("fp32", False, CHIPS), ("bf16", True, AMPERE_ON)),
+        *(("fp16", True, AMPERE_ON), ("fp16", False, (75,))),
+    ):
+        for heads, head_dim, groups, size in ((128, 64, 8, 256), (48, 64, 1, 128), (48, 32, 1, 128)):
             shape = _shape(heads, head_dim, groups, size)
-            chips = AMPERE_ON if dtype == "bf16" else CHIPS
-            wide, fp32 = f"*{dtype}:16", "*fp32:16"
-            step_types = {"projected": wide, "stride": "i32:16", "A": fp32, "dt_bias": fp32, "cells": "*i32:16"}
+            model, fp32 = f"*{dtype}:16", "*fp32:16"
+            step_types = {"projected": model, "stride": "i32:16", "A": fp32, "dt_bias": fp32, "cells": "*i32:16"}
             step_types |= {"steps": fp32, "sums": fp32, "shortest": "fp32", "longest": "fp32"}
             made.append(Variant(steps_kernel, step_types, _step_constants(heads), chips=chips))
             tables = dict.fromkeys(("cells", "cell_starts", "query_start", "seq_lens", "slots"), "*i32:16")
-            common = {"mixed": wide, "steps": fp32, "sums": fp32, "entries": wide}
-            constants = {**shape, **_walk_constants(head_dim, size, itemsize)}
+            common = {"mixed": model, "steps": fp32, "sums": fp32, "entries": model}
+            constants = {**shape, **_walk_constants(head_dim, size, wide)}
             made.append(Variant(walk_kernel, {**common, **tables, "states": fp32}, constants, 4, 2, chips))
-            constants = {**shape, **_cell_constants(head_dim, size, itemsize)}
+            constants = {**shape, **_cell_constants(head_dim, size, wide)}
             types = {**common, "cells": "*i32:16", "D": fp32, "y": fp32}
             made.append(Variant(cells_kernel, types, constants, 4, 2, chips))
     return made
