@@ -105,10 +105,11 @@ def experts_linear(
 
 
 def _choice(rows: int, gated: bool, fast: bool) -> tuple[dict[str, int], int, int]:
-    """Constants, warps and stages. A gate's two halves together are as wide as one weight without a gate."""
-    wide, deep, num_stages = (128, 64, 4 if rows < 128 else 3) if fast else (64, 32, 2)
+    """Constants, warps and stages. A gate's two halves together are as wide as one weight without a gate; stages take
+    96 KiB of shared memory, which every chip from Ampere on has."""
+    wide, deep, num_stages = (128, 64, 4 if rows < 128 else 3) if fast else (32, 32, 2)
     blocks = {"BLOCK_M": rows, "BLOCK_N": wide // 2 if gated else wide, "BLOCK_K": deep}
-    return {**blocks, "TOGETHER": _TOGETHER}, 4 if rows < 128 else 8, num_stages
+    return {**blocks, "TOGETHER": _TOGETHER}, 8 if rows > (64 if fast else 16) else 4, num_stages
 
 
 def variants() -> list[Variant]:

@@ -94,6 +94,7 @@ def walk_kernel(
     GROUPS: tl.constexpr,
     STATE: tl.constexpr,
     CELL: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
@@ -109,7 +110,6 @@ def walk_kernel(
     head, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
     p = block // ACROSS * BLOCK_P + tl.arange(0, BLOCK_P)
     s = block % ACROSS * BLOCK_S + tl.arange(0, BLOCK_S)
-    lane = tl.arange(0, CELL)
     held = (p < HEAD_DIM)[:, None] & (s < STATE)[None, :]
     xs = mixed + head * HEAD_DIM + p[None, :]
     Bs = mixed + HEADS * HEAD_DIM + head // (HEADS // GROUPS) * STATE + s[None, :]
@@ -123,14 +123,17 @@ def walk_kernel(
     for now in range(cell, last):
         tl.store(entries + at * (HEAD_DIM * STATE) + inside, state.to(entries.dtype.element_ty), held)
         row, begin, end = tl.load(cells + 3 * now), tl.load(cells + 3 * now + 1), tl.load(cells + 3 * now + 2)
-        filled = ((lane >= begin) & (lane < end))[:, None]
-        rows = (row + lane).to(tl.int64)[:, None] * CHANNELS
-        x = tl.load(xs + rows, filled & (p < HEAD_DIM)[None, :], 0.0)
-        B = tl.load(Bs + rows, filled & (s < STATE)[None, :], 0.0)
         whole = tl.load(sums + at * CELL + CELL - 1)
-        left = tl.load(steps + at * CELL + lane) * tl.exp2(whole - tl.load(sums + at * CELL + lane))
-        added = (x * left[:, None]).to(x.dtype)  # what of x is left at the cell's end
-        state = tl.dot(tl.trans(added), B, state * tl.exp2(whole), input_precision="ieee")
+        state *= tl.exp2(whole)
+        for start in tl.static_range(0, CELL, BLOCK_T):
+            lane = start + tl.arange(0, BLOCK_T)
+            filled = ((lane >= begin) & (lane < end))[:, None]
+            rows = (row + lane).to(tl.int64)[:, None] * CHANNELS
+            x = tl.load(xs + rows, filled & (p < HEAD_DIM)[None, :], 0.0)
+            B = tl.load(Bs + rows, filled & (s < STATE)[None, :], 0.0)
+            left = tl.load(steps + at * CELL + lane) * tl.exp2(whole - tl.load(sums + at * CELL + lane))
+            added = (x * left[:, None]).to(x.dtype)  # what of x is left at the cell's end
+            state = tl.dot(tl.trans(added), B, state, input_precision="ieee")
         at += HEADS
     tl.store(state_places, state, held)
 
@@ -268,7 +271,8 @@ def _block(size: int, most: int) -> int:
 
 
 def _walk_constants(head_dim: int, size: int, wide: bool) -> dict[str, int]:
-    return {"BLOCK_P": _block(head_dim, 64 if wide else 32), "BLOCK_S": _block(size, 64 if wide else 32)}
+    most = 64 if wide else 16
+    return {"BLOCK_T": CELL if wide else 32, "BLOCK_P": _block(head_dim, most), "BLOCK_S": _block(size, most)}
 
 
 def _cell_constants(head_dim: int, size: int, wide: bool) -> dict[str, int]:
