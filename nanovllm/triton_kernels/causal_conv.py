@@ -16,11 +16,15 @@ def silu(x):
 
 
 @triton.jit
-def _inputs(projected, stride, conv_state, source, channel, held, begin, first, CHANNELS, HISTORY):
+def _inputs(projected, stride, conv_state, start, source, channel, held, begin, first, CHANNELS, HISTORY):
     """[N, C] of N places of a chunk; those before it are in the slot, or zero before the sequence's beginning."""
-    rows = projected + (begin + source).to(tl.int64) * stride
-    places = tl.where(source < 0, conv_state + (HISTORY + source) * CHANNELS, rows)[:, None] + channel[None, :]
-    return tl.load(places, (source >= -first)[:, None] & held[None, :], 0.0).to(tl.float32)
+    rows = (begin + source).to(tl.int64)[:, None] * stride
+    x = tl.load(projected + rows + channel[None, :], (source >= 0)[:, None] & held[None, :], 0.0).to(tl.float32)
+    if start == 0:
+        known = (source < 0) & (source >= -first)
+        places = conv_state + (HISTORY + source)[:, None] * CHANNELS + channel[None, :]
+        x += tl.load(places, known[:, None] & held[None, :], 0.0).to(tl.float32)
+    return x
 
 
 @triton.jit
@@ -61,7 +65,7 @@ def conv_kernel(
     total = tl.zeros([TOKENS, BLOCK], tl.float32) + tl.load(bias + channel, held, 0.0)[None, :]
     for tap in tl.static_range(KERNEL):
         source = tl.minimum(token, count - 1) + (tap - KERNEL + 1)
-        x = _inputs(projected, stride, conv_state, source, channel, held, begin, first, CHANNELS, KERNEL - 1)
+        x = _inputs(projected, stride, conv_state, start, source, channel, held, begin, first, CHANNELS, KERNEL - 1)
         total += x * tl.load(filters + tap * CHANNELS + channel, held, 0.0)[None, :]
     places = out + (begin + token).to(tl.int64)[:, None] * CHANNELS + channel[None, :]
     tl.store(places, silu(total).to(out.dtype.element_ty), inside)
@@ -69,7 +73,7 @@ def conv_kernel(
     if KERNEL > 1 and start == 0:
         kept = tl.arange(0, HISTORY_ROWS)
         last = tl.minimum(count - (KERNEL - 1) + kept, count - 1)
-        inputs = _inputs(projected, stride, conv_state, last, channel, held, begin, first, CHANNELS, KERNEL - 1)
+        inputs = _inputs(projected, stride, conv_state, 0, last, channel, held, begin, first, CHANNELS, KERNEL - 1)
         tl.debug_barrier()  # all have read
         mask = (kept < KERNEL - 1)[:, None] & held[None, :]
         target = conv_state + kept[:, None] * CHANNELS + channel[None, :]
