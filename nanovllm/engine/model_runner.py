@@ -24,7 +24,7 @@ from nanovllm.errors import ConfigError
 from nanovllm.host_memory import mapped_zeros
 from nanovllm.layers.attention import CachedLayer
 from nanovllm.layers.moe import SparseMoE
-from nanovllm.layers.sampler import sample, token_logprobs
+from nanovllm.layers.sampler import sample
 from nanovllm.models.base import CausalLM, ModelConfig
 from nanovllm.ops.base import select_ops
 from nanovllm.ops.graph import CannotRecord, Recorder
@@ -141,6 +141,7 @@ class ModelRunner:
 
     def _prompt_logprobs(self, plan: StepPlan, hidden: torch.Tensor) -> dict[int, list[TokenLogprobs]]:
         found: dict[int, list[TokenLogprobs]] = {}
+        sampling = self._ops.sampling
         row = 0
         for s in plan.sequences:
             if s.prompt_targets is not None:
@@ -150,7 +151,8 @@ class ModelRunner:
                     logits = self._model.compute_logits(hidden[row + i : row + i + len(targets)])
                     counts = [s.num_prompt_logprobs] * len(targets)
                     if self._tp.rank == 0:
-                        mine += token_logprobs(self._ops.sampling.log_softmax(logits), targets, counts)
+                        token_ids = torch.from_numpy(targets).to(self._device)
+                        mine += sampling.token_logprobs(sampling.log_softmax(logits), token_ids, counts)
             row += s.num_tokens
         return found
 

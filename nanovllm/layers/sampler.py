@@ -32,32 +32,14 @@ def sample(
     raw = ops.log_softmax(logits[wanted]) if wanted else None
     process_logits(logits, rows, ops)
     greedy = all(row.params.greedy for row in rows)
-    token_ids = ops.argmax(logits) if greedy else ops.draw(logits, rows, uniforms(rows))
+    drawn = ops.argmax(logits) if greedy else ops.draw(logits, rows, uniforms(rows))
+    token_ids = drawn.cpu().numpy()  # where the host waits for the device
     logprobs: list[TokenLogprobs | None] = [None] * len(rows)
     if raw is not None:
         counts = [rows[i].params.logprobs for i in wanted]
-        for i, found in zip(wanted, token_logprobs(raw, token_ids[wanted], counts), strict=True):
+        for i, found in zip(wanted, ops.token_logprobs(raw, drawn[wanted], counts), strict=True):
             logprobs[i] = found
     return token_ids, logprobs
-
-
-def token_logprobs(logprobs: torch.Tensor, token_ids: np.ndarray, counts: Sequence[int | None]) -> list[TokenLogprobs]:
-    """For each row [V] of log probabilities: the given token, its rank, and the likeliest `count`
-    (-1: all of the vocabulary), ties by token id."""
-    actual = torch.from_numpy(token_ids).to(logprobs.device)[:, None]
-    chosen = logprobs.gather(1, actual)
-    ranks = (logprobs > chosen).sum(dim=1) + 1
-    sizes = [logprobs.shape[1] if count == -1 else count or 0 for count in counts]
-    largest = logprobs.topk(max(sizes), dim=1).values
-    found = []
-    for i, (size, rank) in enumerate(zip(sizes, ranks.tolist(), strict=True)):
-        ids = actual[i]
-        if size:
-            likeliest = (logprobs[i] >= largest[i, size - 1]).nonzero().squeeze(1)
-            order = logprobs[i, likeliest].argsort(descending=True, stable=True)[:size]
-            ids = torch.cat([ids, likeliest[order]])
-        found.append(TokenLogprobs(ids.cpu().numpy(), logprobs[i, ids].cpu().numpy(), rank))
-    return found
 
 
 def uniforms(rows: Sequence[SampleRow]) -> np.ndarray:

@@ -18,15 +18,16 @@ from nanovllm.ops.mamba2 import Mamba2Sizes, Mamba2Weights, SumOverRanks
 from nanovllm.ops.native import NativeOps
 from nanovllm.ops.torch_ops import TorchOps
 from nanovllm.ops.triton_support import unsupported_reason
-from nanovllm.sample_row import SampleRow
+from nanovllm.sample_row import SampleRow, TokenLogprobs
 
 logger = logging.getLogger(__name__)
 
 
 class SamplingOps(Protocol):
-    """From fp32 logits [R, V] to tokens. A row that holds no number draws some token, and harms no other."""
+    """From fp32 logits [R, V] to tokens, which stay on their device. A row that holds no number draws some token,
+    and harms no other."""
 
-    def argmax(self, logits: torch.Tensor) -> np.ndarray:
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         """The first of each row's largest, int64 [R]."""
         ...
 
@@ -34,12 +35,19 @@ class SamplingOps(Protocol):
         """Log probabilities [R, V]."""
         ...
 
+    def token_logprobs(
+        self, logprobs: torch.Tensor, token_ids: torch.Tensor, counts: Sequence[int | None]
+    ) -> list[TokenLogprobs]:
+        """For each row [V] of log probabilities: the token of token_ids [R], its rank, and the likeliest `count`
+        (-1: all of the vocabulary), ties by token id."""
+        ...
+
     def penalise(self, logits: torch.Tensor, rows: Mapping[int, SampleRow]) -> None:
         """Repetition (Keskar et al. 2019) over prompt and output, then frequency and presence (the
         OpenAI API's) over the output; in place, in the rows of these numbers."""
         ...
 
-    def draw(self, logits: torch.Tensor, rows: Sequence[SampleRow], uniforms: np.ndarray) -> np.ndarray:
+    def draw(self, logits: torch.Tensor, rows: Sequence[SampleRow], uniforms: np.ndarray) -> torch.Tensor:
         """Divide by temperature, cut by min_p, top_k, top_p, typical_p in turn, and take the token where the
         mass, summed in the vocabulary's order, first exceeds the row's uniform; int64 [R]."""
         ...

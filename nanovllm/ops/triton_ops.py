@@ -10,6 +10,7 @@ from nanovllm.cache_spec import StateSpec
 from nanovllm.ops import triton_mamba2
 from nanovllm.ops.mamba2 import Mamba2Sizes, Mamba2Weights, SumOverRanks
 from nanovllm.ops.torch_ops import TorchOps
+from nanovllm.ops.triton_sampling import TritonSampling
 from nanovllm.triton_kernels import moe
 from nanovllm.triton_kernels.activation import KINDS, activate_gated
 from nanovllm.triton_kernels.gather import gather
@@ -25,6 +26,7 @@ class TritonOps(TorchOps):
     """
 
     name = "triton"
+    sampling = TritonSampling()
 
     def packs(self, device: torch.device, dtype: torch.dtype) -> bool:
         return False
