@@ -35,7 +35,7 @@ def test_mixed_steps_are_those_of_torch(variant, dtype):
 
 @pytest.mark.parametrize(
     ("variant", "dtype"),
-    [("groups", torch.float16), *(pytest.param(v, torch.float32, marks=pytest.mark.slow) for v in cases.MORE)],
+    [("plain", torch.float16), *(pytest.param(v, torch.float32, marks=pytest.mark.slow) for v in cases.MORE)],
 )
 def test_a_cut_between_cells_changes_no_bit(variant, dtype):
     cases.check_cuts_change_no_bit("cpu", dtype, variant)
