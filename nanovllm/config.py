@@ -16,7 +16,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "load_format": ("auto", "safetensors", "pt", "gguf", "dummy"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "device": ("auto", "cpu", "cuda"),
-    "attention_backend": ("auto", "native", "cpu", "reference"),
+    "attention_backend": ("auto", "native", "cpu", "flash", "triton", "torch_varlen", "reference"),
     "kernels": ("auto", "native", "triton", "torch"),
     "scheduling_policy": ("fcfs", "priority"),
     "executor": ("auto", "mp", "ray", "torchrun"),
@@ -74,7 +74,9 @@ class EngineConfig:
     enforce_eager: compute every step op by op. Otherwise, where the kernels are native, a step is
         recorded and run as a whole, and those that decode are recorded once for each number of sequences.
     enable_prefix_caching: reuse the pages of equal prefixes.
-    attention_backend: "auto", or the name of one.
+    attention_backend: "auto" takes the first that can: on CPUs "native" (this package's kernels), then "cpu"
+        (torch's); on GPUs "flash" (flash-attn, if it is installed), "triton" (this package's kernels),
+        "torch_varlen" (torch's), then "reference" (slow). A name takes that one, or says why it cannot run.
     kernels: whose linear layers, norms, rotations and sampling: "native" this package's own for CPUs, "triton"
         those for GPUs (with torch's matrix products), "torch" torch's, "auto" the first two wherever they can run.
     scheduling_policy: "fcfs", or "priority" (lower values first).

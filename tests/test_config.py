@@ -48,7 +48,7 @@ REFUSED = {
     "load_format": ["bin", None],
     "dtype": ["float64", "half", None],
     "device": ["cuda:0", "tpu"],
-    "attention_backend": ["flash"],
+    "attention_backend": ["flashinfer", None],
     "scheduling_policy": ["lifo"],
     "seed": [-1, 1.5, "0", True, 2**64],
     "max_model_len": COUNTS,

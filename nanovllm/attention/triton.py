@@ -7,11 +7,12 @@ import importlib.util
 import torch
 
 from nanovllm.attention.alibi import Alibi
+from nanovllm.attention.gpu import gpu_reason, paged_shape, side_by_side, store
 from nanovllm.batch import Batch
 from nanovllm.cache_spec import PagedKVSpec
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_MAX_HEAD = 256
+_MAX_HEAD = {4: 128, 2: 256}  # by the bytes of a number
 _LEAST_BLOCK = 16
 
 
@@ -27,18 +28,20 @@ class TritonAttention:
     def unsupported_reason(
         self, device: torch.device, dtype: torch.dtype, spec: PagedKVSpec, block_size: int
     ) -> str | None:
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed; pip install 'nanovllm[gpu]'"
+        interpreted = device.type == "cpu" and importlib.util.find_spec("triton") is not None
+        reason = _interpreter_reason(dtype) if interpreted else gpu_reason(device)
+        if reason is not None:
+            return reason
         if dtype not in _DTYPES:
             return f"has no kernels for {dtype}"
-        if spec.head_dim > _MAX_HEAD:
-            return f"takes head sizes up to {_MAX_HEAD}, not {spec.head_dim}; set attention_backend='reference'"
+        if spec.head_dim > (most := _MAX_HEAD[dtype.itemsize]):
+            return f"takes head sizes of {dtype} up to {most}, not {spec.head_dim}; set attention_backend='reference'"
         if block_size < _LEAST_BLOCK or block_size & (block_size - 1):
             return f"needs kvcache_block_size to be a power of two from {_LEAST_BLOCK}, not {block_size}"
-        return _device_reason(device, dtype)
+        return None
 
     def kv_shape(self, spec: PagedKVSpec, num_blocks: int, block_size: int) -> tuple[int, ...]:
-        return (2, num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
+        return paged_shape(spec, num_blocks, block_size)
 
     def prepare(self, batch: Batch, block_size: int) -> object:
         """QueryTiles, or None where every sequence has one query."""
@@ -62,13 +65,12 @@ class TritonAttention:
         from nanovllm.triton_kernels.attention_tile import Scoring
         from nanovllm.triton_kernels.decode_attention import decode_attention
         from nanovllm.triton_kernels.prompt_attention import prompt_attention
-        from nanovllm.triton_kernels.store_kv import store_kv
 
-        store_kv(_side_by_side(k), _side_by_side(v), kv, batch.slot_mapping)
+        store(k, v, kv, batch)
         scoring = Scoring(scale, window)
         if alibi is not None:
             scoring = Scoring(scale, window, alibi.slopes, "rounded" if alibi.rounded else "distance", alibi.factor)
-        queries = _side_by_side(q.to(kv.dtype))
+        queries = side_by_side(q.to(kv.dtype))
         out = torch.empty(q.shape, dtype=kv.dtype, device=q.device)
         if batch.attention is not None:
             prompt_attention(queries, kv, out, batch, batch.attention, scoring)
@@ -77,21 +79,10 @@ class TritonAttention:
         return out.to(q.dtype)
 
 
-def _device_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type == "cpu":
-        import triton
+def _interpreter_reason(dtype: torch.dtype) -> str | None:
+    """For tests on the CPU, where TRITON_INTERPRET=1 was set before the start."""
+    import triton
 
-        if not triton.knobs.runtime.interpret:
-            return "runs on NVIDIA GPUs; on the CPU only for tests, with TRITON_INTERPRET=1 set before the start"
-        return "Triton's interpreter cannot multiply bfloat16; set dtype" if dtype == torch.bfloat16 else None
-    if device.type != "cuda":
-        return f"runs on NVIDIA GPUs, not on {device.type}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return f"needs compute capability 8.0, and this GPU has {'.'.join(map(str, capability))}"
-    return None
-
-
-def _side_by_side(x: torch.Tensor) -> torch.Tensor:
-    """Numbers of a head stand side by side; heads and tokens may lie apart."""
-    return x if x.stride(2) == 1 else x.contiguous()
+    if not triton.knobs.runtime.interpret:
+        return "runs on NVIDIA GPUs, not on cpu"
+    return "Triton's interpreter cannot multiply bfloat16: set dtype='float32'" if dtype == torch.bfloat16 else None

@@ -29,9 +29,11 @@ _TILE_BYTES = 16384  # of keys
 
 
 def _tile(itemsize: int, head_dim: int, group: int) -> Tile:
-    rows = min(64, max(16, triton.next_power_of_2(group)))
-    keys = _TILE_BYTES // (itemsize * triton.next_power_of_2(head_dim))
-    return Tile(rows, min(128, max(16, keys)), 8 if head_dim > 128 else 4, 3)
+    rows = max(16, triton.next_power_of_2(group))
+    if itemsize == 4:  # multiplied in three parts, which takes many registers
+        return Tile(16, 32, 4, 3)
+    keys = _TILE_BYTES // (itemsize * max(64, triton.next_power_of_2(head_dim)))
+    return Tile(min(64, rows), keys, 8 if head_dim > 128 else 4, 3)
 
 
 def num_splits(programs: int, max_seq_len: int) -> int:
@@ -87,7 +89,7 @@ def decode_kernel(
         first = tl.maximum(seq_len - window, 0) // BLOCK_N * BLOCK_N
     end = seq_len
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    heads = kv_head * GROUP + rows
+    heads = kv_head * GROUP + tl.minimum(rows, GROUP - 1)
     if SPLIT:
         log_places = logs + (sequence * kv_heads * GROUP + heads) * num_splits + split
         origin = first // SPAN * SPAN

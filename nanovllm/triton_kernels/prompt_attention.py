@@ -24,8 +24,8 @@ from nanovllm.triton_kernels.attention_tile import (
 )
 from nanovllm.triton_kernels.variant import AMPERE_ON, Variant, launch_options
 
-# (Hopper, bytes of a number, head dimension as a power of two) -> what neither spills registers nor exceeds a block's
-# shared memory on the chip, with the most rows
+# (Hopper, bytes of a number, head dimension as a power of two): the largest that neither spill registers nor take more
+# shared memory than a block has. float32 is multiplied in three parts on tensor cores, which takes many registers.
 _TILES = {
     (True, 2, 64): Tile(128, 64, 8, 3),
     (True, 2, 128): Tile(128, 64, 8, 3),
@@ -33,12 +33,8 @@ _TILES = {
     (False, 2, 64): Tile(64, 64, 4, 3),
     (False, 2, 128): Tile(128, 32, 8, 3),
     (False, 2, 256): Tile(64, 32, 8, 2),
-    (True, 4, 64): Tile(64, 32, 4, 2),
-    (True, 4, 128): Tile(64, 32, 8, 2),
-    (True, 4, 256): Tile(32, 16, 8, 2),
-    (False, 4, 64): Tile(64, 32, 4, 2),
-    (False, 4, 128): Tile(64, 32, 8, 2),
-    (False, 4, 256): Tile(32, 16, 8, 2),
+    **{(hopper, 4, 64): Tile(32, 32, 8, 2) for hopper in (False, True)},
+    **{(hopper, 4, 128): Tile(16, 32, 4, 2) for hopper in (False, True)},
 }
 
 
