@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import time
 import zlib
 from concurrent.futures import Future
 
 import numpy as np
+import pytest
 import tokenizers
 
 from nanovllm.cache_spec import CachePlan
@@ -14,7 +17,6 @@ from nanovllm.config import EngineConfig
 from nanovllm.engine.build import fit_model_len
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.step import StepPlan, StepResult
-from nanovllm.ops.base import SamplingOps
 from nanovllm.ops.library import Library, library_or_reason
 from nanovllm.ops.native_sampling import NativeSampling
 from nanovllm.ops.torch_sampling import TorchSampling
@@ -36,10 +38,16 @@ def byte_tokenizer(chat_template: str | None = None) -> Tokenizer:
     return Tokenizer(backend, bos_token="<s>", eos_token="</s>", chat_template=chat_template)
 
 
-def sampling_makers() -> dict[str, SamplingOps]:
-    library = library_or_reason()
-    native = {"native": NativeSampling(library)} if isinstance(library, Library) else {}
-    return {"torch": TorchSampling(), **native}
+def sampling_makers() -> list:
+    """As parameters of a fixture. Triton's are interpreted, which takes long."""
+    found = [pytest.param(TorchSampling(), id="torch")]
+    if isinstance(library := library_or_reason(), Library):
+        found.append(pytest.param(NativeSampling(library), id="native"))
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        from nanovllm.ops.triton_sampling import TritonSampling
+
+        found.append(pytest.param(TritonSampling(), id="triton", marks=pytest.mark.slow))
+    return found
 
 
 def next_token(token_ids: list[int], seed: int = 0, vocab: int = VOCAB) -> int:

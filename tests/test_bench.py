@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import models, plot, report, roof, workload
 from benchmarks.compare import contenders
@@ -156,6 +157,14 @@ def test_wrong_usage():
             [sys.executable, str(ROOT / "bench.py"), *argv], capture_output=True, text=True, timeout=60
         )
         assert done.returncode == 2, argv
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="then it runs")
+def test_kernels_of_gpus_need_one():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bench.py"), "--preset=kernels"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1 and "--preset kernels needs a CUDA device" in done.stderr
 
 
 def measured(shape: str, **engines: tuple[int, int]) -> dict:
