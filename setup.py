@@ -5,7 +5,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 TRANSFORMERS = ["transformers>=5.6", "accelerate>=1.0"]  # it needs accelerate for GPUs and GGUF files
-RAY = ["ray[data]>=2.40"]
+RAY = ["ray[data]>=2.60"]
 GPU = ["triton>=3.6; sys_platform == 'linux'"]  # the tests interpret its kernels
 TEST = [
     *TRANSFORMERS,
@@ -17,6 +17,7 @@ TEST = [
     "pytest>=8.2",
     "pytest-cov>=5.0",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "ruff>=0.8",
     "types-psutil",
     "types-tqdm",

@@ -25,7 +25,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "
 _DEFAULT_BATCHED_TOKENS = 2048
 _SWITCHES = (
     *("skip_tokenizer_init", "trust_remote_code", "enable_expert_parallel"),
-    *("enforce_eager", "enable_prefix_caching"),
+    *("async_scheduling", "enforce_eager", "enable_prefix_caching"),
 )
 _OPTIONAL_COUNTS = (
     *("max_model_len", "max_num_batched_tokens", "num_kvcache_blocks"),
@@ -67,6 +67,9 @@ class EngineConfig:
     executor: where the ranks are: "mp" starts a process for each, "ray" an actor of a Ray cluster, "torchrun"
         takes the processes that torchrun has started (vLLM's "external_launcher"), "auto" is this process for
         one rank and "mp" for more.
+    async_scheduling: plan a step while the one before it runs: the scheduler's time is hidden. A sequence that
+        ends by a token or a string is noticed a step late, and what that step gave it is dropped: outputs are
+        the same. Default: on GPUs, and where ranks are processes of their own.
     worker_timeout: seconds after which a rank that does not answer is given up, and all with it.
     num_threads: CPU only: of each rank; default OMP_NUM_THREADS, else the ranks of a host share the physical
         cores that this process may use, and where these belong to several NUMA nodes, each rank is bound to
@@ -107,6 +110,7 @@ class EngineConfig:
     tensor_parallel_size: int | None = None
     executor: str = "auto"
     enable_expert_parallel: bool = False
+    async_scheduling: bool | None = None
     worker_timeout: float = 600.0
     num_threads: int | None = None
     enforce_eager: bool = False
@@ -135,6 +139,8 @@ class EngineConfig:
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
         for name in _SWITCHES:
+            if name == "async_scheduling" and self.async_scheduling is None:
+                continue
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         _require_count("max_num_seqs", self.max_num_seqs)
@@ -199,13 +205,16 @@ class EngineConfig:
                 f"max_model_len={max_model_len} exceeds the {max_positions} positions of the model; "
                 f"set max_model_len to at most {max_positions}"
             )
+        ranks = self._ranks(launched)
+        hidden = self.executor in ("mp", "ray") or (self.executor == "auto" and (ranks > 1 or device == "cuda"))
         return dataclasses.replace(
             self,
             device=device,
             dtype=self._resolved_dtype(checkpoint_dtype, device),
             max_model_len=max_model_len,
             max_num_batched_tokens=self.max_num_batched_tokens or max(_DEFAULT_BATCHED_TOKENS, self.max_num_seqs),
-            tensor_parallel_size=self._ranks(launched),
+            tensor_parallel_size=ranks,
+            async_scheduling=hidden if self.async_scheduling is None else self.async_scheduling,
         )
 
     def _ranks(self, launched: int | None) -> int:

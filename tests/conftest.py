@@ -7,6 +7,10 @@ import signal
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes run tests: threads would wait for each other's cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 from kernels import at_level
 from tiny_models import make_chat_model, make_tiny_model

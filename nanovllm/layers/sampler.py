@@ -23,23 +23,22 @@ _SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31), np.uint64(11)
 
 def sample(
     logits: torch.Tensor, rows: Sequence[SampleRow], ops: SamplingOps
-) -> tuple[np.ndarray, list[TokenLogprobs | None]]:
+) -> tuple[torch.Tensor, list[TokenLogprobs | None]]:
     """Draw a token for each row of fp32 logits [R, V], which are changed in place.
 
-    Returns int64 [R] and, for rows that ask, log probabilities of the unchanged logits.
+    Returns int64 [R] on the logits' device and, for rows that ask, log probabilities of the unchanged logits.
     """
     wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
     raw = ops.log_softmax(logits[wanted]) if wanted else None
     process_logits(logits, rows, ops)
     greedy = all(row.params.greedy for row in rows)
     drawn = ops.argmax(logits) if greedy else ops.draw(logits, rows, uniforms(rows))
-    token_ids = drawn.cpu().numpy()  # where the host waits for the device
     logprobs: list[TokenLogprobs | None] = [None] * len(rows)
     if raw is not None:
         counts = [rows[i].params.logprobs for i in wanted]
         for i, found in zip(wanted, ops.token_logprobs(raw, drawn[wanted], counts), strict=True):
             logprobs[i] = found
-    return token_ids, logprobs
+    return drawn, logprobs
 
 
 def uniforms(rows: Sequence[SampleRow]) -> np.ndarray:

@@ -9,6 +9,7 @@ import torch
 
 from nanovllm.ops.torch_sampling import HIGHEST_TEMPERATURE, LARGEST_PENALTY, SMALLEST_PENALTY, TorchSampling, sizes_of
 from nanovllm.sample_row import SampleRow, TokenLogprobs
+from nanovllm.transfer import to_device
 from nanovllm.triton_kernels.penalties import penalise
 from nanovllm.triton_kernels.sampling import draw
 
@@ -35,7 +36,7 @@ class TritonSampling(TorchSampling):
         )
         longest = int((table[:, 3] - table[:, 1]).max())
         if longest:
-            penalise(logits, longest, *_to_device(logits.device, table, strengths, np.concatenate(tokens)))
+            penalise(logits, longest, *to_device([table, strengths, np.concatenate(tokens)], logits.device))
 
     def token_logprobs(
         self, logprobs: torch.Tensor, token_ids: torch.Tensor, counts: Sequence[int | None]
@@ -54,10 +55,10 @@ class TritonSampling(TorchSampling):
             ids = torch.cat([ids, order.topk(largest, dim=1).indices], dim=1)
         values = logprobs.gather(1, ids).view(torch.int32)
         table = torch.cat([ranks, ids, values], dim=1).cpu().numpy()
-        values = table[:, 1 + ids.shape[1] :].astype(np.int32).view(np.float32)
+        floats = table[:, 1 + ids.shape[1] :].astype(np.int32).view(np.float32)
         return [
             TokenLogprobs(row[1 : 2 + size], found[: 1 + size], int(row[0]))
-            for row, found, size in zip(table, values, sizes, strict=True)
+            for row, found, size in zip(table, floats, sizes, strict=True)
         ]
 
     def draw(self, logits: torch.Tensor, rows: Sequence[SampleRow], uniforms: np.ndarray) -> torch.Tensor:
@@ -72,7 +73,7 @@ class TritonSampling(TorchSampling):
         settings[:, 3] = _rounded_up(np.array([p.min_p for p in params]))
         settings[:, 4] = uniforms
         cuts = any(p.min_p or p.top_k or p.top_p != 1.0 for p in params)
-        token_ids = draw(logits, *_to_device(logits.device, settings), cuts=cuts)
+        token_ids = draw(logits, *to_device([settings], logits.device), cuts=cuts)
         if typical:
             token_ids[typical] = super().draw(logits[typical], [rows[i] for i in typical], uniforms[typical])
         return token_ids
@@ -82,16 +83,3 @@ def _rounded_up(values: np.ndarray) -> np.ndarray:
     """To fp32, which the weights have that are compared with them."""
     rounded = values.astype(np.float32)
     return np.where(rounded < values, np.nextafter(rounded, np.float32(2)), rounded)
-
-
-def _to_device(device: torch.device, *arrays: np.ndarray) -> list[torch.Tensor]:
-    """In one copy that the host does not wait for."""
-    starts = np.cumsum([0, *(-(-array.nbytes // 16) * 16 for array in arrays)])
-    staged = torch.empty(int(starts[-1]), dtype=torch.uint8, pin_memory=device.type == "cuda")
-    for array, start in zip(arrays, starts, strict=False):
-        staged.numpy()[start : start + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
-    copied = staged.to(device, non_blocking=True)
-    return [
-        copied[start : start + array.nbytes].view(torch.from_numpy(array[:0]).dtype).view(array.shape)
-        for array, start in zip(arrays, starts, strict=False)
-    ]
