@@ -16,12 +16,7 @@ from nanovllm.cache_spec import CachePlan
 from nanovllm.config import EngineConfig
 from nanovllm.engine.build import fit_model_len
 from nanovllm.engine.llm_engine import LLMEngine
-<<<<<<< HEAD
-from nanovllm.engine.step import StepPlan, StepResult
-=======
 from nanovllm.engine.step import StepPlan, StepResult, fill_in
-from nanovllm.ops.base import SamplingOps
->>>>>>> main
 from nanovllm.ops.library import Library, library_or_reason
 from nanovllm.ops.native_sampling import NativeSampling
 from nanovllm.ops.torch_sampling import TorchSampling
