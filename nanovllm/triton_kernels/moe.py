@@ -49,9 +49,8 @@ def route_kernel(
         winners = tl.where(choice == i, winner, winners)
     highest = tl.max(best, 1)[:, None]
     weight = tl.where(choice < K, tl.exp(best - highest), 0.0)
-    if NORMALISE:
-        total = tl.sum(weight, 1)
-    else:
+    total = tl.sum(weight, 1)
+    if not NORMALISE:
         total = tl.sum(tl.where(expert < EXPERTS, tl.exp(score - highest), 0.0), 1)
     places = token[:, None] * K + choice
     tl.store(weights + places, weight / total[:, None], there & (choice < K))

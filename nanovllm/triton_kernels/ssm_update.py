@@ -95,11 +95,9 @@ def update(
 
 def _constants(heads: int, head_dim: int, groups: int, size: int) -> dict[str, int]:
     block_s = triton.next_power_of_2(size)
-    return {
-        **{"HEADS": heads, "HEAD_DIM": head_dim, "GROUPS": groups, "STATE": size, "CELL": CELL},
-        "BLOCK_P": min(triton.next_power_of_2(head_dim), max(1, _ELEMENTS // block_s)),
-        "BLOCK_S": block_s,
-    }
+    block_p = min(triton.next_power_of_2(head_dim), max(1, _ELEMENTS // block_s))
+    shape = {"HEADS": heads, "HEAD_DIM": head_dim, "GROUPS": groups, "STATE": size, "CELL": CELL}
+    return {**shape, "BLOCK_P": block_p, "BLOCK_S": block_s}
 
 
 def variants() -> list[Variant]:
