@@ -23,6 +23,11 @@ if not torch.cuda.is_available():
 ALIAS = "smollm2-135m"
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture
 def interruptible_children():
     """A shell starts background jobs with Ctrl-C ignored, and children inherit that."""

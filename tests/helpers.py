@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import time
 import zlib
 from concurrent.futures import Future
@@ -39,14 +37,10 @@ def byte_tokenizer(chat_template: str | None = None) -> Tokenizer:
 
 
 def sampling_makers() -> list:
-    """As parameters of a fixture. Triton's are interpreted, which takes long."""
+    """As parameters of a fixture; Triton's, which would take many minutes interpreted, have tests of their own."""
     found = [pytest.param(TorchSampling(), id="torch")]
     if isinstance(library := library_or_reason(), Library):
         found.append(pytest.param(NativeSampling(library), id="native"))
-    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-        from nanovllm.ops.triton_sampling import TritonSampling
-
-        found.append(pytest.param(TritonSampling(), id="triton", marks=pytest.mark.slow))
     return found
 
 

@@ -58,6 +58,7 @@ class Ops(Protocol):
 
     name: str
     embeds_packed: bool  # whether there is an `embed_packed`
+    norms_and_rotates: bool  # whether `norm_and_rotate` is better than one after the other
 
     @property
     def sampling(self) -> SamplingOps: ...

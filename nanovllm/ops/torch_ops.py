@@ -26,6 +26,7 @@ class TorchOps:
     name = "torch"
     sampling = TorchSampling()
     embeds_packed = False  # oneDNN's form is its own
+    norms_and_rotates = False
 
     def hidden_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype

@@ -26,6 +26,7 @@ class TritonOps(TorchOps):
     """
 
     name = "triton"
+    norms_and_rotates = True
     sampling = TritonSampling()
 
     def packs(self, device: torch.device, dtype: torch.dtype) -> bool:

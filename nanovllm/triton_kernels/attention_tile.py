@@ -18,7 +18,7 @@ import triton.language as tl
 from nanovllm.batch import Batch
 from nanovllm.triton_kernels.variant import Variant
 
-NOT_SPECIALISED = ["table_stride", "window", "num_splits", "num_sequences"]  # they change from step to step
+NOT_SPECIALISED = ["table_stride", "window", "num_splits", "span", "num_sequences"]  # they change from step to step
 
 
 @dataclass(frozen=True)

@@ -121,10 +121,8 @@ def variants() -> list[Variant]:
         for rows in (128, 64, 16):
             for share, n, k, kind in ((8, 768, 2048, "silu"), (1, 2048, 768, "none")):
                 blocks, num_warps, num_stages = _choice(rows, kind != "none", fast)
-                types = {
-                    **dict.fromkeys(("x", "weight", "out"), f"*{dtype}:16"),
-                    **{"x_stride": "i32:16", "pairs": "*i32:16", "tiles": "*i32:16", "num_tiles": "i32"},
-                }
+                types = dict.fromkeys(("x", "weight", "out"), f"*{dtype}:16")
+                types |= {"x_stride": "i32:16", "pairs": "*i32:16", "tiles": "*i32:16", "num_tiles": "i32"}
                 constants = {"SHARE": share, "SIZE_N": n, "SIZE_K": k, "KIND": kind, **blocks}
                 made.append(Variant(experts_kernel, types, constants, num_warps, num_stages, chips))
     return made
