@@ -8,8 +8,8 @@ from kernels import normal
 
 from nanovllm.ops.torch_ops import TorchOps
 from nanovllm.ops.triton_ops import TritonOps
+from nanovllm.triton_kernels.expert_tiles import group
 from nanovllm.triton_kernels.grouped_linear import rows_of_tile
-from nanovllm.triton_kernels.moe import group
 
 TORCH, TRITON = TorchOps(), TritonOps()
 UNIT = {torch.float32: 2.0**-20, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # of rounding, and of fp32's sums

@@ -5,10 +5,9 @@ group share, makes of it
 
     S <- exp(dt A) S + dt x B^T,    y = S C + D x        (A < 0)
 
-`steps_kernel` finds dt and how far the logarithm of the decay has come at each token of a cell. `walk_kernel` takes a
-sequence's states from cell to cell, in registers, and writes down each cell's first. `cells_kernel` has all cells at
-once: within a cell each token attends to those before it, and what came before the cell is in the state.
-Matrices are multiplied in the model's dtype and added up in fp32; states stay in fp32.
+`walk_kernel` takes a sequence's states from cell to cell, in registers, and writes down each cell's first.
+`cells_kernel` has all cells at once: within a cell each token attends to those before it, and what came before the
+cell is in the state. Matrices are multiplied in the model's dtype and added up in fp32; states stay in fp32.
 """
 
 from __future__ import annotations
@@ -17,70 +16,14 @@ import torch
 import triton
 import triton.language as tl
 
-from nanovllm.triton_kernels.mamba2_plan import CELL, Mamba2Plan, Prompts, chunk
+from nanovllm.triton_kernels.mamba2_plan import CELL, Mamba2Plan, Prompts, chunk, in_cells
+from nanovllm.triton_kernels.ssm_steps import time_steps
 from nanovllm.triton_kernels.variant import AMPERE_ON, CHIPS, Variant, launch_options, multiplies_fast
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def softplus(x):
-    """log(1 + e^x) as max(x, 0) + log(1 + z), z = e^-|x|: an odd series in z / (2 + z), which is a third at most."""
-    z = tl.exp(-tl.abs(x))
-    w = z / (z + 2)
-    square = w * w
-    series = square / 15 + 1 / 13
-    for term in tl.static_range(6):
-        series = series * square + 1 / (11 - 2 * term)
-    return tl.maximum(x, 0.0) + 2 * w * series
-
-
-@triton.jit
-def time_step(dt, A, shortest, longest):
-    """dt within its limits, and log2 of exp(dt A). What forgets everything is cut where exp2 is zero already, so
-    that sums of such numbers keep the digits of the small ones."""
-    dt = tl.minimum(tl.maximum(softplus(dt), shortest), longest)
-    return dt, tl.maximum(dt * A * LOG2_E, -150.0)
-
-
-@triton.jit
-def steps_kernel(
-    projected,  # at the step size of row 0's first head
-    stride,
-    A,  # [HEADS]
-    dt_bias,
-    cells,
-    steps,  # [cells, HEADS, CELL]: dt, zero where there is no token
-    sums,  # the same shape: log2 of the decay from the cell's beginning to after the token
-    shortest,
-    longest,
-    HEADS: tl.constexpr,
-    CELL: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Grid: (blocks of heads, cells)."""
-    cell = tl.program_id(1)
-    row, begin, end = tl.load(cells + 3 * cell), tl.load(cells + 3 * cell + 1), tl.load(cells + 3 * cell + 2)
-    if end == 0:
-        return
-    lane = tl.arange(0, CELL)
-    head = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    held = head < HEADS
-    filled = (lane >= begin) & (lane < end)
-    places = projected + (row + lane).to(tl.int64)[:, None] * stride + head[None, :]
-    raw = tl.load(places, filled[:, None] & held[None, :], 0.0).to(tl.float32)
-    raw += tl.load(dt_bias + head, held, 0.0)[None, :]
-    dt, decay = time_step(raw, tl.load(A + head, held, 0.0)[None, :], shortest, longest)
-    dt, decay = tl.where(filled[:, None], dt, 0.0), tl.where(filled[:, None], decay, 0.0)
-    places = (cell * HEADS + head)[None, :] * CELL + lane[:, None]
-    tl.store(steps + places, dt, held[None, :])
-    tl.store(sums + places, tl.cumsum(decay, 0), held[None, :])
 
 
 @triton.jit
 def walk_kernel(
     mixed,  # [T, CHANNELS], x | B | C
-    cells,
     cell_starts,
     steps,
     sums,
@@ -116,18 +59,19 @@ def walk_kernel(
     inside = p[:, None] * STATE + s[None, :]
     slot = tl.load(slots + sequence).to(tl.int64)
     state_places = states + (slot * HEADS + head) * (HEAD_DIM * STATE) + inside
-    _, _, first = chunk(query_start, seq_lens, sequence, sequence >= 0)
+    begin, count, first = chunk(query_start, seq_lens, sequence, sequence >= 0)
+    end = begin + in_cells(count, first, CELL)
     known = tl.where(first > 0, HEAD_DIM, 0)  # what a new sequence finds in its slot is another's
     state = tl.load(state_places, held & (p < known)[:, None], 0.0)
     at = cell.to(tl.int64) * HEADS + head
-    for now in range(cell, last):
+    row = begin - first % CELL  # of lane 0
+    for _ in range(cell, last):
         tl.store(entries + at * (HEAD_DIM * STATE) + inside, state.to(entries.dtype.element_ty), held)
-        row, begin, end = tl.load(cells + 3 * now), tl.load(cells + 3 * now + 1), tl.load(cells + 3 * now + 2)
         whole = tl.load(sums + at * CELL + CELL - 1)
         state *= tl.exp2(whole)
         for start in tl.static_range(0, CELL, BLOCK_T):
             lane = start + tl.arange(0, BLOCK_T)
-            filled = ((lane >= begin) & (lane < end))[:, None]
+            filled = ((row + lane >= begin) & (row + lane < end))[:, None]
             rows = (row + lane).to(tl.int64)[:, None] * CHANNELS
             x = tl.load(xs + rows, filled & (p < HEAD_DIM)[None, :], 0.0)
             B = tl.load(Bs + rows, filled & (s < STATE)[None, :], 0.0)
@@ -135,6 +79,7 @@ def walk_kernel(
             added = (x * left[:, None]).to(x.dtype)  # what of x is left at the cell's end
             state = tl.dot(tl.trans(added), B, state, input_precision="ieee")
         at += HEADS
+        row += CELL
     tl.store(state_places, state, held)
 
 
@@ -228,21 +173,13 @@ def scan(
     """
     _, heads, head_dim, size = states.shape
     num_cells, device, wide = len(prompts.cells), mixed.device, multiplies_fast(mixed)
-    steps = torch.empty(num_cells, heads, CELL, dtype=torch.float32, device=device)
-    sums = torch.empty_like(steps)
+    steps, sums = time_steps(projected, A, dt_bias, limits, prompts)
     entries = torch.empty(num_cells, heads, head_dim, size, dtype=mixed.dtype, device=device)
     shape = _shape(heads, head_dim, groups, size)
-    constants = _step_constants(heads)
-    steps_kernel[(triton.cdiv(heads, constants["BLOCK"]), num_cells)](
-        *(projected[:, projected.shape[1] - heads :], projected.stride(0), A, dt_bias, prompts.cells, steps, sums),
-        *limits,
-        **constants,
-        **launch_options(num_warps=4),
-    )
     constants = _walk_constants(head_dim, size, wide)
     blocks = triton.cdiv(head_dim, constants["BLOCK_P"]) * triton.cdiv(size, constants["BLOCK_S"])
     walk_kernel[(heads * blocks, len(plan.slots))](
-        *(mixed, prompts.cells, prompts.cell_starts, steps, sums),
+        *(mixed, prompts.cell_starts, steps, sums),
         *(plan.query_start, plan.seq_lens, plan.slots, states, entries),
         **shape,
         **constants,
@@ -260,10 +197,6 @@ def scan(
 
 def _shape(heads: int, head_dim: int, groups: int, size: int) -> dict[str, int]:
     return {"HEADS": heads, "HEAD_DIM": head_dim, "GROUPS": groups, "STATE": size, "CELL": CELL}
-
-
-def _step_constants(heads: int) -> dict[str, int]:
-    return {"HEADS": heads, "CELL": CELL, "BLOCK": min(16, triton.next_power_of_2(heads))}
 
 
 def _block(size: int, most: int) -> int:
@@ -292,10 +225,7 @@ def variants() -> list[Variant]:
         for heads, head_dim, groups, size in ((128, 64, 8, 256), (48, 64, 1, 128), (48, 32, 1, 128)):
             shape = _shape(heads, head_dim, groups, size)
             model, fp32 = f"*{dtype}:16", "*fp32:16"
-            step_types = {"projected": model, "stride": "i32:16", "A": fp32, "dt_bias": fp32, "cells": "*i32:16"}
-            step_types |= {"steps": fp32, "sums": fp32, "shortest": "fp32", "longest": "fp32"}
-            made.append(Variant(steps_kernel, step_types, _step_constants(heads), chips=chips))
-            tables = dict.fromkeys(("cells", "cell_starts", "query_start", "seq_lens", "slots"), "*i32:16")
+            tables = dict.fromkeys(("cell_starts", "query_start", "seq_lens", "slots"), "*i32:16")
             common = {"mixed": model, "steps": fp32, "sums": fp32, "entries": model}
             constants = {**shape, **_walk_constants(head_dim, size, wide)}
             made.append(Variant(walk_kernel, {**common, **tables, "states": fp32}, constants, 4, 2, chips))

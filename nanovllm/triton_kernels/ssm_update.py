@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from nanovllm.triton_kernels.mamba2_plan import CELL, Mamba2Plan, chunk, in_cells
-from nanovllm.triton_kernels.ssm_scan import time_step
+from nanovllm.triton_kernels.ssm_steps import time_step
 from nanovllm.triton_kernels.variant import AMPERE_ON, CHIPS, Variant, launch_options
 
 _ELEMENTS = 4096  # of a state, which a program holds in registers
