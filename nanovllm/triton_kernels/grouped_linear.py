@@ -115,8 +115,8 @@ def _choice(rows: int, gated: bool, fast: bool) -> tuple[dict[str, int], int, in
 def variants() -> list[Variant]:
     made = []
     for dtype, fast, chips in (
-        *(("fp32", False, CHIPS), ("bf16", True, AMPERE_ON)),
-        *(("fp16", True, AMPERE_ON), ("fp16", False, (75,))),
+        *(("bf16", True, AMPERE_ON), ("fp16", True, AMPERE_ON)),
+        *(("fp16", False, (75,)), ("fp32", False, CHIPS)),
     ):
         for rows in (128, 64, 16):
             for share, n, k, kind in ((8, 768, 2048, "silu"), (1, 2048, 768, "none")):

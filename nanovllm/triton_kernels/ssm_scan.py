@@ -219,10 +219,10 @@ def _cell_constants(head_dim: int, size: int, wide: bool) -> dict[str, int]:
 def variants() -> list[Variant]:
     made = []
     for dtype, wide, chips in (
-        *(("fp32", False, CHIPS), ("bf16", True, AMPERE_ON)),
-        *(("fp16", True, AMPERE_ON), ("fp16", False, (75,))),
+        *(("bf16", True, AMPERE_ON), ("fp16", True, AMPERE_ON)),
+        *(("fp16", False, (75,)), ("fp32", False, CHIPS)),
     ):
-        for heads, head_dim, groups, size in ((128, 64, 8, 256), (48, 64, 1, 128), (48, 32, 1, 128)):
+        for heads, head_dim, groups, size in ((48, 64, 1, 128), (48, 32, 1, 128), (128, 64, 8, 256)):
             shape = _shape(heads, head_dim, groups, size)
             model, fp32 = f"*{dtype}:16", "*fp32:16"
             tables = dict.fromkeys(("cell_starts", "query_start", "seq_lens", "slots"), "*i32:16")
