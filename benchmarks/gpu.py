@@ -26,6 +26,7 @@ RUNS = (
     ("--shape", "qwen3-1.7b", "--preset", "prompts16,batch128"),
     ("--shape", "qwen3-0.6b", "--preset", "startup"),
     ("--preset", "kernels"),
+    ("--preset", "mixers"),
 )
 
 
