@@ -185,20 +185,20 @@ def test_what_no_kernel_serves_goes_to_the_reference(hopper):
 @pytest.mark.parametrize(
     ("backend", "spec", "block_size", "reason"),
     [
-        (FlashAttention(), SPEC, 128, "multiple of 256 tokens: set kvcache_block_size=256"),
-        (FlashAttention(), PagedKVSpec(2, 260, torch.bfloat16), 256, "not 260; set attention_backend='triton'"),
-        (FlashAttention(), PagedKVSpec(2, 64, torch.float32), 256, "no kernels for torch.float32"),
-        (FlashAttention(), PagedKVSpec(2, 64, torch.bfloat16, None, True), 256, "ALiBi"),
-        (TorchVarlenAttention(), SPEC, 16, "256"),
-        (TorchVarlenAttention(), PagedKVSpec(2, 64, torch.bfloat16, None, True), 256, "ALiBi"),
+        (FlashAttention, SPEC, 128, "multiple of 256 tokens: set kvcache_block_size=256"),
+        (FlashAttention, PagedKVSpec(2, 260, torch.bfloat16), 256, "not 260; set attention_backend='triton'"),
+        (FlashAttention, PagedKVSpec(2, 64, torch.float32), 256, "no kernels for torch.float32"),
+        (FlashAttention, PagedKVSpec(2, 64, torch.bfloat16, None, True), 256, "ALiBi"),
+        (TorchVarlenAttention, SPEC, 16, "256"),
+        (TorchVarlenAttention, PagedKVSpec(2, 64, torch.bfloat16, None, True), 256, "ALiBi"),
     ],
     ids=str,
 )
 def test_reasons(monkeypatch, hopper, backend, spec, block_size, reason):
     install(monkeypatch, "flash_attn")
     monkeypatch.setattr(torch_varlen, "_reads_pages", lambda: True)
-    assert reason in backend.unsupported_reason(CUDA, spec.dtype, spec, block_size)
-    assert backend.unsupported_reason(CUDA, torch.bfloat16, SPEC, 256) is None
+    assert reason in backend().unsupported_reason(CUDA, spec.dtype, spec, block_size)
+    assert backend().unsupported_reason(CUDA, torch.bfloat16, SPEC, 256) is None
 
 
 def test_reasons_of_machines(monkeypatch):
