@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{torch.cuda.get_device_name()}, a copy moves {copy:.0f} GB/s")
     print(f"{'':<34} {'us':>9} {'GB/s':>7} {'of copy':>8} {'torch us':>9} {'ratio':>6}")
     results: dict[str, dict[str, float]] = {}
-    for timed, cases in ((_in_a_graph, _layers()), (_with_the_host, _draws())):
+    for timed, cases in ((in_a_graph, _layers()), (_with_the_host, _draws())):
         for case in cases:
             found = {
                 name: timed(lambda ops=ops, case=case: case.call(ops), args.rounds) for name, ops in makers.items()
@@ -66,15 +66,15 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _layers() -> Iterator[Case]:
-    weight, bias = _random(HIDDEN), _random(HIDDEN)
-    square, table = _random(HIDDEN, HIDDEN) / HIDDEN, _random(VOCAB, HIDDEN)
-    q_weight, k_weight = _random(HEAD), _random(HEAD)
+    weight, bias = random(HIDDEN), random(HIDDEN)
+    square, table = random(HIDDEN, HIDDEN) / HIDDEN, random(VOCAB, HIDDEN)
+    q_weight, k_weight = random(HEAD), random(HEAD)
     for tokens in TOKENS:
-        x, gates = _random(tokens, HIDDEN), _random(tokens, 2 * INNER)
-        qkv = _random(tokens, HEADS + 2 * KV_HEADS, HEAD)
+        x, gates = random(tokens, HIDDEN), random(tokens, 2 * INNER)
+        qkv = random(tokens, HEADS + 2 * KV_HEADS, HEAD)
         q, k, _ = qkv.split((HEADS, KV_HEADS, KV_HEADS), dim=1)
         qk = qkv[:, : HEADS + KV_HEADS]
-        angles = _random(tokens, 1, HEAD // 2).float()
+        angles = random(tokens, 1, HEAD // 2).float()
         turn = angles.cos(), angles.sin()
         ids = torch.randint(0, VOCAB, (tokens,), device="cuda")
         both, heads, products = 2 * x.nbytes, 2 * qk.numel() * 2, square.nbytes + 3 * x.nbytes
@@ -118,17 +118,17 @@ def _drawn(ops: TorchOps, logits: torch.Tensor, rows: list[SampleRow], uniforms:
     return (ops.sampling.argmax(logits) if greedy else ops.sampling.draw(logits, rows, uniforms)).cpu().numpy()
 
 
-def _random(*shape: int) -> torch.Tensor:
+def random(*shape: int) -> torch.Tensor:
     return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
 
 def _copy_gb_per_s(rounds: int) -> float:
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.nbytes / _in_a_graph(lambda: target.copy_(source), rounds) / 1e3
+    return 2 * source.nbytes / in_a_graph(lambda: target.copy_(source), rounds) / 1e3
 
 
-def _in_a_graph(call: Callable[[], Any], rounds: int) -> float:
+def in_a_graph(call: Callable[[], Any], rounds: int) -> float:
     """Microseconds of a call, the median of the rounds."""
     for _ in range(3):
         call()  # compiles

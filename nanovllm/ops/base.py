@@ -134,7 +134,8 @@ class Ops(Protocol):
         For an act that `fuses` takes.
 
         first: the experts here are this one and those that follow; what others would add is left out.
-        gate_up, down: [E, packed_numel], experts' weights [2 * inner, H] packed as gated, and [H, inner] packed.
+        gate_up, down: [E, packed_numel], experts' weights [2 * inner, H] packed as gated, and [H, inner] packed;
+            where weights are not packed, [E, 2 * inner, H] and [E, H, inner].
         """
         ...
 

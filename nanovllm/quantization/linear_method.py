@@ -36,7 +36,8 @@ class LinearMethod(Protocol):
         """Register the layer's `weight`, [rows, cols], uninitialised."""
 
     def stack(self, layers: Sequence[LinearWeights]) -> torch.Tensor:
-        """Memory [layers, ...] that the weights of like layers go to once finalized, zeroed."""
+        """Memory [layers, ...] that the weights of like layers go to once finalized, or from the start if they stay
+        as they are; zeroed."""
         ...
 
     def load(self, layer: LinearWeights, tensor: torch.Tensor, rows: slice) -> None:
@@ -81,6 +82,11 @@ class UnquantizedLinearMethod:
     def stack(self, layers: Sequence[LinearWeights]) -> torch.Tensor:
         weight = layers[0].weight
         rows, cols = weight.shape
+        if not self._ops.packs(weight.device, weight.dtype):
+            stack = weight.new_zeros(len(layers), rows, cols)
+            for layer, place in zip(layers, stack, strict=True):
+                layer.weight = nn.Parameter(place, requires_grad=False)
+            return stack
         shape = len(layers), self._ops.packed_numel(rows, cols, weight.dtype)
         stack = mapped_zeros(shape, weight.dtype) if weight.device.type == "cpu" else weight.new_zeros(shape)
         for layer, place in zip(layers, stack, strict=True):
