@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import models, plot, report, roof, workload
+from benchmarks import gpu, models, plot, report, roof, workload
 from benchmarks.compare import contenders
 
 ROOT = Path(__file__).parents[1]
@@ -202,3 +202,16 @@ def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit, match=r"pip install 'nanovllm\[bench\]'"):
         plot.plot(RUNS, "nowhere.png")
+
+
+def test_the_table_of_a_gpu_is_made_of_what_runs_write():
+    row = {"seconds": 3.5, "input": 1000.4, "output": 2000.0, "load": 1.0, "of_roof": 0.756}
+    lines = [
+        {"model": "a", "presets": {"nano": {"shape": "256 x ...", "results": {"nanovllm": row}}}},
+        {"model": "a", "startup": 7.1234},
+        {"device": "a GPU", "microseconds": {}},
+    ]
+    assert gpu.table([json.dumps(line) for line in lines])[4:] == [
+        "| a | nano: 256 x ... | 3.50 | 1000, 2000 | 76% |",
+        "| a | from `python` to the first token | 7.12 | | |",
+    ]
