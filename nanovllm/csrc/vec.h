@@ -29,6 +29,7 @@ typedef float V __attribute__((vector_size(4 * NV_WIDTH)));
 typedef uint32_t U __attribute__((vector_size(4 * NV_WIDTH)));
 typedef int32_t I __attribute__((vector_size(4 * NV_WIDTH)));
 typedef uint16_t H __attribute__((vector_size(2 * NV_WIDTH)));
+typedef int8_t B __attribute__((vector_size(NV_WIDTH)));
 
 inline V load(const void* p) {
     V v;
@@ -98,6 +99,30 @@ inline V load_bf16(const uint16_t* p) {
     H h;
     memcpy(&h, p, sizeof h);
     return (V)(__builtin_convertvector(h, U) << 16);
+}
+
+inline V load_fp16(const void* p) {  // finite numbers
+#if defined(__AVX512F__)
+    __m256i h;
+    memcpy(&h, p, sizeof h);
+    return (V)_mm512_cvtph_ps(h);
+#else
+    H h;
+    memcpy(&h, p, sizeof h);
+    const U bits = __builtin_convertvector(h, U);
+    const V size = (V)((bits & 0x7fffu) << 13) * 0x1p112f;  // its exponent counts from 15, not from 127
+    return (V)((U)size | (bits & 0x8000u) << 16);
+#endif
+}
+
+// WIDTH / 2 floats, each in two neighbouring lanes.
+inline V twice(const float* p) {
+    typedef uint32_t Half __attribute__((vector_size(2 * NV_WIDTH)));
+    typedef uint64_t Pairs __attribute__((vector_size(4 * NV_WIDTH)));
+    Half half;
+    memcpy(&half, p, sizeof half);
+    const Pairs pairs = __builtin_convertvector(half, Pairs);
+    return (V)(pairs | pairs << 32);
 }
 
 // f of all lanes, always in the same order: each of the first half with its partner in the second, and so on.

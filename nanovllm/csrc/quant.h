@@ -1,0 +1,200 @@
+// Quantised weights: their codes become bfloat16 on the way to the products of gemm.h.
+//
+// A code has one bfloat16 whoever asks for it, and sums are the chains of gemm.h: for few rows codes are widened
+// in registers, for more a pair of panels is widened once for all of them, with the same bits.
+#pragma once
+
+#include "formats.h"
+#include "gemm.h"
+#include "vec.h"
+
+namespace {
+
+using namespace nanovllm;
+
+constexpr int R = 2 * PANEL / WIDTH;  // vectors of a panel's step: columns [16][2]
+
+// Two panels' step as it is widened, before it is rounded.
+struct Widened {
+    V v[2][R];
+};
+
+// The numbers 0 to 15 at bit 4 j of each word.
+inline V numbers(U words, int j) {
+#if defined(__AVX512F__)
+    const __m512 all = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return (V)_mm512_permutexvar_ps((__m512i)(words >> (4 * j)), all);
+#else
+    return __builtin_convertvector((I)((words >> (4 * j)) & 15u), V);
+#endif
+}
+
+inline V numbers(const int8_t* codes) {
+    B b;
+    memcpy(&b, codes, sizeof b);
+    return __builtin_convertvector(__builtin_convertvector(b, I), V);
+}
+
+// 32 rows' numbers, each for the two columns of a step.
+template <int BYTES>
+inline void each_twice(const char* from, V (&to)[2][R]) {
+    float wide[PAIR];
+    for (int i = 0; i < PAIR; i += WIDTH) store(wide + i, BYTES == 2 ? load_fp16(from + 2 * i) : load(from + 4 * i));
+#pragma GCC unroll 8
+    for (int i = 0; i < 2 * R; ++i) to[i / R][i % R] = twice(wide + i * WIDTH / 2);
+}
+
+template <Format F>
+struct Quantised {
+    static constexpr Layout FORM = layout(F);
+    static constexpr bool SCALES_SUMS = FORM.group == 0;
+
+    // f(s, step) for each step of a pair.
+    template <class Each>
+    static inline void widen(const char* pair, int64_t steps, Each f) {
+        if constexpr (SCALES_SUMS) {
+            pair += PAIR * FORM.scale_bytes;
+            for (int64_t s = 0; s < steps; ++s, pair += 2 * PAIR) f(s, bytes(pair));
+        } else {
+            constexpr int64_t IN_GROUP = FORM.group / 2;
+            for (int64_t s = 0; s < steps; s += IN_GROUP, pair += FORM.group_bytes())
+                group(pair, s, std::min(steps, s + IN_GROUP), f);
+        }
+    }
+
+private:
+    static inline Widened bytes(const char* codes) {
+        Widened w;
+#pragma GCC unroll 8
+        for (int i = 0; i < 2 * R; ++i) w.v[i / R][i % R] = numbers((const int8_t*)codes + i * WIDTH);
+        return w;
+    }
+
+    // Of the two steps of 16 words, step t.
+    static inline Widened nibbles(const U* words, int t) {
+        Widened w;
+#pragma GCC unroll 8
+        for (int i = 0; i < 2 * R; ++i)
+            w.v[i / R][i % R] = numbers(words[i % (16 / WIDTH)], 4 * t + i * WIDTH / 16);
+        return w;
+    }
+
+    template <class Each>
+    static inline void group(const char* at, int64_t first, int64_t end, Each f) {
+        V scale[2][R], least[2][R];
+        each_twice<FORM.scale_bytes>(at, scale);
+        at += PAIR * FORM.scale_bytes;
+        if constexpr (FORM.least) {
+            each_twice<FORM.scale_bytes>(at, least);
+            at += PAIR * FORM.scale_bytes;
+        }
+        auto scaled = [&](Widened w) {
+#pragma GCC unroll 8
+            for (int i = 0; i < 2 * R; ++i) {
+                V& v = w.v[i / R][i % R];
+                if constexpr (FORM.least)
+                    v = v * scale[i / R][i % R] + least[i / R][i % R];  // the product is exact in all forms
+                else
+                    v = v * scale[i / R][i % R];
+            }
+            return w;
+        };
+        if constexpr (FORM.bits == 8) {
+            for (int64_t s = first; s < end; ++s, at += 2 * PAIR) f(s, scaled(bytes(at)));
+        } else {
+            for (int64_t s = first; s < end; s += 2, at += 2 * PAIR) {
+                U words[16 / WIDTH];
+                memcpy(words, at, sizeof words);
+                f(s, scaled(nibbles(words, 0)));
+                if (s + 1 < end) f(s + 1, scaled(nibbles(words, 1)));
+            }
+        }
+    }
+};
+
+// A pair of panels in bfloat16, as if it had not been quantised.
+template <class Q>
+void widen_pair(const char* pair, int64_t steps, uint16_t* out) {
+    Q::widen(pair, steps, [out](int64_t s, const Widened& w) {
+#pragma GCC unroll 16
+        for (int i = 0; i < 2 * R; ++i) store_bf16(out + s * 2 * PAIR + i * WIDTH, w.v[i / R][i % R]);
+    });
+}
+
+#if defined(__AVX512BF16__)
+constexpr int FEW = 4;
+
+// As `tile` of gemm.h, over weights that are widened in registers.
+template <class Q, int ROWS>
+void quantised_tile(const uint32_t* x, const char* pair, int64_t steps, float* out) {
+    V acc[ROWS][2] = {};
+    Q::widen(pair, steps, [&](int64_t s, const Widened& w) {
+        V b[2];
+        for (int j = 0; j < 2; ++j) b[j] = (V)_mm512_cvtne2ps_pbh((__m512)w.v[j][1], (__m512)w.v[j][0]);
+        const uint32_t* at = x + s / BLOCK * ROWS * BLOCK + s % BLOCK;
+#pragma GCC unroll 4
+        for (int i = 0; i < ROWS; ++i) Bf16Weight::step<2>(acc[i], b, at + i * BLOCK);
+    });
+    for (int i = 0; i < ROWS; ++i)
+        for (int j = 0; j < 2; ++j) store(out + (2 * i + j) * WIDTH, acc[i][j]);
+}
+
+template <class Q>
+void few_rows(int rows, const uint32_t* x, const char* pair, int64_t steps, float* out) {
+    switch (rows) {
+        case 1:
+            return quantised_tile<Q, 1>(x, pair, steps, out);
+        case 2:
+            return quantised_tile<Q, 2>(x, pair, steps, out);
+        case 3:
+            return quantised_tile<Q, 3>(x, pair, steps, out);
+        default:
+            return quantised_tile<Q, 4>(x, pair, steps, out);
+    }
+}
+#else
+constexpr int FEW = 0;
+
+template <class Q>
+void few_rows(int, const float*, const char*, int64_t, float*) {}
+#endif
+
+// A source of weights for `part`.
+template <Format F>
+class Codes {
+public:
+    using W = Bf16Weight;
+
+    Codes(const Linear& g, int64_t steps)
+        : pairs_((const char*)g.weight), pair_bytes_(layout(F).pair_bytes(g.k)), steps_(steps) {}
+
+    void open(int64_t pair, int64_t rows) {
+        pair_ = pairs_ + pair * pair_bytes_;
+        few_ = rows <= FEW;
+        if (few_) return;
+        static thread_local Scratch scratch;
+        wide_ = (const char*)scratch.get(steps_ * STEP_BYTES);
+        widen_pair<Quantised<F>>(pair_, steps_, (uint16_t*)wide_);
+    }
+
+    void sums(int rows, const W::Element* x, int64_t tile, int64_t tiles, float* out) const {
+        if (few_) {
+            few_rows<Quantised<F>>(rows, x, pair_, steps_, out);
+        } else {
+            const char* next = pair_ + pair_bytes_ + tile * pair_bytes_ / tiles;
+            two_panels<W>(rows, x, wide_, steps_, next, divide_up(pair_bytes_, tiles * steps_), out);
+        }
+        if constexpr (Quantised<F>::SCALES_SUMS)
+            for (int i = 0; i < rows; ++i)
+                for (int l = 0; l < PAIR; l += WIDTH)
+                    store(out + i * PAIR + l, load(out + i * PAIR + l) * load(pair_ + 4 * l));
+    }
+
+private:
+    const char* pairs_;
+    int64_t pair_bytes_, steps_;
+    const char *pair_ = nullptr, *wide_ = nullptr;
+    bool few_ = false;
+};
+
+}  // namespace

@@ -1,0 +1,78 @@
+"""The forms of a quantised weight that kernels multiply by; csrc/formats.h has the same ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+_PAIR = 32  # rows that lie side by side once packed; csrc/formats.h
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """weight = code * scale + least, rounded to bfloat16.
+
+    bits: of a code: 8 are signed, 4 are 0 to 15. group: columns that share a scale; None: the whole row, and
+    sums are multiplied by it instead of weights. scale: dtype of scales and least values. least: whether there are
+    least values, else they are 0.
+    """
+
+    number: int
+    bits: int
+    group: int | None
+    scale: torch.dtype
+    least: bool
+
+    def packed_bytes(self, rows: int, cols: int) -> int:
+        """Of a weight [rows, cols]."""
+        values = self.scale.itemsize * (1 + self.least)
+        if self.group is None:
+            pair = _PAIR * (values + -(-cols // 2) * 2)
+        else:
+            pair = -(-cols // self.group) * _PAIR * (values + self.group * self.bits // 8)
+        return -(-rows // _PAIR) * pair
+
+
+INT8 = Format(2, 8, None, torch.float32, least=False)
+Q4 = Format(3, 4, 32, torch.float16, least=True)
+Q8 = Format(4, 8, 32, torch.float16, least=False)
+Q8_LEAST = Format(5, 8, 32, torch.float16, least=True)
+Q4_WIDE = Format(6, 4, 32, torch.float32, least=True)
+Q8_WIDE = Format(7, 8, 32, torch.float32, least=True)
+Q8_FINE = Format(8, 8, 16, torch.float32, least=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """A quantised weight [rows, cols] in plain sight. codes: int8 [rows, cols]. scales, least: [rows, groups]."""
+
+    form: Format
+    codes: torch.Tensor
+    scales: torch.Tensor
+    least: torch.Tensor | None = None
+
+    def dequantize(self) -> torch.Tensor:
+        """fp32 [rows, cols]: exact but for one rounding, of the sum."""
+        cols = self.codes.shape[1]
+        group = self.form.group or cols
+        values = self.codes.float() * self.scales.float().repeat_interleave(group, dim=1)[:, :cols]
+        return values if self.least is None else values + self.least.float().repeat_interleave(group, dim=1)[:, :cols]
+
+
+class Segment(NamedTuple):
+    """Rows of a weight that have one form. form: None for bfloat16. start: their first byte."""
+
+    rows: slice
+    form: Format | None
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A quantised weight as kernels take it in the place of a packed tensor: bytes, of which some rows may be in
+    another form than others. data: uint8 [bytes], or [experts, bytes] where it is that of a mixture."""
+
+    data: torch.Tensor
+    segments: tuple[Segment, ...]
