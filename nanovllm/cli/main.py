@@ -21,6 +21,7 @@ _PLAN_OPTIONS = (
     "model_impl",
     "model_plugin",
     "dtype",
+    "quantization",
     "device",
     "max_model_len",
     "max_num_batched_tokens",
@@ -41,7 +42,7 @@ _PARITY_OPTIONS = (
     "kvcache_block_size",
     "kvcache_memory",
 )
-_VERIFY_OPTIONS = (*_PARITY_OPTIONS, "dtype")
+_VERIFY_OPTIONS = (*_PARITY_OPTIONS, "dtype", "quantization")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -260,7 +260,7 @@ public:
     Plain(const Linear& g, int64_t steps) : pairs_((const char*)g.weight), steps_(steps) {}
 
     // The pair of panels that comes next, for so many rows.
-    void open(int64_t pair, int64_t) { pair_ = pairs_ + pair * steps_ * STEP_BYTES; }
+    void open(int64_t pair, int64_t /* rows */) { pair_ = pairs_ + pair * steps_ * STEP_BYTES; }
 
     // Sums [rows][2][16] of one of so many tiles.
     void sums(int rows, const typename W::Element* x, int64_t tile, int64_t tiles, float* out) const {

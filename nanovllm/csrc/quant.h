@@ -12,6 +12,7 @@ namespace {
 
 using namespace nanovllm;
 
+constexpr int64_t AHEAD = 5120;  // bytes that are fetched early: what is read is small for what is made of it
 constexpr int R = 2 * PANEL / WIDTH;  // vectors of a panel's step: columns [16][2]
 
 // Two panels' step as it is widened, before it is rounded.
@@ -30,18 +31,26 @@ inline V numbers(U words, int j) {
 }
 
 inline V numbers(const int8_t* codes) {
-    B b;
-    memcpy(&b, codes, sizeof b);
-    return __builtin_convertvector(__builtin_convertvector(b, I), V);
+#if defined(__AVX512F__)
+    return (V)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)codes)));
+#elif defined(__AVX2__)
+    return (V)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)codes)));
+#else
+    V v;
+    for (int l = 0; l < WIDTH; ++l) v[l] = codes[l];
+    return v;
+#endif
 }
 
 // 32 rows' numbers, each for the two columns of a step.
 template <int BYTES>
 inline void each_twice(const char* from, V (&to)[2][R]) {
-    float wide[PAIR];
-    for (int i = 0; i < PAIR; i += WIDTH) store(wide + i, BYTES == 2 ? load_fp16(from + 2 * i) : load(from + 4 * i));
 #pragma GCC unroll 8
-    for (int i = 0; i < 2 * R; ++i) to[i / R][i % R] = twice(wide + i * WIDTH / 2);
+    for (int i = 0; i < R; ++i) {
+        const V v = BYTES == 2 ? load_fp16(from + i * WIDTH * 2) : load(from + i * WIDTH * 4);
+        to[2 * i / R][2 * i % R] = twice(v, 0);
+        to[(2 * i + 1) / R][(2 * i + 1) % R] = twice(v, WIDTH / 2);
+    }
 }
 
 template <Format F>
@@ -51,14 +60,19 @@ struct Quantised {
 
     // f(s, step) for each step of a pair.
     template <class Each>
-    static inline void widen(const char* pair, int64_t steps, Each f) {
+    static inline void widen(const char* at, int64_t steps, Each f) {
         if constexpr (SCALES_SUMS) {
-            pair += PAIR * FORM.scale_bytes;
-            for (int64_t s = 0; s < steps; ++s, pair += 2 * PAIR) f(s, bytes(pair));
+            at += PAIR * FORM.scale_bytes;
+            for (int64_t s = 0; s < steps; ++s, at += 2 * PAIR) {
+                __builtin_prefetch(at + AHEAD);
+                f(s, bytes(at));
+            }
         } else {
             constexpr int64_t IN_GROUP = FORM.group / 2;
-            for (int64_t s = 0; s < steps; s += IN_GROUP, pair += FORM.group_bytes())
-                group(pair, s, std::min(steps, s + IN_GROUP), f);
+            for (int64_t s = 0; s < steps; s += IN_GROUP, at += FORM.group_bytes()) {
+                for (int i = 0; i < FORM.group_bytes(); i += 64) __builtin_prefetch(at + AHEAD + i);
+                group(at, s, std::min(steps, s + IN_GROUP), f);
+            }
         }
     }
 
@@ -92,10 +106,8 @@ private:
 #pragma GCC unroll 8
             for (int i = 0; i < 2 * R; ++i) {
                 V& v = w.v[i / R][i % R];
-                if constexpr (FORM.least)
-                    v = v * scale[i / R][i % R] + least[i / R][i % R];  // the product is exact in all forms
-                else
-                    v = v * scale[i / R][i % R];
+                v *= scale[i / R][i % R];
+                if constexpr (FORM.least) v += least[i / R][i % R];  // the product is exact in all forms
             }
             return w;
         };
@@ -135,8 +147,7 @@ void quantised_tile(const uint32_t* x, const char* pair, int64_t steps, float* o
 #pragma GCC unroll 4
         for (int i = 0; i < ROWS; ++i) Bf16Weight::step<2>(acc[i], b, at + i * BLOCK);
     });
-    for (int i = 0; i < ROWS; ++i)
-        for (int j = 0; j < 2; ++j) store(out + (2 * i + j) * WIDTH, acc[i][j]);
+    memcpy(out, acc, sizeof acc);
 }
 
 template <class Q>

@@ -6,9 +6,6 @@
 
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
 
 #if defined(__AVX512F__)
 #define NV_WIDTH 16
@@ -18,7 +15,7 @@
 #define NV_WIDTH 4
 #endif
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -29,7 +26,6 @@ typedef float V __attribute__((vector_size(4 * NV_WIDTH)));
 typedef uint32_t U __attribute__((vector_size(4 * NV_WIDTH)));
 typedef int32_t I __attribute__((vector_size(4 * NV_WIDTH)));
 typedef uint16_t H __attribute__((vector_size(2 * NV_WIDTH)));
-typedef int8_t B __attribute__((vector_size(NV_WIDTH)));
 
 inline V load(const void* p) {
     V v;
@@ -115,14 +111,19 @@ inline V load_fp16(const void* p) {  // finite numbers
 #endif
 }
 
-// WIDTH / 2 floats, each in two neighbouring lanes.
-inline V twice(const float* p) {
-    typedef uint32_t Half __attribute__((vector_size(2 * NV_WIDTH)));
-    typedef uint64_t Pairs __attribute__((vector_size(4 * NV_WIDTH)));
-    Half half;
-    memcpy(&half, p, sizeof half);
-    const Pairs pairs = __builtin_convertvector(half, Pairs);
-    return (V)(pairs | pairs << 32);
+// WIDTH / 2 lanes from `first` on, each in two neighbouring ones.
+inline V twice(V v, int first) {
+    I from;
+    for (int l = 0; l < WIDTH; ++l) from[l] = first + l / 2;
+#if defined(__AVX512F__)
+    return (V)_mm512_permutexvar_ps((__m512i)from, (__m512)v);
+#elif defined(__AVX2__)
+    return (V)_mm256_permutevar8x32_ps((__m256)v, (__m256i)from);
+#else
+    V twice;
+    for (int l = 0; l < WIDTH; ++l) twice[l] = v[from[l]];
+    return twice;
+#endif
 }
 
 // f of all lanes, always in the same order: each of the first half with its partner in the second, and so on.

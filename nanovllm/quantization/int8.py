@@ -1,0 +1,15 @@
+"""int8: a signed byte for each weight and one scale a row of the weight, which is an output channel."""
+
+from __future__ import annotations
+
+import torch
+
+from nanovllm.quantization.blocks import Blocks, int8_blocks
+
+
+def quantize_int8(weight: torch.Tensor) -> Blocks:
+    """Symmetric: the largest of a row becomes 127. weight: [rows, cols] of any float dtype."""
+    weight = weight.float()
+    scales = weight.abs().amax(dim=1, keepdim=True) / 127
+    codes = weight / scales.where(scales > 0, 1.0)
+    return int8_blocks(codes.round_().clamp_(-127, 127).to(torch.int8), scales)
