@@ -50,8 +50,8 @@ class EngineConfig:
     load_format: "auto" by the files, safetensors before PyTorch's pickles ("pt"); "dummy" fills
         seeded random weights (benchmarks).
     dtype: "auto" is the checkpoint's own; quantised GGUF and float16 run as bfloat16 on CPU.
-    quantization: CPU only: of linear layers' weights, while they are loaded (docs/quantization.md): "int8" one byte
-        each, "int4" four bits and an int8 head; "gguf", which a quantised GGUF file in bfloat16 has by default, computes
+    quantization: CPU only, in bfloat16: of linear layers' weights, while they are loaded (docs/quantization.md):
+        "int8" a byte each, "int4" four bits and an int8 head; "gguf", the default of a quantised GGUF file, computes
         with the file's own blocks, and "dequantize" widens them to dtype instead.
     device: "auto" is cuda where torch sees one.
     seed: of the engine's own stream, from which requests without a seed draw theirs;
@@ -246,7 +246,7 @@ class EngineConfig:
     def _resolved_quantization(self, device: str, dtype: str, quantized: bool) -> str | None:
         asked = self.quantization
         if asked in ("gguf", "dequantize") and not quantized:
-            raise ConfigError(f"quantization={asked!r} is for quantised GGUF files, and this model is not; leave it out")
+            raise ConfigError(f"quantization={asked!r} is for quantised GGUF files, which this is not; leave it out")
         computes = device == "cpu" and dtype == "bfloat16"
         if asked is None:
             return "gguf" if quantized and computes else None

@@ -38,11 +38,8 @@ class VocabParallelEmbedding(WeightLayer):
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         first = self._tokens.start
-        if self._head:
-            found = self._head[0].embed(input_ids, first)
-        else:
-            found = self._ops.embed(self.weight, input_ids, first)
-        return self._tp.all_reduce(found)  # zeros from all ranks but one
+        mine = self._head[0].embed(input_ids, first) if self._head else self._ops.embed(self.weight, input_ids, first)
+        return self._tp.all_reduce(mine)  # zeros from all ranks but one
 
     def expected_weights(self) -> dict[str, dict[str | None, tuple[int, ...]]]:
         return {"weight": {None: self._whole}}

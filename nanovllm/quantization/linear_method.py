@@ -21,9 +21,9 @@ class LinearWeights(nn.Module):
     """What a linear layer lends to its method: a place for the weight in the method's form.
 
     rows, cols: of the weight, whatever its form. quantized: what ops take in the place of `weight`, which holds its
-    bytes, where it is quantised. loaded: what a method keeps until it finalizes. act: the activation that the layer ends with; where `gated`, it is that of the first
-    half of the results, which multiplies the second. place: memory that the finalized weight goes to, if it shares it
-    with other layers'.
+    bytes, where it is quantised. loaded: what a method keeps until it finalizes. act: the activation that the layer
+    ends with; where `gated`, it is that of the first half of the results, which multiplies the second. place: memory
+    that the finalized weight goes to, if it shares it with other layers'.
     """
 
     weight: torch.Tensor
