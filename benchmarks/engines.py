@@ -36,8 +36,10 @@ class NanoVLLM:
     def __init__(self, job: Job) -> None:
         from nanovllm import LLM, SamplingParams
 
-        load_format = {"load_format": "dummy"} if job.random else {}
-        self._llm = LLM(job.paths["own"], dtype=job.dtype, skip_tokenizer_init=True, **load_format, **job.options)
+        options = {"load_format": "dummy"} if job.random else {}
+        if job.paths["own"].endswith(".gguf"):  # the others have it in this dtype
+            options["quantization"] = "dequantize"
+        self._llm = LLM(job.paths["own"], dtype=job.dtype, skip_tokenizer_init=True, **options | job.options)
         self._params = SamplingParams
 
     def run(self, sequences: Sequences) -> None:

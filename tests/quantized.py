@@ -55,4 +55,6 @@ def packed(ops, codes: Codes, *, gated: bool = False) -> Packed:
 
 
 def _rows(codes: Codes, part: slice) -> Codes:
-    return Codes(codes.form, codes.codes[part], codes.scales[part], None if codes.least is None else codes.least[part])
+    """With gaps between its rows, as those of a matrix whose last group is not whole."""
+    wide = torch.nn.functional.pad(codes.codes, (0, 3))[:, :-3]
+    return Codes(codes.form, wide[part], codes.scales[part], None if codes.least is None else codes.least[part])

@@ -67,10 +67,10 @@ class NativeOps:
         return self._weights.zeros((num_bytes,), torch.uint8)
 
     def pack_codes(self, codes: Codes, first: int, out: torch.Tensor, *, half: int | None = None) -> None:
-        addresses = codes.codes.contiguous().data_ptr(), codes.scales.contiguous().data_ptr()
-        least = None if codes.least is None else codes.least.contiguous()
+        numbers, scales = codes.codes.contiguous(), codes.scales.contiguous()
+        least = scales if codes.least is None else codes.least.contiguous()  # not read where there is none
         self._library.pack_quantized(
-            *(codes.form.number, *addresses, None if least is None else least.data_ptr(), *codes.codes.shape),
+            *(codes.form.number, numbers.data_ptr(), scales.data_ptr(), least.data_ptr(), *numbers.shape),
             *(first, -1 if half is None else half, out.data_ptr(), torch.get_num_threads()),
         )
 

@@ -151,6 +151,8 @@ class UnquantizedLinearMethod:
 
     def finalize(self, layer: LinearWeights) -> None:
         weight = layer.weight.detach()
+        if weight.device.type == "meta":  # of a model that is only measured
+            return
         layer.packed = self._ops.packs(weight.device, weight.dtype)
         if layer.packed:
             packed = self._ops.pack(weight, gated=layer.gated and self._fuses(layer), out=layer.place)
