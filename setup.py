@@ -5,22 +5,24 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 TRANSFORMERS = ["transformers>=5.6", "accelerate>=1.0"]  # it needs accelerate for GPUs and GGUF files
-RAY = ["ray[data]>=2.40"]
+RAY = ["ray[data]>=2.60"]
+GPU = ["triton>=3.6; sys_platform == 'linux'"]  # the tests interpret its kernels
 TEST = [
     *TRANSFORMERS,
     *RAY,
+    *GPU,
     "hypothesis>=6.100",
     "import-linter>=2.1",
     "mypy>=1.11",
     "pytest>=8.2",
     "pytest-cov>=5.0",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "ruff>=0.8",
     "types-psutil",
     "types-tqdm",
 ]
 BENCH = ["matplotlib>=3.9"]  # bench.py --plot
-GPU = ["triton>=3.6; sys_platform == 'linux'", "flash-attn>=2.6; sys_platform == 'linux'"]
 
 CSRC = Path("nanovllm/csrc")
 AVX2 = ["-mavx2", "-mfma"]

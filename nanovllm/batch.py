@@ -21,8 +21,8 @@ class Batch:
     seq_lens: torch.Tensor  # [B] int32: tokens of b in the cache after this step
     slot_mapping: torch.Tensor  # [T] int64: block * block_size + offset, where a token's KV goes
     block_tables: torch.Tensor  # [B, M] int32: pages of each sequence, 0 beyond its last
-    state_slots: torch.Tensor | None  # [B] int32, for layers with recurrent state
     logits_rows: torch.Tensor  # [R] int64: rows of T whose next token is sampled
     max_query_len: int
     max_seq_len: int
+    state_slots: torch.Tensor | None = None  # [B] int32, for layers with recurrent state
     attention: Any = None  # what AttentionBackend.prepare made of this batch, once for all layers

@@ -16,12 +16,14 @@ class PagedKVSpec:
     """Keys and values of an attention layer: one entry a token, in shared pages.
 
     window: tokens a query sees including itself; None sees all.
+    alibi: whether scores have its bias, which not every attention backend can add.
     """
 
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
     window: int | None = None
+    alibi: bool = False
 
     def block_bytes(self, block_size: int) -> int:
         return 2 * block_size * self.num_kv_heads * self.head_dim * self.dtype.itemsize

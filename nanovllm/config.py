@@ -17,8 +17,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "quantization": ("int8", "int4", "gguf", "dequantize"),
     "device": ("auto", "cpu", "cuda"),
-    "attention_backend": ("auto", "native", "cpu", "reference"),
-    "kernels": ("auto", "native", "torch"),
+    "attention_backend": ("auto", "native", "cpu", "flash", "triton", "torch_varlen", "reference"),
+    "kernels": ("auto", "native", "triton", "torch"),
     "scheduling_policy": ("fcfs", "priority"),
     "executor": ("auto", "mp", "ray", "torchrun"),
 }
@@ -27,7 +27,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "
 _DEFAULT_BATCHED_TOKENS = 2048
 _SWITCHES = (
     *("skip_tokenizer_init", "trust_remote_code", "enable_expert_parallel"),
-    *("enforce_eager", "enable_prefix_caching"),
+    *("async_scheduling", "enforce_eager", "enable_prefix_caching"),
 )
 _OPTIONAL_COUNTS = (
     *("max_model_len", "max_num_batched_tokens", "num_kvcache_blocks"),
@@ -72,6 +72,9 @@ class EngineConfig:
     executor: where the ranks are: "mp" starts a process for each, "ray" an actor of a Ray cluster, "torchrun"
         takes the processes that torchrun has started (vLLM's "external_launcher"), "auto" is this process for
         one rank and "mp" for more.
+    async_scheduling: plan a step while the one before it runs: the scheduler's time is hidden. A sequence that
+        ends by a token or a string is noticed a step late, and what that step gave it is dropped: outputs are
+        the same. Default: on GPUs, and where ranks are processes of their own.
     worker_timeout: seconds after which a rank that does not answer is given up, and all with it.
     num_threads: CPU only: of each rank; default OMP_NUM_THREADS, else the ranks of a host share the physical
         cores that this process may use, and where these belong to several NUMA nodes, each rank is bound to
@@ -79,9 +82,11 @@ class EngineConfig:
     enforce_eager: compute every step op by op. Otherwise, where the kernels are native, a step is
         recorded and run as a whole, and those that decode are recorded once for each number of sequences.
     enable_prefix_caching: reuse the pages of equal prefixes.
-    attention_backend: "auto", or the name of one.
-    kernels: whose linear layers, norms and rotations: "native" this package's own for CPUs, "torch"
-        torch's, "auto" the first wherever they can run.
+    attention_backend: "auto" takes the first that can: on CPUs "native" (this package's kernels), then "cpu"
+        (torch's); on GPUs "flash" (flash-attn, if it is installed), "triton" (this package's kernels),
+        "torch_varlen" (torch's), then "reference" (slow). A name takes that one, or says why it cannot run.
+    kernels: whose linear layers, norms, rotations and sampling: "native" this package's own for CPUs, "triton"
+        those for GPUs (with torch's matrix products), "torch" torch's, "auto" the first two wherever they can run.
     scheduling_policy: "fcfs", or "priority" (lower values first).
     generation_config: where sampling parameters come from if a request brings none: "auto" is
         the checkpoint's generation_config.json, "vllm" is SamplingParams(), else a folder that
@@ -111,6 +116,7 @@ class EngineConfig:
     tensor_parallel_size: int | None = None
     executor: str = "auto"
     enable_expert_parallel: bool = False
+    async_scheduling: bool | None = None
     worker_timeout: float = 600.0
     num_threads: int | None = None
     enforce_eager: bool = False
@@ -140,6 +146,8 @@ class EngineConfig:
             if not is_left and getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
         for name in _SWITCHES:
+            if name == "async_scheduling" and self.async_scheduling is None:
+                continue
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         _require_count("max_num_seqs", self.max_num_seqs)
@@ -211,6 +219,8 @@ class EngineConfig:
                 f"set max_model_len to at most {max_positions}"
             )
         dtype = self._resolved_dtype(checkpoint_dtype, device)
+        ranks = self._ranks(launched)
+        hidden = self.executor in ("mp", "ray") or (self.executor == "auto" and (ranks > 1 or device == "cuda"))
         return dataclasses.replace(
             self,
             device=device,
@@ -218,7 +228,8 @@ class EngineConfig:
             quantization=self._resolved_quantization(device, dtype, quantized),
             max_model_len=max_model_len,
             max_num_batched_tokens=self.max_num_batched_tokens or max(_DEFAULT_BATCHED_TOKENS, self.max_num_seqs),
-            tensor_parallel_size=self._ranks(launched),
+            tensor_parallel_size=ranks,
+            async_scheduling=hidden if self.async_scheduling is None else self.async_scheduling,
         )
 
     def _ranks(self, launched: int | None) -> int:

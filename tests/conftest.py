@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes run tests: threads would wait for each other's cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 from kernels import at_level
 from tiny_models import make_chat_model, make_tiny_model
 
 from nanovllm.ops.library import LEVELS
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: its kernels run on the CPU
+
 ALIAS = "smollm2-135m"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from nanovllm.cache_spec import CachePlan
 from nanovllm.config import EngineConfig
 from nanovllm.engine.build import fit_model_len
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.engine.step import StepPlan, StepResult
+from nanovllm.engine.step import StepPlan, StepResult, fill_in
 from nanovllm.ops.base import SamplingOps
 from nanovllm.ops.library import Library, library_or_reason
 from nanovllm.ops.native_sampling import NativeSampling
@@ -83,12 +83,14 @@ class MockExecutor:
         self.block_size, self.vocab, self.script, self.window = block_size, vocab, script, window
         self.capacity = CachePlan(num_blocks, num_slots, 0, window, state_grid, chunk_grid, snapshot_interval)
         self.plans: list[StepPlan] = []
+        self.sampled = np.empty(0, dtype=np.int64)  # in the last step
         self.fail_next: BaseException | None = None
         self.closed = False
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:
         assert plan.sequences, "an empty step was submitted"
         self.plans.append(plan)
+        fill_in(plan, self.sampled)
         flat = self.pages.reshape(-1)
         self.begin_states(plan)
         for i, s in enumerate(plan.sequences):
@@ -120,8 +122,9 @@ class MockExecutor:
         for s in plan.sequences:
             if s.capture_to:
                 self.states[s.capture_to] = list(self.states[s.state_slot])
+        self.sampled = np.array(tokens, dtype=np.int64)
         future: Future[StepResult] = Future()
-        future.set_result(StepResult(np.array(tokens, dtype=np.int64), logprobs, prompt_logprobs))
+        future.set_result(StepResult(self.sampled, logprobs, prompt_logprobs))
         return future
 
     def begin_states(self, plan: StepPlan) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +12,8 @@ from nanovllm.attention.alibi import Alibi
 from nanovllm.batch import Batch
 from nanovllm.cache_spec import PagedKVSpec
 from nanovllm.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 class AttentionBackend(Protocol):
@@ -52,11 +55,19 @@ class AttentionBackend(Protocol):
         ...
 
 
-# in order of preference; the oracle comes last
 _BACKENDS = {
     "native": "nanovllm.attention.native:NativeAttention",
     "cpu": "nanovllm.attention.cpu:CPUAttention",
+    "flash": "nanovllm.attention.flash:FlashAttention",
+    "triton": "nanovllm.attention.triton:TritonAttention",
+    "torch_varlen": "nanovllm.attention.torch_varlen:TorchVarlenAttention",
     "reference": "nanovllm.attention.reference:ReferenceAttention",
+}
+# What "auto" takes, the first that can. On GPUs flash goes first, because nobody has flash-attn by chance; triton
+# serves every head size, mask and page size that it has kernels for, torch_varlen fewer, with the same algorithm.
+_PREFERENCE = {
+    "cpu": ("native", "cpu"),
+    "cuda": ("flash", "triton", "torch_varlen", "reference"),
 }
 
 
@@ -73,10 +84,15 @@ def select_backend(name: str, device: torch.device, dtype: torch.dtype, block_si
     if name != "auto":
         return load_backend(name)
     probe = PagedKVSpec(num_kv_heads=1, head_dim=64, dtype=dtype)
-    for candidate in _BACKENDS:
+    reasons: list[str] = []
+    for candidate in _PREFERENCE.get(device.type, ("reference",)):
         backend = load_backend(candidate)
-        if backend.unsupported_reason(device, dtype, probe, block_size) is None:
+        reason = backend.unsupported_reason(device, dtype, probe, block_size)
+        if reason is None:
+            if reasons:
+                logger.info("attention %s: %s", candidate, "; ".join(reasons))
             return backend
+        reasons.append(f"{candidate}: {reason}")
     raise AssertionError("the reference backend runs everywhere")
 
 

@@ -14,7 +14,7 @@ from nanovllm.cli.options import engine_options
 from nanovllm.cli.units import size_text
 from nanovllm.config import EngineConfig, parse_bytes
 from nanovllm.engine.build import find_model, fit_model_len
-from nanovllm.engine.memory import cache_memory, free_host_memory
+from nanovllm.engine.memory import free_host_memory
 from nanovllm.engine.memory_plan import Footprint, footprint, plan_memory
 from nanovllm.errors import ConfigError
 from nanovllm.weights.checkpoint import Checkpoint, open_checkpoint
@@ -98,7 +98,7 @@ def _free_memory(config: EngineConfig) -> int:
         return free_host_memory()
     if not torch.cuda.is_available():
         raise ConfigError("this machine has no CUDA device to ask: give its memory with --memory")
-    return cache_memory(config, torch.device(config.device))  # gpu_memory_utilization's share
+    return int(torch.cuda.mem_get_info()[1] * config.gpu_memory_utilization)
 
 
 def _print_footprint(case: Case) -> None:

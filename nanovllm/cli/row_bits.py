@@ -7,7 +7,6 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 
 from nanovllm.batch import Batch
@@ -38,7 +37,7 @@ def recorded_logits(known: Container[Prefix] | None = None) -> Iterator[Logits]:
 
     def watched(
         logits: torch.Tensor, rows: Sequence[SampleRow], ops: SamplingOps
-    ) -> tuple[np.ndarray, list[TokenLogprobs | None]]:
+    ) -> tuple[torch.Tensor, list[TokenLogprobs | None]]:
         for values, row in zip(logits, rows, strict=True):
             prefix = _extend(_START, [*row.prompt.tolist(), *row.output.tolist()])
             if known is None or prefix in known:

@@ -31,7 +31,11 @@ def run(args: argparse.Namespace) -> int:
         path, options = model.path, model.options
         prompts = [p.token_ids for p in _prompts(model.checkpoint, args.prompt)]
         block_size = EngineConfig.from_options(str(path), options).kvcache_block_size
-        options |= {"max_model_len": longest_request(prompts, args.max_tokens, block_size), "skip_tokenizer_init": True}
+        options |= {
+            "max_model_len": longest_request(prompts, args.max_tokens, block_size),
+            "skip_tokenizer_init": True,
+            "async_scheduling": False,  # rows are known by their tokens
+        }
         config = EngineConfig.from_options(str(path), options)
         sizes = sizes_with_room(config, model.checkpoint)
         alone, others = ways(prompts, args.max_tokens, sizes.vocab_size, block_size)

@@ -10,12 +10,23 @@ import torch
 from nanovllm.attention.base import AttentionBackend
 from nanovllm.batch import Batch
 from nanovllm.engine.step import StepPlan
+from nanovllm.transfer import to_device
 
 
 def build_batch(
-    plan: StepPlan, *, block_size: int, device: torch.device, backend: AttentionBackend, with_states: bool
+    plan: StepPlan,
+    *,
+    block_size: int,
+    device: torch.device,
+    backend: AttentionBackend,
+    with_states: bool,
+    sampled: torch.Tensor | None = None,
 ) -> Batch:
-    """Lay the planned sequences' tokens end to end."""
+    """Lay the planned sequences' tokens end to end.
+
+    sampled: int64 [R] on the device, by the step before, for tokens that the plan does not know; None if it
+        knows all.
+    """
     sequences = plan.sequences
     counts = [len(s.token_ids) for s in sequences]
     ends = np.array(counts).cumsum()
@@ -27,22 +38,24 @@ def build_batch(
     positions = np.arange(len(owner)) + (seq_lens - ends)[owner]
     pages, offsets = np.divmod(positions, block_size)
     samples = np.array([s.sample is not None for s in sequences])
-
-    def on_device(array: np.ndarray, dtype: type[np.integer] = np.int64) -> torch.Tensor:
-        return torch.from_numpy(array.astype(dtype, copy=False)).to(device)
-
-    batch = Batch(
-        input_ids=on_device(np.concatenate([s.token_ids for s in sequences])),
-        positions=on_device(positions),
-        query_start=on_device(np.concatenate(([0], ends)), np.int32),
-        seq_lens=on_device(seq_lens, np.int32),
-        slot_mapping=on_device(tables[owner, pages] * np.int64(block_size) + offsets),
-        block_tables=on_device(tables, np.int32),
-        state_slots=on_device(np.array([s.state_slot for s in sequences]), np.int32) if with_states else None,
-        logits_rows=on_device(ends[samples] - 1),
-        max_query_len=max(counts),
-        max_seq_len=int(seq_lens.max()),
-    )
+    follows = np.array([s.follows for s in sequences])
+    pending = np.flatnonzero(follows >= 0) if sampled is not None else follows[:0]
+    fields = {
+        "input_ids": np.concatenate([s.token_ids for s in sequences]).astype(np.int64),
+        "positions": positions,
+        "query_start": np.concatenate(([0], ends)).astype(np.int32),
+        "seq_lens": seq_lens.astype(np.int32),
+        "slot_mapping": tables[owner, pages] * np.int64(block_size) + offsets,
+        "block_tables": tables,
+        "logits_rows": ends[samples] - 1,
+    }
+    if with_states:
+        fields["state_slots"] = np.array([s.state_slot for s in sequences], dtype=np.int32)
+    *tensors, rows, sources = to_device([*fields.values(), ends[pending] - 1, follows[pending]], device)
+    found = dict(zip(fields, tensors, strict=True))
+    if sampled is not None and len(pending):
+        found["input_ids"][rows] = sampled[sources]
+    batch = Batch(**found, max_query_len=max(counts), max_seq_len=int(seq_lens.max()))
     prepared = backend.prepare(batch, block_size)
     return batch if prepared is None else dataclasses.replace(batch, attention=prepared)
 

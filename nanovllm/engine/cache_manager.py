@@ -14,13 +14,15 @@ from nanovllm.engine.state_slots import StateSlots
 
 @dataclass(slots=True)
 class _Holding:
-    """What a sequence holds. table: its pages; page 0 stands for those behind the window.
+    """What a sequence holds. table: its pages; page 0 stands for those behind the window. The first num_named
+    of them can be found by their content, unless other pages with the same content are.
 
     resume_from: slot of the snapshot that its state is copied from before its next step, or 0.
     junction: where its prompt leaves the pages that others computed, if a snapshot is missing there.
     """
 
     table: PageTable
+    num_named: int
     slot: int = 0
     resume_from: int = 0
     junction: int | None = None
@@ -97,7 +99,7 @@ class CacheManager:
         spare: pages that must stay free, so that those who run can grow.
         The last token is never taken from the cache: its logits have to be computed.
         """
-        assert seq.seq_id not in self._held and seq.num_computed == 0
+        assert seq.seq_id not in self._held and seq.num_computed == seq.num_pending == 0
         hit, junction = self._match(seq)
         num_cached = hit.num_blocks * self.block_size
         num_new = self._cut(seq, num_cached, limit, junction)
@@ -114,7 +116,7 @@ class CacheManager:
             self.blocks.share(block)
         table = PageTable(hit.table + self.blocks.allocate(needed))
         released = hit.num_blocks - len(shared)
-        self._held[seq.seq_id] = _Holding(table, slot, resume_from, junction, released)
+        self._held[seq.seq_id] = _Holding(table, hit.num_blocks, slot, resume_from, junction, released)
         seq.num_computed = num_cached
         return num_new
 
@@ -135,19 +137,20 @@ class CacheManager:
         held.table.extend(self.blocks.allocate(needed))
         return True
 
-    def commit(self, seq: Sequence, count: int) -> None:
-        """Name the pages that this step fills, so that later sequences find them.
+    def commit(self, seq: Sequence) -> None:
+        """Name the pages that planned steps fill with tokens that are known, so that later sequences find them.
 
         Done when the step is planned: sequences of the same step may already share them,
         because a layer stores all keys and values before any row attends.
         """
-        first = seq.num_computed // self.block_size
-        last = (seq.num_computed + count) // self.block_size
-        if first == last or self._hash_key(seq) is None:
+        held = self._held[seq.seq_id]
+        first, last = held.num_named, min(seq.num_computed, seq.num_known) // self.block_size
+        if first >= last or self._hash_key(seq) is None:
             return
         hashes = self._hash_chain(seq, last)
-        for page, digest in zip(self.block_table(seq)[first:last].tolist(), hashes[first:last], strict=True):
+        for page, digest in zip(held.table.pages[first:last].tolist(), hashes[first:last], strict=True):
             self.blocks.register(page, digest)
+        held.num_named = last
 
     def resume(self, seq: Sequence) -> int:
         """The slot to copy the sequence's state from before this step, or 0; told once."""

@@ -1,6 +1,8 @@
-"""DecodeBatch: the tensors of steps that decode, which stay where recorded calls read them."""
+"""The tensors of steps that decode, which stay where recorded calls read them."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import numpy as np
 import torch
@@ -8,6 +10,7 @@ import torch
 from nanovllm.batch import Batch
 from nanovllm.engine.batch_builder import fill_tables
 from nanovllm.engine.step import PlannedSequence, StepPlan
+from nanovllm.transfer import to_device
 
 
 def decodes(plan: StepPlan) -> bool:
@@ -52,4 +55,71 @@ class DecodeBatch:
             logits_rows=torch.from_numpy(self._rows[:count]),
             max_query_len=1,
             max_seq_len=self._tables.shape[1] * self._block_size,
+        )
+
+    def pad(self, first: int, end: int) -> None:
+        """Make rows that write to page 0 and slot 0, whose single token sees nothing else."""
+        for array in (self._ids, self._positions, self._slots, self._state_slots, self._tables):
+            array[first:end] = 0
+        self._seq_lens[first:end] = 1
+
+    def arrays(self, count: int, pages: int) -> list[np.ndarray]:
+        """What lies in the first `count` rows, of tables in the first columns: ids, positions, slots, sequences'
+        lengths, state slots, tables."""
+        vectors = (self._ids, self._positions, self._slots, self._seq_lens, self._state_slots)
+        return [*(vector[:count] for vector in vectors), self._tables[:count, :pages]]
+
+
+class DeviceDecodeBatch:
+    """The same on a GPU, with room for padding, and for tokens that the host does not know yet."""
+
+    def __init__(self, sampled: torch.Tensor, *, max_num_seqs: int, max_pages: int, block_size: int) -> None:
+        """sampled: int64 [max_num_seqs] on the device, where the tokens of the step before lie."""
+        self._sampled, self._device = sampled, sampled.device
+        self.max_num_seqs = max_num_seqs
+        self.block_size = block_size
+        self._host = DecodeBatch(max_num_seqs=max_num_seqs, max_pages=max_pages, block_size=block_size)
+        self._host.pad(0, max_num_seqs)
+        host_view = self._host.view(max_num_seqs)
+        self._whole = dataclasses.replace(
+            host_view,
+            **{
+                field.name: getattr(host_view, field.name).to(self._device, copy=True)
+                for field in dataclasses.fields(host_view)
+                if isinstance(getattr(host_view, field.name), torch.Tensor)
+            },
+        )
+        self._follows = torch.full((max_num_seqs,), -1, device=self._device)
+
+    def write(self, sequences: list[PlannedSequence], size: int) -> None:
+        """Put the sequences in the first rows and padding in those behind, up to `size`. The host waits for nothing."""
+        count, pages = len(sequences), max([len(s.block_table) for s in sequences], default=1)
+        if sequences:
+            self._host.write(sequences)
+        self._host.pad(count, size)
+        follows = np.full(size, -1)
+        follows[:count] = [s.follows for s in sequences]
+        *vectors, tables, follow = to_device([*self._host.arrays(size, pages), follows], self._device)
+        whole = self._whole
+        assert whole.state_slots is not None
+        targets = (whole.input_ids, whole.positions, whole.slot_mapping, whole.seq_lens, whole.state_slots)
+        for target, vector in zip((*targets, self._follows), (*vectors, follow), strict=True):
+            target[:size].copy_(vector)
+        whole.block_tables[:size, :pages].copy_(tables)
+
+    def view(self, size: int) -> Batch:
+        """The first `size` rows, for attention that prepares nothing. Called by what is recorded, as it looks up
+        the tokens that were sampled in the step before."""
+        whole, follows = self._whole, self._follows[:size]
+        assert whole.state_slots is not None
+        return dataclasses.replace(
+            whole,
+            input_ids=torch.where(follows < 0, whole.input_ids[:size], self._sampled[follows.clamp(min=0)]),
+            positions=whole.positions[:size],
+            query_start=whole.query_start[: size + 1],
+            seq_lens=whole.seq_lens[:size],
+            slot_mapping=whole.slot_mapping[:size],
+            block_tables=whole.block_tables[:size],
+            state_slots=whole.state_slots[:size],
+            logits_rows=whole.logits_rows[:size],
         )

@@ -46,9 +46,7 @@ class InProcessExecutor:
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:
         assert self._runner is not None, "closed"
-        future: Future[StepResult] = Future()
-        future.set_result(self._runner.execute(plan))
-        return future
+        return self._runner.execute(plan)
 
     def apply_model(self, function: Callable[[CausalLM], T]) -> list[T]:
         assert self._runner is not None, "closed"

@@ -75,7 +75,7 @@ class TorchrunExecutor:
     def submit(self, plan: StepPlan) -> Future[StepResult]:
         assert self._runner is not None, "closed"
         self._compare(digest(plan))
-        result = self._runner.execute(plan)
+        result = self._runner.execute(plan).result()
         future: Future[StepResult] = Future()
         future.set_result(self._gather(result)[0])
         return future

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -16,6 +18,7 @@ from nanovllm.engine.executor import Executor
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.request import Prompt, Request, RequestPreparer
 from nanovllm.engine.scheduler import Scheduler, SequenceUpdate
+from nanovllm.engine.step import StepPlan, StepResult
 from nanovllm.errors import EngineClosed, RequestError, WorkerDied
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
@@ -32,6 +35,12 @@ class EngineStats:
     prompt_tokens: int = 0
     generation_tokens: int = 0
     preemptions: int = 0
+
+
+class _Step(NamedTuple):
+    plan: StepPlan
+    result: Future[StepResult]
+    start: float  # time.monotonic's
 
 
 class LLMEngine:
@@ -84,6 +93,8 @@ class LLMEngine:
         )
         self._random = np.random.default_rng(secrets.randbits(64) if config.seed is None else config.seed)
         self._next_seq_id = 0
+        self._ahead = int(bool(config.async_scheduling))
+        self._running: deque[_Step] = deque()
         self._died: WorkerDied | None = None
 
     def prepare(
@@ -120,24 +131,31 @@ class LLMEngine:
         return self.scheduler.has_unfinished
 
     def step(self) -> list[RequestOutput]:
-        """One forward pass for everybody who runs; the outputs that it changed.
+        """One forward pass for everybody who runs; the outputs that it changed. With async_scheduling it is
+        begun here, and the outputs are those of the pass before.
 
         WorkerDied ends the engine: no request is left, and every further call raises it again.
         """
-        executor, start = self._open(), time.monotonic()
-        plan = self.scheduler.schedule()
+        executor = self._open()
+        plan, start = self.scheduler.schedule(), time.monotonic()
         try:
-            result = executor.submit(plan).result()
+            if plan.sequences:
+                self._running.append(_Step(plan, executor.submit(plan), start))
+            if not self._running or (plan.sequences and len(self._running) <= self._ahead):
+                return []
+            step = self._running.popleft()
+            result = step.result.result()
         except WorkerDied as error:
             self._died = error
             for request_id in self._outputs.request_ids:
                 self.abort(request_id)
             raise
         except BaseException:
-            self.scheduler.abandon_step()
+            self._running.clear()
+            self.scheduler.abandon_steps()
             raise
-        updates = self.scheduler.update(plan, result)
-        outputs, stopped = self._outputs.process(updates, start)
+        updates = self.scheduler.update(step.plan, result)
+        outputs, stopped = self._outputs.process(updates, step.start)
         for seq, stop in stopped:
             self.scheduler.finish(seq, "stop", stop)
         self._count(updates)
@@ -165,6 +183,6 @@ class LLMEngine:
         stats.steps += 1
         stats.preemptions = self.scheduler.num_preemptions
         stats.generation_tokens += sum([update.token_id is not None for update in updates])
-        for seq, start, *_ in updates:
+        for seq, start, end, *_ in updates:
             if start < seq.num_prompt_tokens:
-                stats.prompt_tokens += min(seq.num_computed, seq.num_prompt_tokens) - start
+                stats.prompt_tokens += min(end, seq.num_prompt_tokens) - start

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import psutil
 import torch
@@ -15,11 +15,9 @@ from nanovllm.errors import ConfigError
 _DEFAULT_SHARE = 0.4  # of what is free on the host; pages that are never used cost nothing
 
 
-def cache_memory(config: EngineConfig, device: torch.device, ranks: int = 1) -> int:
+def host_cache_memory(config: EngineConfig, ranks: int = 1) -> int:
     """Bytes for a rank's pages and states, once the weights are in place. ranks: on this host, which share its
-    memory but have a GPU each."""
-    if device.type == "cuda":
-        return _cuda_memory(config, device)
+    memory."""
     free = free_host_memory()
     if config.kvcache_memory is None:
         return (free if config.num_kvcache_blocks is not None else int(free * _DEFAULT_SHARE)) // ranks
@@ -27,6 +25,44 @@ def cache_memory(config: EngineConfig, device: torch.device, ranks: int = 1) -> 
     if asked > free:
         raise ConfigError(f"kvcache_memory={config.kvcache_memory!r} is more than the {free:,} bytes that are free")
     return asked // ranks
+
+
+class DeviceMemory:
+    """A GPU's, of which this engine may take a share. Others on it keep what they have; two engines fit if their
+    shares do."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Before anything of this engine is there."""
+        self._device = device
+        self._before = self._free()
+
+    def left(self, config: EngineConfig, largest_step: Callable[[], None]) -> int:
+        """Bytes for pages and states beside the weights, which are in place, and what steps take.
+
+        largest_step: takes as much as steps ever do. ConfigError if nothing is left.
+        """
+        torch.cuda.empty_cache()
+        weights = self._before - self._free()
+        try:
+            largest_step()
+        except torch.cuda.OutOfMemoryError as error:
+            raise ConfigError(
+                f"no room for a step of {config.max_num_batched_tokens} tokens beside {weights:,} bytes of weights: "
+                "lower max_num_batched_tokens or max_num_seqs, or use more GPUs (tensor_parallel_size)"
+            ) from error
+        steps, total = self._before - weights - self._free(), torch.cuda.mem_get_info(self._device)[1]
+        share = int(total * config.gpu_memory_utilization)
+        left = min(share, self._before) - weights - steps
+        if left <= 0:
+            raise ConfigError(
+                f"gpu_memory_utilization={config.gpu_memory_utilization} of {total:,} bytes, of which {self._before:,} "
+                f"were free, leaves no cache beside {weights:,} of weights and {steps:,} for a step: raise it, free "
+                "memory on the device, or lower max_num_batched_tokens or max_num_seqs"
+            )
+        return left
+
+    def _free(self) -> int:
+        return torch.cuda.mem_get_info(self._device)[0]
 
 
 def size_caches(specs: Sequence[CacheSpec], memory: int, config: EngineConfig) -> CachePlan:
@@ -46,14 +82,3 @@ def size_caches(specs: Sequence[CacheSpec], memory: int, config: EngineConfig) -
 def free_host_memory() -> int:
     """Bytes this process can still get: what the machine has, within its control group's limit."""
     return int(min(psutil.virtual_memory().available, memory_left()))
-
-
-def _cuda_memory(config: EngineConfig, device: torch.device) -> int:
-    free, total = torch.cuda.mem_get_info(device)
-    memory = int(total * config.gpu_memory_utilization) - (total - free)
-    if memory <= 0:
-        raise ConfigError(
-            f"gpu_memory_utilization={config.gpu_memory_utilization} of {total:,} bytes is below the "
-            f"{total - free:,} in use already; raise it, or free memory on the device"
-        )
-    return memory

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import Future
 
 import numpy as np
 import torch
@@ -11,24 +12,27 @@ import torch
 from nanovllm.attention.base import AttentionBackend, require_support, select_backend
 from nanovllm.batch import Batch
 from nanovllm.build_context import BuildContext
-from nanovllm.cache_spec import CachePlan, CacheSpec, PagedKVSpec, StateSpec
+from nanovllm.cache_spec import CachePlan, PagedKVSpec
 from nanovllm.config import EngineConfig
 from nanovllm.distributed.group import TPGroup
 from nanovllm.engine.batch_builder import build_batch
-from nanovllm.engine.decode_batch import DecodeBatch
-from nanovllm.engine.memory import cache_memory, size_caches
-from nanovllm.engine.step import StepPlan, StepResult
+from nanovllm.engine.caches import bind_caches
+from nanovllm.engine.cuda_graph import CUDARecorder, DecodeGraphs
+from nanovllm.engine.decode_batch import DecodeBatch, DeviceDecodeBatch
+from nanovllm.engine.largest_step import largest_step
+from nanovllm.engine.memory import DeviceMemory, host_cache_memory, size_caches
+from nanovllm.engine.step import StepPlan, StepResult, fill_in
 from nanovllm.engine.step_graphs import StepGraphs
 from nanovllm.engine.threads import set_threads
 from nanovllm.errors import ConfigError
-from nanovllm.host_memory import mapped_zeros
 from nanovllm.layers.attention import CachedLayer
 from nanovllm.layers.moe import SparseMoE
-from nanovllm.layers.sampler import sample, token_logprobs
+from nanovllm.layers.sampler import sample
 from nanovllm.models.base import CausalLM, ModelConfig
 from nanovllm.ops.base import select_ops
-from nanovllm.ops.graph import CannotRecord, Recorder
-from nanovllm.sample_row import TokenLogprobs
+from nanovllm.ops.graph import CannotRecord
+from nanovllm.sample_row import SampleRow, TokenLogprobs
+from nanovllm.transfer import to_host
 from nanovllm.weights.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -61,7 +65,9 @@ class ModelRunner:
         self._backend: AttentionBackend = select_backend(
             config.attention_backend, self._device, dtype, self._block_size
         )
-        if self._device.type == "cpu":
+        memory = DeviceMemory(self._device) if self._device.type == "cuda" else None
+        self._looks_up = memory is not None  # tokens that plans do not know, on the device
+        if memory is None:
             set_threads(config.num_threads, host_rank, host_ranks)
         self._ops = select_ops(config.kernels, self._device, dtype)
         self._tp = tp or TPGroup()
@@ -77,8 +83,16 @@ class ModelRunner:
             self._model.load_dummy(config.seed or 0)
         else:
             self._model.load(checkpoint)
-        self.cache_plan = self._create_caches(config, host_ranks, agree)
-        self._graphs = None if config.enforce_eager else self._step_graphs(config, self._ops.recorder())
+        self._layers = [m for m in self._model.modules() if isinstance(m, CachedLayer)]
+        self._sampled = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=self._device)  # in the last step
+        if memory is None:
+            budget = host_cache_memory(config, host_ranks)
+        else:
+            budget = memory.left(config, lambda: self._try_largest_step(config))
+        plan = size_caches([layer.cache_spec for layer in self._layers], budget, config)
+        self.cache_plan = plan if agree is None else agree(plan)
+        self._bind_caches(self.cache_plan)
+        self._graphs = self._record_steps(config)
         logger.info(
             "%s on %s in %s, kernels %s, attention %s, %d pages of %d tokens (%.2f GiB)",
             model_class.__name__,
@@ -96,17 +110,30 @@ class ModelRunner:
         return self._model
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> StepResult:
-        """One forward pass over the planned tokens, then one token for each sequence that samples: drawn by
-        rank 0 alone, so that ranks cannot disagree."""
+    def execute(self, plan: StepPlan) -> Future[StepResult]:
+        """Begin a forward pass over the planned tokens, then one token for each sequence that samples: drawn by
+        rank 0 alone, so that ranks cannot disagree. On CPUs it is done when this returns."""
+        self._take_pending(plan)
         self._copy_states([(s.resume_from, s.state_slot) for s in plan.sequences if s.resume_from])
         logits, prompt_logprobs = self._logits(plan)
         self._copy_states([(s.state_slot, s.capture_to) for s in plan.sequences if s.capture_to])
         if self._tp.rank > 0:
-            return StepResult(np.empty(0, np.int64), [])
+            return to_host(self._sampled[:0], lambda none: StepResult(none, []))
         rows = [s.sample for s in plan.sequences if s.sample is not None]
         token_ids, logprobs = sample(logits, rows, self._ops.sampling)
-        return StepResult(token_ids, logprobs, prompt_logprobs)
+        self._sampled[: len(token_ids)].copy_(token_ids)
+        return to_host(token_ids, lambda ids: StepResult(ids, logprobs, prompt_logprobs))
+
+    def _take_pending(self, plan: StepPlan) -> None:
+        """See that the tokens that the plan does not know are where they are needed. On GPUs they are looked up there,
+        but for rows whose sampling reads what was sampled before: these let the host wait."""
+        pending = [s.sample for s in plan.sequences if s.follows >= 0]
+        if not pending:
+            return
+        if self._tp.size > 1:
+            self._sampled.copy_(self._tp.gather(self._sampled[None], len(self._sampled))[0])
+        if not self._looks_up or any(row is not None and _reads_output(row) for row in pending):
+            fill_in(plan, self._sampled.cpu().numpy())
 
     def _build_batch(self, plan: StepPlan) -> Batch:
         return build_batch(
@@ -114,12 +141,13 @@ class ModelRunner:
             block_size=self._block_size,
             device=self._device,
             backend=self._backend,
-            with_states=self.cache_plan.num_slots > 0,
+            with_states=bool(self._states),
+            sampled=self._sampled if self._looks_up else None,
         )
 
     def _logits(self, plan: StepPlan) -> tuple[torch.Tensor, dict[int, list[TokenLogprobs]]]:
         """Of the rows that are sampled, and what was asked about prompts."""
-        if self._graphs is not None and all(s.prompt_targets is None for s in plan.sequences):
+        if self._graphs is not None and self._graphs.takes(plan):
             try:
                 return self._graphs.logits(plan), {}
             except CannotRecord as error:
@@ -142,6 +170,7 @@ class ModelRunner:
 
     def _prompt_logprobs(self, plan: StepPlan, hidden: torch.Tensor) -> dict[int, list[TokenLogprobs]]:
         found: dict[int, list[TokenLogprobs]] = {}
+        sampling = self._ops.sampling
         row = 0
         for s in plan.sequences:
             if s.prompt_targets is not None:
@@ -151,49 +180,54 @@ class ModelRunner:
                     logits = self._model.compute_logits(hidden[row + i : row + i + len(targets)])
                     counts = [s.num_prompt_logprobs] * len(targets)
                     if self._tp.rank == 0:
-                        mine += token_logprobs(self._ops.sampling.log_softmax(logits), targets, counts)
+                        token_ids = torch.from_numpy(targets).to(self._device)
+                        mine += sampling.token_logprobs(sampling.log_softmax(logits), token_ids, counts)
             row += s.num_tokens
         return found
 
-    def _step_graphs(self, config: EngineConfig, recorder: Recorder | None) -> StepGraphs | None:
+    def _bind_caches(self, plan: CachePlan) -> None:
+        for layer in self._layers:
+            if isinstance(layer.cache_spec, PagedKVSpec):
+                require_support(self._backend, self._device, layer.cache_spec, self._block_size)
+        self._states = bind_caches(
+            self._layers, plan, backend=self._backend, block_size=self._block_size, device=self._device
+        )
+
+    def _try_largest_step(self, config: EngineConfig) -> None:
+        """Take all memory that steps take, with caches of the write sinks alone."""
+        self._bind_caches(CachePlan(num_blocks=1, num_slots=1, num_bytes=0))
+        self._graphs = self._record_steps(config)
+        self.execute(largest_step(config)).result()
+
+    @torch.inference_mode()
+    def _record_steps(self, config: EngineConfig) -> StepGraphs | DecodeGraphs | None:
+        """None where steps run op by op."""
+        assert config.max_model_len is not None
+        if config.enforce_eager:
+            return None
+        size = {
+            "max_num_seqs": config.max_num_seqs,
+            "max_pages": -(-config.max_model_len // self._block_size),
+            "block_size": self._block_size,
+        }
+
+        def forward(batch: Batch) -> torch.Tensor:
+            return self._sampled_logits(self._model(batch), batch)
+
+        if self._device.type == "cuda":
+            decoding = DeviceDecodeBatch(self._sampled, **size)
+            graphs = DecodeGraphs(forward, CUDARecorder(self._device), decoding, self._backend)
+            try:
+                graphs.capture_early()
+            except CannotRecord as error:
+                logger.info("steps run op by op: %s", error)
+                return None
+            return graphs
+        recorder = self._ops.recorder()
         if recorder is None or self._backend.name != "native":
             return None
-        assert config.max_model_len is not None
-        decoding = DecodeBatch(
-            max_num_seqs=config.max_num_seqs,
-            max_pages=-(-config.max_model_len // self._block_size),
-            block_size=self._block_size,
-        )
-        return StepGraphs(
-            self._build_batch, lambda batch: self._sampled_logits(self._model(batch), batch), recorder, decoding
-        )
+        return StepGraphs(self._build_batch, forward, recorder, DecodeBatch(**size))
 
-    def _create_caches(
-        self, config: EngineConfig, host_ranks: int, agree: Callable[[CachePlan], CachePlan] | None
-    ) -> CachePlan:
-        """Size the caches of all layers together, allocate and bind them."""
-        layers = [m for m in self._model.modules() if isinstance(m, CachedLayer)]
-        specs = [layer.cache_spec for layer in layers]
-        for spec in specs:
-            if isinstance(spec, PagedKVSpec):
-                require_support(self._backend, self._device, spec, self._block_size)
-        plan = size_caches(specs, cache_memory(config, self._device, host_ranks), config)
-        plan = plan if agree is None else agree(plan)
-        self._states: list[torch.Tensor] = []
-        for layer, spec in zip(layers, specs, strict=True):
-            tensors = self._cache_tensors(spec, plan)
-            layer.bind(*tensors)
-            if isinstance(spec, StateSpec):
-                self._states += tensors
-        return plan
 
-    def _cache_tensors(self, spec: CacheSpec, plan: CachePlan) -> list[torch.Tensor]:
-        if isinstance(spec, PagedKVSpec):
-            return [self._zeros(self._backend.kv_shape(spec, plan.num_blocks, self._block_size), spec.dtype)]
-        return [self._zeros((plan.num_slots, *s), d) for s, d in zip(spec.shapes, spec.dtypes, strict=True)]
-
-    def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Zeroed, because masked-out garbage times zero must not be NaN."""
-        if self._device.type != "cpu":
-            return torch.zeros(shape, dtype=dtype, device=self._device)
-        return mapped_zeros(shape, dtype)
+def _reads_output(row: SampleRow) -> bool:
+    return row.params.uses_penalties or bool(row.bad_words)

@@ -14,13 +14,13 @@ class WirePlan(NamedTuple):
     """A plan in few large objects, as pickle takes microseconds for each small array.
 
     rows: of each sequence: seq_id, tokens, start, pages, state_slot, resume_from, capture_to, and its
-        stop_ids if it samples, else None.
+        stop_ids if it samples, else None, and the row that it follows.
     token_ids, pages: of all sequences, int32, end to end.
     samples: {row: SampleRow} of those that the reader does not know.
     prompts: {row: (num_prompt_logprobs, prompt_targets)}.
     """
 
-    rows: list[tuple[int, int, int, int, int, int, int, tuple[int, ...] | None]]
+    rows: list[tuple[int, int, int, int, int, int, int, tuple[int, ...] | None, int]]
     token_ids: bytes
     pages: bytes
     samples: dict[int, SampleRow]
@@ -51,6 +51,7 @@ class PlanWriter:
                     *(s.seq_id, len(s.token_ids), s.start, len(s.block_table)),
                     *(s.state_slot, s.resume_from, s.capture_to),
                     None if s.sample is None else s.sample.stop_ids,
+                    s.follows,
                 )
                 for s in sequences
             ],
@@ -69,12 +70,14 @@ class PlanReader:
         self._tokens: dict[int, np.ndarray] = {}  # their output, with room to grow
 
     def read(self, wire: WirePlan) -> StepPlan:
-        token_ids, pages = np.frombuffer(wire.token_ids, np.int32), np.frombuffer(wire.pages, np.int32)
+        token_ids = np.frombuffer(wire.token_ids, np.int32).copy()  # pending ones are to be filled in
+        pages = np.frombuffer(wire.pages, np.int32)
         known: dict[int, SampleRow] = {}
         tokens: dict[int, np.ndarray] = {}
         planned: list[PlannedSequence] = []
         token, page = 0, 0
-        for i, (seq_id, count, start, length, state_slot, resume_from, capture_to, stop_ids) in enumerate(wire.rows):
+        for i, row in enumerate(wire.rows):
+            seq_id, count, start, length, state_slot, resume_from, capture_to, stop_ids, follows = row
             ids, table = token_ids[token : token + count], pages[page : page + length]
             token, page = token + count, page + length
             sample = None
@@ -87,7 +90,11 @@ class PlanReader:
                         *(last.params, last.seed, index, last.prompt, tokens[seq_id][:index], stop_ids, last.bad_words)
                     )
                 known[seq_id] = sample
-            planned.append(PlannedSequence(seq_id, ids, start, table, state_slot, sample, resume_from, capture_to))
+            planned.append(
+                PlannedSequence(
+                    *(seq_id, ids, start, table, state_slot, sample, resume_from, capture_to, None, None, follows)
+                )
+            )
         for i, (logprobs, targets) in wire.prompts.items():
             planned[i] = planned[i]._replace(num_prompt_logprobs=logprobs, prompt_targets=targets)
         self._known, self._tokens = known, tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import heapq
+from collections import deque
 from typing import NamedTuple
 
 from nanovllm.engine.cache_manager import CacheManager
@@ -15,12 +16,13 @@ from nanovllm.sample_row import SampleRow, TokenLogprobs
 class SequenceUpdate(NamedTuple):
     """What one step brought one sequence; token_id is None while its prompt is incomplete.
 
-    start: position of the first token that the step computed; prompt_logprobs[i] belongs to
+    start, end: positions of the tokens that the step computed; prompt_logprobs[i] belongs to
         the prompt token at start + 1 + i.
     """
 
     seq: Sequence
     start: int
+    end: int
     token_id: int | None
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
@@ -32,6 +34,10 @@ class Scheduler:
     Running sequences come first, in order of (priority, arrival), then waiting ones are
     admitted in the same order. When pages run out, the last running sequence is preempted:
     its pages go back and it will recompute its tokens, or find them in the prefix cache.
+
+    The next step may be planned before the last one is done: who sampled in it goes on with a pending
+    token. Steps are carried out in the order of their plans, so that pages and slots that one plan gives
+    back are the next one's to hand out.
     """
 
     def __init__(
@@ -52,6 +58,8 @@ class Scheduler:
         self.running: list[Sequence] = []  # sorted by _order
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []  # heap; may hold finished ones
         self._num_waiting = 0
+        self._planned: deque[list[Sequence]] = deque()  # of the steps that are not done
+        self._num_sampling = 0  # in the step that is being planned
         self.num_preemptions = 0
 
     @property
@@ -63,7 +71,7 @@ class Scheduler:
         return bool(self.running) or self._num_waiting > 0
 
     def add(self, seq: Sequence) -> None:
-        assert seq.status is SequenceStatus.WAITING and seq.num_tokens < self.max_model_len
+        assert seq.status is SequenceStatus.WAITING and seq.num_known < self.max_model_len
         self._num_waiting += 1
         heapq.heappush(self._waiting, (self._order(seq), seq))
 
@@ -77,40 +85,52 @@ class Scheduler:
             self._num_waiting -= 1  # its heap entry is skipped when it surfaces
         seq.status = SequenceStatus.FINISHED
         seq.finish_reason, seq.stop_reason = reason, stop_reason
+        seq.forget_pending()
         self.cache.forget(seq)
 
     def schedule(self) -> StepPlan:
-        """Plan one step; empty only when there is nothing to do."""
+        """Plan one step; empty only when there is nothing to do before a planned step is done."""
         planned: list[PlannedSequence] = []
+        self._num_sampling = 0
+        self._planned.append([])
         self.cache.begin_step()
         preempted_before = self.num_preemptions
         budget = self._schedule_running(planned)
         if self.num_preemptions == preempted_before:  # else the victim would come straight back
             self._admit_waiting(planned, budget)
+        if not planned:
+            self._planned.pop()
         return StepPlan(planned)
 
     def update(self, plan: StepPlan, result: StepResult) -> list[SequenceUpdate]:
-        """Book a step's tokens: advance, append, and finish what has come to its end."""
-        by_id = {seq.seq_id: seq for seq in self.running}
+        """Book the tokens of the oldest step that is not done, and finish what has come to its end. What it
+        brought sequences that have ended since it was planned is dropped."""
         sampled = zip(result.token_ids.tolist(), result.logprobs, strict=True)
         updates = []
-        for item in plan.sequences:
-            seq = by_id[item.seq_id]
-            seq.num_computed += item.num_tokens
+        for item, seq in zip(plan.sequences, self._planned.popleft(), strict=True):
             token_id, logprobs = None, None
             if item.sample is not None:
                 token_id, logprobs = next(sampled)
-                seq.append(token_id)
+            if seq.finished:
+                continue
+            if token_id is not None:
+                seq.resolve(token_id)
                 self._finish_if_ended(seq, token_id)
             prompt_logprobs = result.prompt_logprobs.get(seq.seq_id)
-            updates.append(SequenceUpdate(seq, item.start, token_id, logprobs, prompt_logprobs))
+            end = item.start + len(item.token_ids)
+            updates.append(SequenceUpdate(seq, item.start, end, token_id, logprobs, prompt_logprobs))
         return updates
 
-    def abandon_step(self) -> None:
+    def abandon_steps(self) -> None:
         """A step broke off half-way: pages may be half-written, so nothing in them is trusted.
 
-        Running sequences go back to the queue and will be recomputed; every prefix is forgotten.
+        No planned step will be done. Running sequences go back to the queue and will be recomputed; every
+        prefix is forgotten.
         """
+        for planned in self._planned:
+            for seq in planned:
+                seq.forget_pending()
+        self._planned.clear()
         self.cache.reset_prefix_cache()
         while self.running:
             self._preempt(self.running.pop())
@@ -121,11 +141,14 @@ class Scheduler:
     def _schedule_running(self, planned: list[PlannedSequence]) -> int:
         """Plan what runs already; returns the budget that is left."""
         budget = self.max_num_batched_tokens
-        decodes_left = sum(seq.num_uncomputed == 1 for seq in self.running)
+        decodes_left = sum([seq.num_uncomputed == 1 for seq in self.running])
         i = 0
         while i < len(self.running):
             seq = self.running[i]
-            if seq.num_uncomputed == 1:
+            if seq.num_pending and self._reaches_limit(seq):
+                decodes_left -= 1
+                count = 0
+            elif seq.num_uncomputed == 1:
                 decodes_left -= 1
                 count = 1
             else:  # a long prompt leaves one token for each decode behind it
@@ -181,17 +204,26 @@ class Scheduler:
 
     def _plan(self, seq: Sequence, count: int) -> PlannedSequence:
         start, end = seq.num_computed, seq.num_computed + count
-        self.cache.commit(seq, count)
+        samples, follows = end == seq.num_tokens, seq.row if seq.num_pending else -1
         planned = PlannedSequence(  # by position: names would take as long as all the rest
             seq.seq_id,
             seq.token_ids[start:end],
             start,
             self.cache.block_table(seq),
             self.cache.state_slot(seq),
-            self._sample_row(seq) if end == seq.num_tokens else None,
+            self._sample_row(seq) if samples else None,
             self.cache.resume(seq),
             self.cache.capture(seq, count),
+            None,
+            None,
+            follows,
         )
+        seq.num_computed = end
+        self.cache.commit(seq)
+        self._planned[-1].append(seq)
+        if samples:
+            seq.expect(self._num_sampling)
+            self._num_sampling += 1
         if seq.params.prompt_logprobs is None or start >= seq.num_prompt_tokens - 1:
             return planned
         return planned._replace(
@@ -209,11 +241,17 @@ class Scheduler:
 
     def _finish_if_ended(self, seq: Sequence, token_id: int) -> None:
         params = seq.params
-        if token_id in seq.stop_ids and seq.num_output_tokens >= params.min_tokens:
+        if token_id in seq.stop_ids and seq.num_known - seq.num_prompt_tokens >= params.min_tokens:
             assert params.stop_token_ids is not None
             self.finish(seq, "stop", token_id if token_id in params.stop_token_ids else None)
-        elif seq.num_output_tokens == params.max_tokens or seq.num_tokens >= self.max_model_len:
+        elif not seq.num_pending and self._reaches_limit(seq):
             self.finish(seq, "length")
+        elif seq.num_pending and seq.num_known % self.cache.block_size == 0:
+            self.cache.commit(seq)  # the token that its page lacked, when its computation was planned, is known
+
+    def _reaches_limit(self, seq: Sequence) -> bool:
+        """With the tokens that are pending."""
+        return seq.num_output_tokens == seq.params.max_tokens or seq.num_tokens >= self.max_model_len
 
     def check_invariants(self) -> None:
         waiting = [seq for _, seq in self._waiting if not seq.finished]

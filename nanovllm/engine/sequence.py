@@ -9,6 +9,8 @@ import numpy as np
 
 from nanovllm.sampling_params import SamplingParams
 
+PENDING = -1  # in place of a token that is not known
+
 
 class SequenceStatus(enum.Enum):
     WAITING = enum.auto()
@@ -19,10 +21,11 @@ class SequenceStatus(enum.Enum):
 class Sequence:
     """Owns its tokens and says how far they are computed; its pages belong to the CacheManager.
 
-    tokens:   |---- prompt ----|---- output ----|
+    tokens:   |---- prompt ----|---- output ----|- pending -|
               0 <= num_cached <= num_computed <= num_tokens
-    Tokens before num_computed have their keys and values in pages (or in a state); the last
-    token is always one that still has to be computed while the sequence runs.
+    Tokens before num_computed have their keys and values in pages (or in a state), or will have them once
+    the planned steps are done; the last token is always one that still has to be computed while the
+    sequence runs. Pending tokens are those that planned steps will sample: they count, and are not known.
     """
 
     def __init__(
@@ -53,6 +56,8 @@ class Sequence:
         self.status = SequenceStatus.WAITING
         self.num_prompt_tokens = len(prompt)
         self.num_tokens = len(prompt)
+        self.num_pending = 0
+        self.row = 0  # of the last planned step's result that the last pending token comes in
         self.num_computed = 0
         self.num_cached = 0  # prompt tokens that came from the prefix cache, at first admission
         self.num_preemptions = 0
@@ -75,6 +80,10 @@ class Sequence:
         return self.num_tokens - self.num_prompt_tokens
 
     @property
+    def num_known(self) -> int:
+        return self.num_tokens - self.num_pending
+
+    @property
     def num_uncomputed(self) -> int:
         return self.num_tokens - self.num_computed
 
@@ -86,10 +95,22 @@ class Sequence:
     def finished(self) -> bool:
         return self.status is SequenceStatus.FINISHED
 
-    def append(self, token_id: int) -> None:
+    def expect(self, row: int) -> None:
+        """Room for the token that a planned step will sample."""
         if self.num_tokens == len(self._tokens):
             grown = np.empty(2 * len(self._tokens) + 16, dtype=np.int32)
             grown[: self.num_tokens] = self._tokens
             self._tokens = grown
-        self._tokens[self.num_tokens] = token_id
+        self._tokens[self.num_tokens] = PENDING
         self.num_tokens += 1
+        self.num_pending += 1
+        self.row = row
+
+    def resolve(self, token_id: int) -> None:
+        """The oldest pending token is known."""
+        self._tokens[self.num_known] = token_id
+        self.num_pending -= 1
+
+    def forget_pending(self) -> None:
+        self.num_tokens = self.num_known
+        self.num_pending = 0

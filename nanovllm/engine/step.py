@@ -21,6 +21,8 @@ class PlannedSequence(NamedTuple):
     sample: None while the prompt is incomplete after this step.
     prompt_targets: for prompt logprobs: the tokens that rows start.. predict; may be shorter
         than token_ids (the last prompt token predicts output).
+    follows: the row of the step before whose token is this sequence's only one, which was not known when
+        this step was planned; -1 where all tokens are known.
     """
 
     seq_id: int
@@ -33,6 +35,7 @@ class PlannedSequence(NamedTuple):
     capture_to: int = 0
     num_prompt_logprobs: int | None = None
     prompt_targets: np.ndarray | None = None  # int32 [<= n]
+    follows: int = -1
 
     @property
     def num_tokens(self) -> int:
@@ -57,3 +60,11 @@ class StepResult:
     token_ids: np.ndarray  # int64 [R]
     logprobs: list[TokenLogprobs | None]  # [R]
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)  # by seq_id
+
+
+def fill_in(plan: StepPlan, sampled: np.ndarray) -> None:
+    """Put tokens that the step before has sampled, int64 [R], to where the plan's sequences wait for them."""
+    for s in plan.sequences:
+        if s.follows >= 0:
+            assert s.sample is not None
+            s.token_ids[-1] = s.sample.output[-1] = sampled[s.follows]

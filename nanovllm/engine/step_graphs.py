@@ -32,6 +32,9 @@ class StepGraphs:
         self._decoding = decoding
         self._kept: dict[int, tuple[torch.Tensor, Graph]] = {}
 
+    def takes(self, plan: StepPlan) -> bool:
+        return all(s.prompt_targets is None for s in plan.sequences)
+
     def logits(self, plan: StepPlan) -> torch.Tensor:
         """fp32 [R, vocabulary], to be used before the next step overwrites it. CannotRecord if the model
         does what cannot be recorded; nothing has happened then."""

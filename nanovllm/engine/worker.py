@@ -10,6 +10,8 @@ import signal
 import sys
 import threading
 import traceback
+from collections import deque
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,11 +25,14 @@ from nanovllm.distributed.group import TPGroup
 from nanovllm.distributed.join import join_group
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.plan_wire import PlanReader, WirePlan
+from nanovllm.engine.step import StepResult
 from nanovllm.errors import NanoVLLMError, PeerLost
 from nanovllm.models.base import CausalLM
 from nanovllm.models.registry import model_class
 from nanovllm.weights.checkpoint import open_checkpoint
 from nanovllm.weights.hub import resolve_model
+
+_GLANCE = 1e-4  # seconds between looks at a device
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,19 +142,37 @@ def _serve(link: Connection, progress: Progress) -> None:
     group = _join(task)
     try:
         runner = _load(link, task, group)
-        reader = PlanReader()
+        reader, running = PlanReader(), deque[Future[StepResult]]()
         link.send(Answer(None))
-        while (message := link.recv()) is not None:
-            if isinstance(message, WirePlan):
-                result = runner.execute(reader.read(message))
-                progress.steps += 1
-                if task.rank == 0:
-                    link.send(Answer(result))
+
+        def finish_step() -> None:
+            result = running.popleft().result()
+            progress.steps += 1
+            if task.rank == 0:
+                link.send(Answer(result))
+
+        while True:
+            if running and _ends_first(running, link):
+                finish_step()
+            elif (message := link.recv()) is None:
+                return
+            elif isinstance(message, WirePlan):
+                running.append(runner.execute(reader.read(message)))
             else:
+                while running:  # answers come in the order of the questions
+                    finish_step()
                 link.send_bytes(_call(message, runner.model))
     finally:
         if group.comm is not None:
             group.comm.close()
+
+
+def _ends_first(running: deque[Future[StepResult]], link: Connection) -> bool:
+    """Whether the oldest step ends before another message comes. A GPU has the next step waiting, and no more."""
+    while len(running) == 1 and not running[0].done():
+        if link.poll(_GLANCE):
+            return False
+    return True
 
 
 def _join(task: WorkerTask) -> TPGroup:

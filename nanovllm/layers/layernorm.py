@@ -17,16 +17,16 @@ class RMSNorm(WeightLayer):
     def __init__(self, size: int, eps: float, ctx: BuildContext) -> None:
         super().__init__()
         self._size = (size,)
-        self._eps = eps
+        self.eps = eps
         self._ops = ctx.ops
         self.add_parameter("weight", self._size, ctx.hidden_dtype, ctx.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., size]
-        return self._ops.rms_norm(x, self.weight, self._eps)
+        return self._ops.rms_norm(x, self.weight, self.eps)
 
 
 class GemmaRMSNorm(RMSNorm):
-    """Gemma's RMSNorm: the weight on disk is the difference from one; all in fp32."""
+    """Gemma's RMSNorm: the weight on disk is the difference from one; in fp32."""
 
     def __init__(self, size: int, eps: float, ctx: BuildContext) -> None:
         super().__init__(size, eps, ctx)
@@ -35,9 +35,6 @@ class GemmaRMSNorm(RMSNorm):
     def load_weight(self, parameter: str, tensor: torch.Tensor | Blocks, shard: str | None) -> None:
         assert isinstance(tensor, torch.Tensor)
         super().load_weight(parameter, 1.0 + tensor.float(), shard)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., size]
-        return self._ops.rms_norm(x.float(), self.weight, self._eps).to(x.dtype)
 
 
 class LayerNorm(WeightLayer):

@@ -144,6 +144,7 @@ class RowParallelLinear(WeightLayer, LinearWeights):
     the ranks. The bias is on rank 0.
 
     forward(residual=): what the result is added to, the same [T, out] on all ranks; where not reduced, this rank's.
+        Its memory may become the result's.
     """
 
     bias: torch.Tensor | None

@@ -19,6 +19,7 @@ from torch import nn
 
 from nanovllm.build_context import BuildContext
 from nanovllm.errors import ModelNotSupported
+from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.ops.base import Ops
 
 
@@ -110,6 +111,14 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, ops: Ops
     """Rotate the first dimensions of heads x [T, H, D], twice as many as cos and sin are wide, and
     leave the rest; computed in fp32, returned in x's dtype."""
     return ops.rotate(x, cos, sin)
+
+
+def apply_normed_rotary(
+    q: torch.Tensor, k: torch.Tensor, q_norm: RMSNorm, k_norm: RMSNorm, rope: Rope
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for heads of queries [T, H, D] and of keys [T, KH, D], each normed first."""
+    assert q_norm.eps == k_norm.eps
+    return rope.ops.norm_and_rotate(q, k, q_norm.weight, k_norm.weight, q_norm.eps, rope.cos, rope.sin)
 
 
 def inverse_frequencies(dim: int, config: RopeConfig, max_model_len: int = 0) -> torch.Tensor:

@@ -23,41 +23,22 @@ _SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31), np.uint64(11)
 
 def sample(
     logits: torch.Tensor, rows: Sequence[SampleRow], ops: SamplingOps
-) -> tuple[np.ndarray, list[TokenLogprobs | None]]:
+) -> tuple[torch.Tensor, list[TokenLogprobs | None]]:
     """Draw a token for each row of fp32 logits [R, V], which are changed in place.
 
-    Returns int64 [R] and, for rows that ask, log probabilities of the unchanged logits.
+    Returns int64 [R] on the logits' device and, for rows that ask, log probabilities of the unchanged logits.
     """
     wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
     raw = ops.log_softmax(logits[wanted]) if wanted else None
     process_logits(logits, rows, ops)
     greedy = all(row.params.greedy for row in rows)
-    token_ids = ops.argmax(logits) if greedy else ops.draw(logits, rows, uniforms(rows))
+    drawn = ops.argmax(logits) if greedy else ops.draw(logits, rows, uniforms(rows))
     logprobs: list[TokenLogprobs | None] = [None] * len(rows)
     if raw is not None:
         counts = [rows[i].params.logprobs for i in wanted]
-        for i, found in zip(wanted, token_logprobs(raw, token_ids[wanted], counts), strict=True):
+        for i, found in zip(wanted, ops.token_logprobs(raw, drawn[wanted], counts), strict=True):
             logprobs[i] = found
-    return token_ids, logprobs
-
-
-def token_logprobs(logprobs: torch.Tensor, token_ids: np.ndarray, counts: Sequence[int | None]) -> list[TokenLogprobs]:
-    """For each row [V] of log probabilities: the given token, its rank, and the likeliest `count`
-    (-1: all of the vocabulary), ties by token id."""
-    actual = torch.from_numpy(token_ids).to(logprobs.device)[:, None]
-    chosen = logprobs.gather(1, actual)
-    ranks = (logprobs > chosen).sum(dim=1) + 1
-    sizes = [logprobs.shape[1] if count == -1 else count or 0 for count in counts]
-    largest = logprobs.topk(max(sizes), dim=1).values
-    found = []
-    for i, (size, rank) in enumerate(zip(sizes, ranks.tolist(), strict=True)):
-        ids = actual[i]
-        if size:
-            likeliest = (logprobs[i] >= largest[i, size - 1]).nonzero().squeeze(1)
-            order = logprobs[i, likeliest].argsort(descending=True, stable=True)[:size]
-            ids = torch.cat([ids, likeliest[order]])
-        found.append(TokenLogprobs(ids.cpu().numpy(), logprobs[i, ids].cpu().numpy(), rank))
-    return found
+    return drawn, logprobs
 
 
 def uniforms(rows: Sequence[SampleRow]) -> np.ndarray:

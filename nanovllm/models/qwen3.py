@@ -15,7 +15,7 @@ from nanovllm.layers.embed_head import ParallelLMHead
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.mlp import GatedMLP
-from nanovllm.layers.rotary_embedding import Rope, RopeConfig, apply_rotary
+from nanovllm.layers.rotary_embedding import Rope, RopeConfig, apply_normed_rotary
 from nanovllm.models.base import CausalLM
 from nanovllm.models.config_reader import read_config, refuse_unless, rope_fields
 from nanovllm.models.llama import LlamaDecoderLayer, LlamaModel
@@ -70,8 +70,7 @@ class Qwen3Attention(nn.Module):
     def forward(self, x: torch.Tensor, rope: Rope, batch: Batch, residual: torch.Tensor | None = None) -> torch.Tensor:
         heads = self.qkv_proj(x).unflatten(1, (-1, self.head_dim))  # [T, H + 2 KH, D]
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        q = apply_rotary(self.q_norm(q), *rope)  # the norm comes before the rotation
-        k = apply_rotary(self.k_norm(k), *rope)
+        q, k = apply_normed_rotary(q, k, self.q_norm, self.k_norm, rope)
         return self.o_proj(self.attn(q, k, v, batch), residual=residual)
 
 

@@ -18,15 +18,17 @@ from nanovllm.ops.library import Library, library_or_reason
 from nanovllm.ops.mamba2 import Mamba2Sizes, Mamba2Weights, SumOverRanks
 from nanovllm.ops.native import NativeOps
 from nanovllm.ops.torch_ops import TorchOps
-from nanovllm.sample_row import SampleRow
+from nanovllm.ops.triton_support import unsupported_reason
+from nanovllm.sample_row import SampleRow, TokenLogprobs
 
 logger = logging.getLogger(__name__)
 
 
 class SamplingOps(Protocol):
-    """From fp32 logits [R, V] to tokens. A row that holds no number draws some token, and harms no other."""
+    """From fp32 logits [R, V] to tokens, which stay on their device. A row that holds no number draws some token,
+    and harms no other."""
 
-    def argmax(self, logits: torch.Tensor) -> np.ndarray:
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         """The first of each row's largest, int64 [R]."""
         ...
 
@@ -34,12 +36,19 @@ class SamplingOps(Protocol):
         """Log probabilities [R, V]."""
         ...
 
+    def token_logprobs(
+        self, logprobs: torch.Tensor, token_ids: torch.Tensor, counts: Sequence[int | None]
+    ) -> list[TokenLogprobs]:
+        """For each row [V] of log probabilities: the token of token_ids [R], its rank, and the likeliest `count`
+        (-1: all of the vocabulary), ties by token id."""
+        ...
+
     def penalise(self, logits: torch.Tensor, rows: Mapping[int, SampleRow]) -> None:
         """Repetition (Keskar et al. 2019) over prompt and output, then frequency and presence (the
         OpenAI API's) over the output; in place, in the rows of these numbers."""
         ...
 
-    def draw(self, logits: torch.Tensor, rows: Sequence[SampleRow], uniforms: np.ndarray) -> np.ndarray:
+    def draw(self, logits: torch.Tensor, rows: Sequence[SampleRow], uniforms: np.ndarray) -> torch.Tensor:
         """Divide by temperature, cut by min_p, top_k, top_p, typical_p in turn, and take the token where the
         mass, summed in the vocabulary's order, first exceeds the row's uniform; int64 [R]."""
         ...
@@ -97,6 +106,17 @@ class Ops(Protocol):
         """act(x [T, K] @ weight.T + bias) -> [T, rows], or the residual [T, rows] plus x @ weight.T + bias."""
         ...
 
+    def plain_linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The same by a weight [rows, K] that is not packed, without an activation. The residual's memory may
+        become the result's."""
+        ...
+
+    def activate(self, x: torch.Tensor, act: str, *, gated: bool) -> torch.Tensor:
+        """act(x); where `gated`, act(first half of the columns) * second half: [T, 2 N] -> [T, N]."""
+        ...
+
     def gated_linear(
         self, x: torch.Tensor, packed: torch.Tensor | Packed, rows: int, bias: torch.Tensor | None, act: str
     ) -> torch.Tensor:
@@ -144,7 +164,7 @@ class Ops(Protocol):
         ...
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """[..., size]; statistics in fp32."""
+        """[..., size]; computed in fp32, returned in x's dtype."""
         ...
 
     def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
@@ -157,6 +177,19 @@ class Ops(Protocol):
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Heads x [T, H, D] by cos and sin [T, 1, R / 2], R <= D; computed in fp32, returned in x's dtype."""
+        ...
+
+    def norm_and_rotate(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        q_weight: torch.Tensor,
+        k_weight: torch.Tensor,
+        eps: float,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries [T, H, D] and keys [T, KH, D]: `rms_norm` of each head, then `rotate`."""
         ...
 
     def mamba2_states(self, sizes: Mamba2Sizes, dtype: torch.dtype) -> StateSpec:
@@ -185,12 +218,15 @@ class Ops(Protocol):
 
 
 def select_ops(name: str, device: torch.device, dtype: torch.dtype) -> Ops:
-    """The configured maker, or for "auto" the native one wherever it can run.
+    """The configured maker, or for "auto" the native one on CPUs and the Triton one on GPUs, wherever they can run.
 
-    ConfigError if "native" cannot run. Where it only was not built, the log tells what is lost.
+    ConfigError if the configured one cannot run. Where one only was not built or installed, the log tells what is
+    lost.
     """
     if name == "torch":
         return TorchOps()
+    if name == "triton" or (name == "auto" and device.type == "cuda"):
+        return _triton_ops(name, device)
     reason = NativeOps.unsupported_reason(device, dtype)
     if reason is None:
         library = library_or_reason()
@@ -201,4 +237,16 @@ def select_ops(name: str, device: torch.device, dtype: torch.dtype) -> Ops:
             logger.warning("%s; torch's kernels run instead, at about half the speed", reason)
     if name == "native":
         raise ConfigError(f"kernels='native': {reason}")
+    return TorchOps()
+
+
+def _triton_ops(name: str, device: torch.device) -> Ops:
+    reason = unsupported_reason(device)
+    if reason is None:
+        from nanovllm.ops.triton_ops import TritonOps  # triton is an extra
+
+        return TritonOps()
+    if name == "triton":
+        raise ConfigError(f"kernels='triton': {reason}")
+    logger.warning("Triton %s; torch's kernels run instead, more of them and slower", reason)
     return TorchOps()

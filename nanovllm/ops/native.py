@@ -14,6 +14,7 @@ from nanovllm.ops.library import Library
 from nanovllm.ops.mamba2 import Mamba2Sizes, Mamba2Weights, SumOverRanks
 from nanovllm.ops.native_sampling import NativeSampling
 from nanovllm.ops.recorder import NativeRecorder
+from nanovllm.ops.torch_activation import activate
 
 _PANEL = 16  # rows of a weight that lie side by side once packed; csrc/kernels.h
 _STRIP = 32  # channels of a Mamba2 layer that lie side by side in its state; csrc/kernels.h
@@ -100,6 +101,14 @@ class NativeOps:
                 residual=residual if whole or residual is None else residual[:, mine],
             )
         return out
+
+    def plain_linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        raise NotImplementedError("all weights are packed")
+
+    def activate(self, x: torch.Tensor, act: str, *, gated: bool) -> torch.Tensor:
+        return activate(x, act, gated=gated)
 
     def gated_linear(
         self, x: torch.Tensor, packed: torch.Tensor | Packed, rows: int, bias: torch.Tensor | None, act: str
@@ -245,6 +254,19 @@ class NativeOps:
         cos, sin = cos.contiguous(), sin.contiguous()
         self._library.rope(*_rows(rows), cos.data_ptr(), sin.data_ptr(), half, out.data_ptr(), torch.get_num_threads())
         return out.to(x.dtype)
+
+    def norm_and_rotate(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        q_weight: torch.Tensor,
+        k_weight: torch.Tensor,
+        eps: float,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k = self.rms_norm(q, q_weight, eps), self.rms_norm(k, k_weight, eps)
+        return self.rotate(q, cos, sin), self.rotate(k, cos, sin)
 
     def mamba2_states(self, sizes: Mamba2Sizes, dtype: torch.dtype) -> StateSpec:
         """A token's bits are the same however its sequence is cut, so there is no grid."""

@@ -9,7 +9,7 @@ import torch
 
 from nanovllm.ops.library import Library
 from nanovllm.ops.torch_sampling import HIGHEST_TEMPERATURE, LARGEST_PENALTY, SMALLEST_PENALTY, TorchSampling
-from nanovllm.sample_row import SampleRow
+from nanovllm.sample_row import SampleRow, TokenLogprobs
 
 # DrawRow and PenaltyRow of csrc/kernels.h
 _DRAW = np.dtype(
@@ -31,7 +31,7 @@ class NativeSampling:
         self._library = library
         self._torch = TorchSampling()
 
-    def argmax(self, logits: torch.Tensor) -> np.ndarray:
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         return self._draw(logits, None)
 
     def log_softmax(self, logits: torch.Tensor) -> torch.Tensor:
@@ -40,6 +40,11 @@ class NativeSampling:
             *(logits.data_ptr(), logits.stride(0), *logits.shape, out.data_ptr(), torch.get_num_threads())
         )
         return out
+
+    def token_logprobs(
+        self, logprobs: torch.Tensor, token_ids: torch.Tensor, counts: Sequence[int | None]
+    ) -> list[TokenLogprobs]:
+        return self._torch.token_logprobs(logprobs, token_ids, counts)
 
     def penalise(self, logits: torch.Tensor, rows: Mapping[int, SampleRow]) -> None:
         tokens = [part for row in rows.values() for part in (row.prompt, row.output)]
@@ -58,7 +63,7 @@ class NativeSampling:
             *(seen.ctypes.data, table.ctypes.data, len(table), torch.get_num_threads()),
         )
 
-    def draw(self, logits: torch.Tensor, rows: Sequence[SampleRow], uniforms: np.ndarray) -> np.ndarray:
+    def draw(self, logits: torch.Tensor, rows: Sequence[SampleRow], uniforms: np.ndarray) -> torch.Tensor:
         params = [row.params for row in rows]
         how = np.empty(len(rows), dtype=_DRAW)
         how["min_p"] = [p.min_p for p in params]
@@ -74,10 +79,10 @@ class NativeSampling:
             token_ids[typical] = self._torch.draw(logits[typical], [rows[i] for i in typical], uniforms[typical])
         return token_ids
 
-    def _draw(self, logits: torch.Tensor, how: np.ndarray | None) -> np.ndarray:
-        token_ids = np.empty(len(logits), dtype=np.int64)
+    def _draw(self, logits: torch.Tensor, how: np.ndarray | None) -> torch.Tensor:
+        token_ids = torch.empty(len(logits), dtype=torch.int64)
         self._library.draw(
             *(logits.data_ptr(), logits.stride(0), *logits.shape),
-            *(None if how is None else how.ctypes.data, token_ids.ctypes.data, torch.get_num_threads()),
+            *(None if how is None else how.ctypes.data, token_ids.data_ptr(), torch.get_num_threads()),
         )
         return token_ids

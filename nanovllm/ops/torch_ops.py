@@ -11,6 +11,7 @@ from nanovllm.ops import torch_mamba2
 from nanovllm.ops.formats import Codes, Packed
 from nanovllm.ops.mamba2 import Mamba2Sizes, Mamba2Weights, SumOverRanks
 from nanovllm.ops.ssm_plan import GRID, ScanPlan, plan_scan
+from nanovllm.ops.torch_activation import activate
 from nanovllm.ops.torch_sampling import TorchSampling
 
 
@@ -68,6 +69,15 @@ class TorchOps:
         out = torch.ops.mkldnn._linear_pointwise(doubled, packed, bias, "none", [], "")[: len(x)]
         return out if residual is None else residual + out
 
+    def plain_linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        out = F.linear(x, weight, bias)
+        return out if residual is None else residual + out
+
+    def activate(self, x: torch.Tensor, act: str, *, gated: bool) -> torch.Tensor:
+        return activate(x, act, gated=gated)
+
     def gated_linear(
         self, x: torch.Tensor, packed: torch.Tensor | Packed, rows: int, bias: torch.Tensor | None, act: str
     ) -> torch.Tensor:
@@ -108,6 +118,8 @@ class TorchOps:
         return None
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        if weight.dtype != x.dtype:  # Gemma's, in fp32
+            return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
         return F.rms_norm(x, weight.shape, weight, eps)
 
     def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
@@ -116,6 +128,19 @@ class TorchOps:
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         first, second, *rest = x.float().split(cos.shape[-1], dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin, *rest), dim=-1).to(x.dtype)
+
+    def norm_and_rotate(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        q_weight: torch.Tensor,
+        k_weight: torch.Tensor,
+        eps: float,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k = self.rms_norm(q, q_weight, eps), self.rms_norm(k, k_weight, eps)
+        return self.rotate(q, cos, sin), self.rotate(k, cos, sin)
 
     def mamba2_states(self, sizes: Mamba2Sizes, dtype: torch.dtype) -> StateSpec:
         history = (sizes.conv_kernel - 1, sizes.conv_size)

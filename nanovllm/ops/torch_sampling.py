@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 
-from nanovllm.sample_row import SampleRow
+from nanovllm.sample_row import SampleRow, TokenLogprobs
 
 # Nucleus sampling looks at this many likeliest tokens before it sorts the whole vocabulary.
 _FIRST_LOOK = 512
@@ -18,18 +18,36 @@ SMALLEST_PENALTY, LARGEST_PENALTY = 1e-20, 1e20
 
 
 class TorchSampling:
-    def argmax(self, logits: torch.Tensor) -> np.ndarray:
-        return logits.argmax(dim=-1).cpu().numpy()
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.argmax(dim=-1)
 
     def log_softmax(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.log_softmax(dim=-1)
+
+    def token_logprobs(
+        self, logprobs: torch.Tensor, token_ids: torch.Tensor, counts: Sequence[int | None]
+    ) -> list[TokenLogprobs]:
+        actual = token_ids[:, None]
+        chosen = logprobs.gather(1, actual)
+        ranks = (logprobs > chosen).sum(dim=1) + 1
+        sizes = sizes_of(counts, logprobs.shape[1])
+        largest = logprobs.topk(max(sizes), dim=1).values
+        found = []
+        for i, (size, rank) in enumerate(zip(sizes, ranks.tolist(), strict=True)):
+            ids = actual[i]
+            if size:
+                likeliest = (logprobs[i] >= largest[i, size - 1]).nonzero().squeeze(1)
+                order = logprobs[i, likeliest].argsort(descending=True, stable=True)[:size]
+                ids = torch.cat([ids, likeliest[order]])
+            found.append(TokenLogprobs(ids.cpu().numpy(), logprobs[i, ids].cpu().numpy(), rank))
+        return found
 
     def penalise(self, logits: torch.Tensor, rows: Mapping[int, SampleRow]) -> None:
         for i, row in rows.items():
             _penalise(logits[i], row)
 
-    def draw(self, logits: torch.Tensor, rows: Sequence[SampleRow], uniforms: np.ndarray) -> np.ndarray:
-        token_ids = np.empty(len(rows), dtype=np.int64)
+    def draw(self, logits: torch.Tensor, rows: Sequence[SampleRow], uniforms: np.ndarray) -> torch.Tensor:
+        token_ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
         if greedy := [i for i, row in enumerate(rows) if row.params.greedy]:
             token_ids[greedy] = self.argmax(logits[greedy])
         if random := [i for i, row in enumerate(rows) if not row.params.greedy]:
@@ -39,6 +57,11 @@ class TorchSampling:
             _truncate(part, chosen)
             token_ids[random] = _inverse_cdf(part, uniforms[random])
         return token_ids
+
+
+def sizes_of(counts: Sequence[int | None], vocab_size: int) -> list[int]:
+    """How many likeliest tokens each row is asked for."""
+    return [vocab_size if count == -1 else count or 0 for count in counts]
 
 
 def _penalise(logits: torch.Tensor, row: SampleRow) -> None:
@@ -57,7 +80,7 @@ def _penalise(logits: torch.Tensor, row: SampleRow) -> None:
         logits[target] -= torch.from_numpy(amount).float().to(logits.device)
 
 
-def _inverse_cdf(logits: torch.Tensor, u: np.ndarray) -> np.ndarray:
+def _inverse_cdf(logits: torch.Tensor, u: np.ndarray) -> torch.Tensor:
     """The token where the cumulative mass, in order of the vocabulary, first exceeds u."""
     mass = _weights(logits).cumsum(dim=-1, dtype=torch.float64)
     total = mass[:, -1:]
@@ -66,7 +89,7 @@ def _inverse_cdf(logits: torch.Tensor, u: np.ndarray) -> np.ndarray:
     target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
     drawn = torch.searchsorted(mass, target, right=True)
     # a broken model's NaN must not become a token id outside the vocabulary, which would harm the batch
-    return drawn.clamp(max=logits.shape[1] - 1).squeeze(1).cpu().numpy()
+    return drawn.clamp(max=logits.shape[1] - 1).squeeze(1)
 
 
 def _weights(logits: torch.Tensor) -> torch.Tensor:

@@ -7,11 +7,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from nanovllm.host_memory import mapped_zeros
-from nanovllm.layers.activation import activation
 from nanovllm.ops.base import Ops
 from nanovllm.ops.formats import Packed
 from nanovllm.quantization.blocks import Blocks
@@ -104,7 +102,8 @@ class LinearMethod(Protocol):
     ) -> torch.Tensor:
         """act(x [T, cols] @ weight.T + bias) -> [T, rows]; where gated, act(first half) * second half.
 
-        residual: [T, rows], added to the result of a layer without an activation."""
+        residual: [T, rows], added to the result of a layer without an activation. Its memory may become the
+        result's."""
         ...
 
     def embed(self, layer: LinearWeights, ids: torch.Tensor, first: int) -> torch.Tensor:
@@ -173,11 +172,10 @@ class UnquantizedLinearMethod:
     ) -> torch.Tensor:
         assert residual is None or layer.act is None
         if not layer.packed:
-            out = _activated(layer, F.linear(x, layer.weight, bias))
-            return out if residual is None else residual + out
+            return self._activated(layer, self._ops.plain_linear(x, layer.weight, bias, residual))
         weight = layer.weight if layer.quantized is None else layer.quantized
         if not self._fuses(layer):
-            return _activated(layer, self._ops.linear(x, weight, layer.rows, bias))
+            return self._activated(layer, self._ops.linear(x, weight, layer.rows, bias))
         if layer.gated:
             assert layer.act is not None
             return self._ops.gated_linear(x, weight, layer.rows, bias, layer.act)
@@ -190,11 +188,5 @@ class UnquantizedLinearMethod:
     def _fuses(self, layer: LinearWeights) -> bool:
         return layer.act is None or self._ops.fuses(layer.act)
 
-
-def _activated(layer: LinearWeights, x: torch.Tensor) -> torch.Tensor:
-    if layer.act is None:
-        return x
-    if not layer.gated:
-        return activation(layer.act)(x)
-    gate, up = x.chunk(2, dim=-1)
-    return activation(layer.act)(gate) * up
+    def _activated(self, layer: LinearWeights, x: torch.Tensor) -> torch.Tensor:
+        return x if layer.act is None else self._ops.activate(x, layer.act, gated=layer.gated)

@@ -129,7 +129,7 @@ def test_an_interrupted_step_is_not_mixed_up_with_the_next(llm, monkeypatch):
 
 def test_random_operations_give_what_the_in_process_executor_gives(llm, model):
     random = np.random.default_rng(5)
-    with LLM(model, **OPTIONS) as other:
+    with LLM(model, **OPTIONS, async_scheduling=llm.engine.config.async_scheduling) as other:
         shown = {id(engine): {} for engine in (llm.engine, other.engine)}
         added = 0
         for _ in range(150):
@@ -169,7 +169,7 @@ def test_two_engines_at_once(two_ranks):
     streams = [llm.engine for llm in (first, second)]
     for engine in streams:
         engine.add(engine.prepare([7, 8], GREEDY, request_id="x"))
-    outputs = [[engine.step()[0] for _ in range(12)][-1]["token_ids"] for engine in streams]
+    outputs = [run_all(engine)["x"]["token_ids"] for engine in streams]
     assert outputs == [expected([7, 8], 12)] * 2
     assert not set(pids(first).values()) & set(pids(second).values())
 

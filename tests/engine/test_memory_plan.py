@@ -9,9 +9,9 @@ from tiny_models import TINY, make_tiny_model
 
 from nanovllm import LLM, ConfigError
 from nanovllm.config import EngineConfig
+from nanovllm.engine import caches as engine_caches
 from nanovllm.engine.build import find_model
 from nanovllm.engine.memory_plan import footprint, plan_memory
-from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.weights.checkpoint import open_checkpoint
 
 CACHES = 8 * 2**20
@@ -31,13 +31,13 @@ def planned(path, tp=1, **options):
 @pytest.mark.parametrize("family", TINY)
 def test_a_loaded_engine_allocates_what_was_planned(tiny_model, family, dtype, monkeypatch):
     caches = []
-    zeros = ModelRunner._zeros
+    zeros = engine_caches._zeros
 
-    def counted(self, *args):
-        caches.append(zeros(self, *args))
+    def counted(*args):
+        caches.append(zeros(*args))
         return caches[-1]
 
-    monkeypatch.setattr(ModelRunner, "_zeros", counted)
+    monkeypatch.setattr(engine_caches, "_zeros", counted)
     path = tiny_model(family)
     model, config = planned(path, dtype=dtype, max_num_seqs=5)
     plan = plan_memory(model, config, model.weights + model.tables + CACHES)

@@ -134,16 +134,39 @@ def test_host_memory_respects_the_control_group(tmp_path, monkeypatch):
 
 def test_ranks_of_a_host_share_its_memory(monkeypatch):
     monkeypatch.setattr(memory, "free_host_memory", lambda: 1000)
-    cpu = torch.device("cpu")
-    assert memory.cache_memory(EngineConfig("m"), cpu, ranks=2) == 200
-    assert memory.cache_memory(EngineConfig("m", kvcache_memory=900), cpu, ranks=3) == 300
-    assert memory.cache_memory(EngineConfig("m", num_kvcache_blocks=4), cpu, ranks=4) == 250
+    assert memory.host_cache_memory(EngineConfig("m"), ranks=2) == 200
+    assert memory.host_cache_memory(EngineConfig("m", kvcache_memory=900), ranks=3) == 300
+    assert memory.host_cache_memory(EngineConfig("m", num_kvcache_blocks=4), ranks=4) == 250
 
 
-def test_cuda_memory_is_the_share_less_what_is_in_use(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (700, 1000))
-    config = EngineConfig("m", gpu_memory_utilization=0.9)
-    assert memory.cache_memory(config, torch.device("cuda")) == 600
-    config = EngineConfig("m", gpu_memory_utilization=0.25)
-    with pytest.raises(ConfigError, match=r"gpu_memory_utilization=0\.25"):
-        memory.cache_memory(config, torch.device("cuda"))
+class Device:
+    """A GPU's memory, of which somebody else has some."""
+
+    def __init__(self, monkeypatch, total, others):
+        self.total, self.used = total, others
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (self.total - self.used, self.total))
+
+    def take(self, size):
+        self.used += size
+        if self.used > self.total:
+            raise torch.cuda.OutOfMemoryError
+
+
+@pytest.mark.parametrize(("others", "share", "left"), [(0, 0.9, 600), (300, 0.9, 400), (500, 0.5, 200)])
+def test_device_memory_is_the_share_less_weights_and_steps(monkeypatch, others, share, left):
+    """Two engines fit beside one another if their shares do."""
+    device = Device(monkeypatch, 1000, others)
+    before = memory.DeviceMemory(torch.device("cuda"))
+    device.take(200)
+    config = EngineConfig("m", gpu_memory_utilization=share)
+    assert before.left(config, lambda: device.take(100)) == left
+
+
+def test_what_to_do_where_device_memory_does_not_suffice(monkeypatch):
+    device = Device(monkeypatch, 1000, 0)
+    before = memory.DeviceMemory(torch.device("cuda"))
+    device.take(800)
+    with pytest.raises(ConfigError, match=r"utilization=0\.9 .* 800 of weights and 150 for a step: raise it"):
+        before.left(EngineConfig("m"), lambda: device.take(150))
+    with pytest.raises(ConfigError, match=r"beside 950 bytes of weights: lower max_num_batched_tokens"):
+        before.left(EngineConfig("m"), lambda: device.take(150))

@@ -4,12 +4,14 @@ import pickle
 from collections.abc import Mapping
 
 import numpy as np
+import pytest
 from helpers import MockExecutor, mock_engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm import SamplingParams
 from nanovllm.engine.plan_wire import PlanReader, PlanWriter
+from nanovllm.engine.step import fill_in
 
 
 def same(a, b):
@@ -35,6 +37,7 @@ class OverAWire:
         for reader in self.readers:
             read = reader.read(pickle.loads(message))
             assert same(plan.sequences, read.sequences)
+            fill_in(read, self.mock.sampled)
         return self.mock.submit(read)
 
     def close(self):
@@ -71,10 +74,15 @@ PARAMS = st.builds(
     num_blocks=st.integers(9, 24),
     num_slots=st.sampled_from([0, 4]),
     budget=st.integers(6, 40),
+    ahead=st.booleans(),
 )
-def test_every_plan_of_any_engine_arrives(operations, num_blocks, num_slots, budget):
+def test_every_plan_of_any_engine_arrives(operations, num_blocks, num_slots, budget, ahead):
     engine, mock = wired_engine(
-        num_blocks=num_blocks, num_slots=num_slots, max_num_seqs=4, max_num_batched_tokens=budget
+        num_blocks=num_blocks,
+        num_slots=num_slots,
+        max_num_seqs=4,
+        max_num_batched_tokens=budget,
+        async_scheduling=ahead,
     )
     added = []
     for operation in operations:
@@ -95,8 +103,9 @@ def test_every_plan_of_any_engine_arrives(operations, num_blocks, num_slots, bud
         engine.step()
 
 
-def test_parameters_and_history_cross_once():
-    engine, _ = wired_engine(num_blocks=200)
+@pytest.mark.parametrize("ahead", [False, True])
+def test_parameters_and_history_cross_once(ahead):
+    engine, _ = wired_engine(num_blocks=200, async_scheduling=ahead)
     for i in range(8):
         params = SamplingParams(max_tokens=60, ignore_eos=True, logit_bias={i: 1.0})
         engine.add(engine.prepare([i + 1] * 50, params))

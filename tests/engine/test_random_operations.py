@@ -23,8 +23,9 @@ class EngineMachine(RuleBasedStateMachine):
         chunk_grid=st.sampled_from([1, 8]),
         window=st.sampled_from([None, None, 1, 5, 9, 16, 30]),
         policy=st.sampled_from(["fcfs", "priority"]),
+        ahead=st.booleans(),
     )
-    def start(self, num_blocks, max_num_seqs, budget, caching, num_slots, chunk_grid, window, policy):
+    def start(self, num_blocks, max_num_seqs, budget, caching, num_slots, chunk_grid, window, policy, ahead):
         self.engine, self.executor = mock_engine(
             num_blocks=num_blocks,
             max_num_seqs=max_num_seqs,
@@ -34,6 +35,7 @@ class EngineMachine(RuleBasedStateMachine):
             chunk_grid=chunk_grid,
             window=window,
             scheduling_policy=policy,
+            async_scheduling=ahead,
         )
         self.unfinished = {}
         self.finished = {}
@@ -71,12 +73,14 @@ class EngineMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.unfinished)
     @rule()
     def interrupt_a_step(self):
+        planned = len(self.executor.plans)
         self.executor.fail_next = RuntimeError("interrupted")
         try:
-            self.engine.step()
+            self.take(self.engine.step())
         except RuntimeError:
             return
-        raise AssertionError("the executor's error was swallowed")
+        self.executor.fail_next = None
+        assert len(self.executor.plans) == planned, "the executor's error was swallowed"
 
     @rule()
     def reset_prefix_cache(self):

@@ -157,3 +157,57 @@ def test_eos_and_stop_tokens():
     assert out[ended.request_id].finish_reason == "stop"
     assert (out[stopped.request_id].token_ids, out[stopped.request_id].stop_reason) == ([5, 6], 6)
     assert (out[ignoring.request_id].token_ids, out[ignoring.request_id].finish_reason) == (script, "length")
+
+
+def test_ahead_a_step_is_planned_before_the_last_one_is_done():
+    engine, executor = mock_engine(async_scheduling=True)
+    request = add(engine, [1, 2, 3], SamplingParams(max_tokens=3, ignore_eos=True, seed=0))
+    assert engine.step() == []
+    assert len(executor.plans) == 1
+    texts = [list(engine.step()[0].outputs[0].token_ids) for _ in range(3)]
+    assert texts[-1] == naive_generate([1, 2, 3], 3, eos=None)
+    assert [len(t) for t in texts] == [1, 2, 3]
+    assert len(executor.plans) == 3, "its limit is known before: nothing is computed in vain"
+    assert request.sequences[0].num_tokens == 6
+    assert not engine.has_unfinished
+
+
+@pytest.mark.parametrize("how", ["token", "string"])
+def test_ahead_what_a_sequence_gets_after_its_end_is_dropped(how):
+    script = [ord("a"), ord("b"), EOS if how == "token" else ord("c"), 7, 8]
+    engine, executor = mock_engine(script=script, async_scheduling=True)
+    params = SamplingParams(max_tokens=5, stop=None if how == "token" else ["c"])
+    request = add(engine, [1], params)
+    output = run_all(engine)[request.request_id].outputs[0]
+    assert output.token_ids == script[:3]
+    assert (output.text, output.finish_reason) == ("ab", "stop")
+    assert len(executor.plans) == 4, "one step too many"
+    assert engine.stats.generation_tokens == 3
+    second = add(engine, [1], params)  # the step too many is still on its way
+    assert run_all(engine)[second.request_id].outputs[0].token_ids == script[:3]
+    assert engine.scheduler.cache.blocks.num_free == engine.scheduler.cache.blocks.num_usable
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_output_is_found_as_a_prefix(ahead):
+    """Ahead, a page is computed before its last token is known."""
+    engine, _ = mock_engine(async_scheduling=ahead)
+    first = add(engine, [1, 2, 3], SamplingParams(max_tokens=30, ignore_eos=True, seed=0))
+    tokens = [1, 2, 3, *run_all(engine)[first.request_id].outputs[0].token_ids]
+    second = add(engine, tokens, LONG)
+    assert run_all(engine)[second.request_id].num_cached_tokens == 32
+
+
+def test_ahead_nobody_waits_for_a_step_that_broke_off():
+    engine, executor = mock_engine(async_scheduling=True, num_blocks=12, max_num_seqs=3)
+    requests = [add(engine, [i] * 20) for i in range(3)]
+    for _ in range(4):
+        engine.step()
+    executor.fail_next = RuntimeError("broken")
+    with pytest.raises(RuntimeError, match="broken"):
+        engine.step()
+    engine.scheduler.check_invariants()
+    assert not any(seq.num_pending for request in requests for seq in request.sequences)
+    finished = run_all(engine)
+    for i, request in enumerate(requests):
+        assert finished[request.request_id].outputs[0].token_ids == naive_generate([i] * 20, 20, eos=None)

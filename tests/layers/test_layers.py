@@ -11,7 +11,7 @@ from nanovllm.attention.reference import ReferenceAttention
 from nanovllm.build_context import BuildContext
 from nanovllm.distributed.group import TPGroup
 from nanovllm.errors import ConfigError, ModelNotSupported
-from nanovllm.layers.activation import _ACTIVATIONS, activation
+from nanovllm.layers.activation import ACTIVATIONS, activation
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import GemmaRMSNorm, LayerNorm, RMSNorm
 from nanovllm.layers.linear import (
@@ -92,7 +92,7 @@ def test_layer_norm(bias):
     assert set(layer.expected_weights()) == ({"weight", "bias"} if bias else {"weight"})
 
 
-@pytest.mark.parametrize("name", _ACTIVATIONS)
+@pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_are_those_of_transformers(name):
     from transformers.activations import ACT2FN
 

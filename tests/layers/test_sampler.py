@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import Counter
 from unittest import mock
@@ -15,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from nanovllm.layers import sampler
-from nanovllm.layers.sampler import token_logprobs, uniforms
+from nanovllm.layers.sampler import uniforms
 from nanovllm.sample_row import SampleRow
 from nanovllm.sampling_params import SamplingParams
 
@@ -24,7 +23,13 @@ MAKERS = sampling_makers()
 
 @pytest.fixture(autouse=True, scope="module", params=MAKERS.values(), ids=MAKERS)
 def ops(request):
-    with mock.patch.object(sampler, "sample", functools.partial(sampler.sample, ops=request.param)):
+    plain = sampler.sample
+
+    def sample(logits, rows):
+        token_ids, logprobs = plain(logits, rows, request.param)
+        return token_ids.numpy(), logprobs
+
+    with mock.patch.object(sampler, "sample", sample):
         yield request.param
 
 
@@ -443,9 +448,9 @@ def test_the_greedy_token_is_the_first_of_the_likeliest():
     assert [found.token_ids.tolist() for found in logprobs] == [[0, 0], [0, 0, 1, 2, 3, 4]]
 
 
-def test_token_logprobs_of_given_tokens():
+def test_token_logprobs_of_given_tokens(ops):
     logprobs = torch.tensor([[0.1, 0.2, 0.7], [0.5, 0.25, 0.25]]).log()
-    one, other = token_logprobs(logprobs, np.array([0, 2]), [2, 0])
+    one, other = ops.token_logprobs(logprobs, torch.tensor([0, 2]), [2, 0])
     assert (one.token_ids.tolist(), one.rank) == ([0, 2, 1], 3)
     assert np.exp(one.logprobs) == pytest.approx([0.1, 0.7, 0.2])
     assert (other.token_ids.tolist(), other.rank) == ([2], 2)

@@ -182,7 +182,8 @@ def test_two_ranks_have_the_weights_of_one(tmp_path, quantization):
 def test_ranks_do_not_part_groups(tmp_path):
     path = make_tiny_model("llama", tmp_path, **FAMILIES["llama"] | {"intermediate_size": 192})
     refusal = (
-        "columns of a projection in groups of 32: (64|192) does not divide by tensor_parallel_size=4; sizes that can: 1, 2"
+        "columns of a projection in groups of 32: (64|192) does not divide by tensor_parallel_size=4; "
+        "sizes that can: 1, 2"
     )
     with pytest.raises(ConfigError, match=refusal):
         planned(path, 4, quantization="int4")

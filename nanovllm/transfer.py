@@ -1,0 +1,80 @@
+"""Between the host's arrays and the device's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+T = TypeVar("T")
+
+_ALIGNMENT = 16  # bytes
+
+
+def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+    """Tensors of the arrays' types and shapes; on CPUs they share memory. To a GPU all go in one copy, which
+    neither waits for what runs there nor lets the host wait."""
+    if device.type == "cpu":
+        return [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
+    # torch gives pinned memory to nobody else before the copies from it are done
+    staged = torch.empty(packed_bytes(arrays), dtype=torch.uint8, pin_memory=True)
+    pack(arrays, staged.numpy())
+    return unpack(staged.to(device, non_blocking=True), arrays)
+
+
+def packed_bytes(arrays: Sequence[np.ndarray]) -> int:
+    return sum(map(_room, arrays))
+
+
+def pack(arrays: Sequence[np.ndarray], out: np.ndarray) -> None:
+    """Write the arrays one behind the other into uint8 [packed_bytes]."""
+    start = 0
+    for array in arrays:
+        out[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        start += _room(array)
+
+
+def unpack(packed: torch.Tensor, like: Sequence[np.ndarray]) -> list[torch.Tensor]:
+    """Views of what `pack` wrote, with the arrays' types and shapes."""
+    tensors, start = [], 0
+    for array in like:
+        dtype = torch.from_numpy(array[:0]).dtype
+        tensors.append(packed[start : start + array.nbytes].view(dtype).view(array.shape))
+        start += _room(array)
+    return tensors
+
+
+def _room(array: np.ndarray) -> int:
+    return -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def to_host(tensor: torch.Tensor, make: Callable[[np.ndarray], T]) -> Future[T]:
+    """What `make` makes of the tensor's values once they are there; at once on CPUs."""
+    if tensor.device.type != "cpu":
+        return _Arriving(tensor, make)
+    future: Future[T] = Future()
+    future.set_result(make(tensor.numpy()))
+    return future
+
+
+class _Arriving(Future[T]):
+    """Done when the device has done what it was asked before."""
+
+    def __init__(self, tensor: torch.Tensor, make: Callable[[np.ndarray], T]) -> None:
+        super().__init__()
+        self._make = make
+        self._copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._copy.copy_(tensor, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record(torch.cuda.current_stream(tensor.device))
+
+    def done(self) -> bool:
+        return self._event.query()
+
+    def result(self, timeout: float | None = None) -> T:
+        assert timeout is None
+        self._event.synchronize()
+        return self._make(self._copy.numpy())

@@ -1,0 +1,238 @@
+"""What the attention kernels share: a tile of queries that walks over the keys in a sequence's pages.
+
+The queries of all heads that share a KV head are the rows of a tile: row r is query r // GROUP of a sequence and
+head r % GROUP of the KV head, so that any number of heads fills tiles. Softmax is that of FlashAttention-2 (Dao
+2023): relative to the highest score so far, in powers of two.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from nanovllm.batch import Batch
+from nanovllm.triton_kernels.variant import Variant
+
+NOT_SPECIALISED = ["table_stride", "window", "num_splits", "num_sequences"]  # they change from step to step
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How scores come of products: scale, and tokens that a query sees.
+
+    slopes: [H] fp32 of ALiBi, with the way that its bias is rounded: "none", "distance" or "rounded" as Alibi
+    says; times factor.
+    """
+
+    scale: float
+    window: int | None = None
+    slopes: torch.Tensor | None = None
+    bias: str = "none"
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Tile:
+    """rows: of queries and heads. keys: that are multiplied at once."""
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether tiles may have the shared memory and the matrix products of the H100."""
+    return device.type == "cuda" and 90 <= 10 * torch.cuda.get_device_capability(device)[0] < 120
+
+
+def arguments(q: torch.Tensor, kv: torch.Tensor, batch: Batch, scoring: Scoring, tile: Tile) -> dict[str, Any]:
+    """Of both kernels. q: [T, H, D], last dimension contiguous. kv: [2, blocks, block_size, KH, D], contiguous."""
+    _, _, block_size, kv_heads, head_dim = kv.shape
+    return {
+        "q": q,
+        "q_token_stride": q.stride(0),
+        "q_head_stride": q.stride(1),
+        "kv": kv,
+        "half_stride": kv.stride(0),
+        "kv_heads": kv_heads,
+        "query_start": batch.query_start,
+        "seq_lens": batch.seq_lens,
+        "tables": batch.block_tables,
+        "table_stride": batch.block_tables.stride(0),
+        "slopes": scoring.slopes,
+        "window": scoring.window or 0,
+        "scale": scoring.scale * math.log2(math.e),
+        "factor": scoring.factor * math.log2(math.e),
+        **_sizes(q.shape[1] // kv_heads, scoring.window is not None, scoring.bias, block_size, head_dim, tile),
+    }
+
+
+def _sizes(group: int, windowed: bool, bias: str, block_size: int, head_dim: int, tile: Tile) -> dict[str, Any]:
+    return {
+        "GROUP": group,
+        "WINDOWED": windowed,
+        "BIAS": bias,
+        "BLOCK_SIZE": block_size,
+        "HEAD_DIM": head_dim,
+        "WIDTH": triton.next_power_of_2(head_dim),
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.keys,
+    }
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model's attention, for `variants()`: what a kernel is compiled for beside its tile."""
+
+    dtype: str
+    head_dim: int
+    group: int = 2
+    windowed: bool = False
+    bias: str = "none"
+    block_size: int = 16
+
+    @property
+    def itemsize(self) -> int:
+        return 4 if self.dtype == "fp32" else 2
+
+    def variant(
+        self, kernel: Any, tile: Tile, chips: tuple[int, ...], types: dict[str, str], sizes: dict[str, Any]
+    ) -> Variant:
+        """types, sizes: of the kernel's own arguments."""
+        common = {
+            **dict.fromkeys(("q", "kv"), f"*{self.dtype}:16"),
+            **dict.fromkeys(("q_token_stride", "q_head_stride"), "i32:16"),
+            **dict.fromkeys(("query_start", "seq_lens", "tables"), "*i32:16"),
+            **dict.fromkeys(("kv_heads", "table_stride", "window"), "i32"),
+            **dict.fromkeys(("scale", "factor"), "fp32"),
+            "half_stride": "i64:16",
+        }
+        slopes = {} if self.bias == "none" else {"slopes": "*fp32:16"}
+        own = _sizes(self.group, self.windowed, self.bias, self.block_size, self.head_dim, tile)
+        constants = {**({} if slopes else {"slopes": None}), **own, **sizes}
+        return Variant(kernel, {**common, **slopes, **types}, constants, tile.num_warps, tile.num_stages, chips)
+
+
+def cases() -> list[Case]:
+    """Head dimensions that fill a tile or not, numbers of heads, and each way to score; the heaviest first."""
+    wide = ((256, False, "none"), (192, False, "none"), (256, True, "rounded"))
+    found = []
+    for dtype in ("bf16", "fp16", "fp32"):
+        found += [Case(dtype, head_dim) for head_dim in (128, 64, 96, 80)]
+        found += [Case(dtype, 64, 71), Case(dtype, 64, 71, bias="rounded"), Case(dtype, 128, 8, windowed=True)]
+        found += [Case(dtype, 128, 1, True, "distance", 64), Case(dtype, 128, 16, block_size=256)]
+    # the tiles of float32 have no room for more than 128
+    return [*found, *(Case(dtype, d, 4, w, b) for dtype in ("bf16", "fp16") for d, w, b in wide)]
+
+
+@triton.jit
+def _bf16(x):
+    """fp32 rounded to the nearest bfloat16, ties to even; of finite numbers, on every chip."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _pages(table, start, end, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Of keys start..start + BLOCK_N, one for each unless all are in one; page 0 from `end` on."""
+    if BLOCK_SIZE < BLOCK_N:
+        keys = start + tl.arange(0, BLOCK_N)
+        pages = tl.load(table + keys // BLOCK_SIZE, mask=keys < end, other=0)
+    else:
+        pages = tl.load(table + start // BLOCK_SIZE, mask=start < end, other=0)
+    return pages
+
+
+@triton.jit
+def attend(
+    state,  # sums [M, WIDTH] not yet divided by their weights' total [M], which stand relative to a peak [M]
+    q,  # [M, WIDTH]
+    positions,  # [M] of the queries
+    slopes,  # [M] of their heads; times log2(e), or rounded
+    kv,  # at this KV head
+    half_stride,
+    slot_stride,
+    table,
+    first,  # a multiple of BLOCK_N
+    end,
+    last,
+    window,
+    scale,  # times log2(e)
+    factor,
+    MASKED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Walk over keys first..end; without MASKED all queries see all of them, and end is a multiple too."""
+    sums, totals, peaks = state
+    columns = tl.arange(0, WIDTH)[None, :]
+    pages = _pages(table, first, last, BLOCK_SIZE, BLOCK_N)
+    for start in range(first, end, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        slots = pages.to(tl.int64) * BLOCK_SIZE + keys % BLOCK_SIZE
+        places = kv + (slots * slot_stride)[:, None] + columns
+        # a tile ahead, for else keys would wait for their page's number
+        following = _pages(table, start + BLOCK_N, last, BLOCK_SIZE, BLOCK_N)
+        # what lies behind the last key may be no number
+        if MASKED:
+            there = (keys < end)[:, None] & (columns < HEAD_DIM)
+            k = tl.load(places, mask=there, other=0.0)
+        elif WIDTH == HEAD_DIM:
+            k = tl.load(places)
+        else:
+            k = tl.load(places, mask=columns < HEAD_DIM, other=0.0)
+        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="tf32x3")
+        unit = scale
+        if BIAS == "distance":
+            scores = scores * scale + slopes[:, None] * (keys[None, :] - positions[:, None]).to(tl.float32)
+            unit = 1.0
+        elif BIAS == "rounded":
+            scores = scores * scale + factor * _bf16(slopes[:, None] * _bf16(keys.to(tl.float32))[None, :])
+            unit = 1.0
+        if MASKED:
+            seen = keys[None, :] <= positions[:, None]
+            if WINDOWED:
+                seen &= keys[None, :] > positions[:, None] - window
+            scores = tl.where(seen, scores, float("-inf"))
+        higher = tl.maximum(peaks, tl.max(scores, 1) * unit)
+        weights = tl.exp2(scores * unit - higher[:, None])
+        fade = tl.exp2(peaks - higher)
+        peaks = higher
+        totals = totals * fade + tl.sum(weights, 1)
+        if MASKED:
+            v = tl.load(places + half_stride, mask=there, other=0.0)
+        elif WIDTH == HEAD_DIM:
+            v = tl.load(places + half_stride)
+        else:
+            v = tl.load(places + half_stride, mask=columns < HEAD_DIM, other=0.0)
+        pages = following
+        sums = tl.dot(weights.to(q.dtype), v.to(q.dtype), sums * fade[:, None], input_precision="tf32x3")
+    return sums, totals, peaks
+
+
+@triton.jit
+def no_keys(M: tl.constexpr, WIDTH: tl.constexpr):
+    """No keys yet; the peak is finite, so that rows which see none give no NaN."""
+    return tl.zeros([M, WIDTH], tl.float32), tl.zeros([M], tl.float32), tl.full([M], -1e30, tl.float32)
+
+
+@triton.jit
+def head_slopes(slopes, heads, factor, BIAS: tl.constexpr):
+    if BIAS == "distance":
+        found = tl.load(slopes + heads) * factor
+    elif BIAS == "rounded":
+        found = _bf16(tl.load(slopes + heads))
+    else:
+        found = heads.to(tl.float32)
+    return found

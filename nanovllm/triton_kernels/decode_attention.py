@@ -1,0 +1,201 @@
+"""Attention of sequences with one query in a step, which divides long contexts (flash-decoding, Dao et al. 2023).
+
+Designed against the floor of memory: keys and values are read once, two tiles ahead of their use, with some 100 KiB
+under way on each multiprocessor of an H200. Not measured yet.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from nanovllm.batch import Batch
+from nanovllm.triton_kernels.attention_tile import (
+    NOT_SPECIALISED,
+    Scoring,
+    Tile,
+    arguments,
+    attend,
+    cases,
+    head_slopes,
+    no_keys,
+)
+from nanovllm.triton_kernels.variant import AMPERE_ON, Variant, launch_options
+
+_SPAN = 256  # keys; parts of a context begin at multiples of it
+_MAX_SPLITS = 64
+_TILE_BYTES = 16384  # of keys
+
+
+def _tile(itemsize: int, head_dim: int, group: int) -> Tile:
+    rows = max(16, triton.next_power_of_2(group))
+    if itemsize == 4:  # multiplied in three parts, which takes many registers
+        return Tile(16, 32, 4, 3)
+    keys = _TILE_BYTES // (itemsize * max(64, triton.next_power_of_2(head_dim)))
+    return Tile(min(64, rows), keys, 8 if head_dim > 128 else 4, 3)
+
+
+def num_splits(programs: int, max_seq_len: int) -> int:
+    """Into how many parts contexts are divided. programs: that there are without.
+
+    Enough to fill a large chip, and so many that no program reads more than 2048 keys while others idle, unless
+    that are too many programs for contexts that may be short.
+    """
+    fill, even, most = (triton.cdiv(*pair) for pair in ((512, programs), (max_seq_len, 2048), (max_seq_len, _SPAN)))
+    return max(1, min(max(fill, even), most, _MAX_SPLITS, 8192 // programs))
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALISED)
+def decode_kernel(
+    q,  # [T, H, D]
+    kv,  # [2, blocks, BLOCK_SIZE, KH, D]
+    out,  # [T, H, D], or where contexts are divided [B, H, num_splits, D] fp32
+    logs,  # [B, H, num_splits] fp32: log2 of the total weight of a part, minus infinity for one without keys
+    num_splits,
+    query_start,
+    seq_lens,
+    tables,
+    table_stride,
+    q_token_stride,
+    q_head_stride,
+    half_stride,
+    kv_heads,
+    slopes,
+    window,
+    scale,
+    factor,
+    GROUP: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SPAN: tl.constexpr,
+):
+    """Grid: (KH * tiles of a group, B, num_splits). Parts begin at multiples of SPAN."""
+    tiles: tl.constexpr = (GROUP + BLOCK_M - 1) // BLOCK_M
+    kv_head, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    sequence, split = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    token = tl.load(query_start + sequence)
+    if tl.load(query_start + sequence + 1) - token != 1:
+        return
+    seq_len = tl.load(seq_lens + sequence)
+    first = 0
+    if WINDOWED:
+        first = tl.maximum(seq_len - window, 0) // BLOCK_N * BLOCK_N
+    end = seq_len
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    heads = kv_head * GROUP + tl.minimum(rows, GROUP - 1)
+    if SPLIT:
+        log_places = logs + (sequence * kv_heads * GROUP + heads) * num_splits + split
+        origin = first // SPAN * SPAN
+        part = tl.cdiv(tl.cdiv(seq_len - origin, num_splits), SPAN) * SPAN
+        first = tl.maximum(first, origin + split * part)
+        end = tl.minimum(end, origin + split * part + part)
+        if first >= end:
+            tl.store(log_places, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=rows < GROUP)
+            return
+    columns = tl.arange(0, WIDTH)[None, :]
+    there = (rows < GROUP)[:, None] & (columns < HEAD_DIM)
+    place = token.to(tl.int64) * q_token_stride
+    queried = tl.load(q + place + (heads * q_head_stride)[:, None] + columns, mask=there, other=0.0)
+    positions = tl.full([BLOCK_M], 0, tl.int32) + seq_len - 1
+    sums, totals, peaks = attend(
+        no_keys(BLOCK_M, WIDTH), queried, positions, head_slopes(slopes, heads, factor, BIAS), kv + kv_head * HEAD_DIM,
+        half_stride, kv_heads * HEAD_DIM, tables + sequence * table_stride, first, end, end,
+        window, scale, factor, True, WINDOWED, BIAS, BLOCK_SIZE, HEAD_DIM, WIDTH, BLOCK_N,
+    )  # fmt: skip
+    if SPLIT:
+        target = ((sequence * kv_heads * GROUP + heads) * num_splits + split) * HEAD_DIM
+        tl.store(log_places, peaks + tl.log2(totals), mask=rows < GROUP)
+    else:
+        target = (token.to(tl.int64) * kv_heads * GROUP + heads) * HEAD_DIM
+    # a row of a padded batch may have no keys
+    result = sums / tl.maximum(totals, 1e-30)[:, None]
+    tl.store(out + target[:, None] + columns, result.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALISED)
+def merge_kernel(
+    parts,  # [B, H, num_splits, D] fp32
+    logs,  # [B, H, num_splits] fp32
+    out,  # [T, H, D]
+    num_splits,
+    query_start,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """Grid: (H, B)."""
+    head, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    num_heads = tl.num_programs(0)
+    token = tl.load(query_start + sequence)
+    if tl.load(query_start + sequence + 1) - token != 1:
+        return
+    place = (sequence * num_heads + head) * num_splits
+    every = tl.arange(0, MAX_SPLITS)
+    peak = tl.max(tl.load(logs + place + every, mask=every < num_splits, other=float("-inf")), 0)
+    peak = tl.maximum(peak, -1e30)
+    columns = tl.arange(0, WIDTH)
+    sums, total = tl.zeros([WIDTH], tl.float32), 0.0
+    for start in range(0, num_splits, AT_ONCE):
+        splits = start + tl.arange(0, AT_ONCE)
+        weights = tl.exp2(tl.load(logs + place + splits, mask=splits < num_splits, other=float("-inf")) - peak)
+        # parts without keys were never written
+        there = (weights > 0)[:, None] & (columns < HEAD_DIM)[None, :]
+        values = tl.load(parts + (place + splits)[:, None] * HEAD_DIM + columns[None, :], mask=there, other=0.0)
+        sums += tl.sum(weights[:, None] * values, 0)
+        total += tl.sum(weights, 0)
+    places = out + (token.to(tl.int64) * num_heads + head) * HEAD_DIM + columns
+    tl.store(places, (sums / tl.maximum(total, 1e-30)).to(out.dtype.element_ty), mask=columns < HEAD_DIM)
+
+
+def decode_attention(q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor, batch: Batch, scoring: Scoring) -> None:
+    """Rows of `out` [T, H, D], contiguous, of the sequences with one query. q, kv: as in `arguments`."""
+    (kv_heads, head_dim), heads, count = kv.shape[3:], q.shape[1], len(batch.seq_lens)
+    tile = _tile(q.itemsize, head_dim, heads // kv_heads)
+    columns = kv_heads * triton.cdiv(heads // kv_heads, tile.rows)
+    seen = batch.max_seq_len if scoring.window is None else min(batch.max_seq_len, scoring.window + _SPAN)
+    splits = num_splits(columns * count, seen)
+    parts, logs = out, None
+    if splits > 1:
+        parts = torch.empty(count, heads, splits, head_dim, dtype=torch.float32, device=q.device)
+        logs = torch.empty(count, heads, splits, dtype=torch.float32, device=q.device)
+    decode_kernel[(columns, count, splits)](
+        out=parts,
+        logs=logs,
+        num_splits=splits,
+        SPLIT=splits > 1,
+        SPAN=_SPAN,
+        **arguments(q, kv, batch, scoring, tile),
+        **launch_options(tile.num_warps, tile.num_stages),
+    )
+    if splits > 1:
+        merge_kernel[(heads, count)](
+            *(parts, logs, out, splits, batch.query_start),
+            **_merge_sizes(head_dim),
+            **launch_options(num_warps=4),
+        )
+
+
+def _merge_sizes(head_dim: int) -> dict[str, int]:
+    width = triton.next_power_of_2(head_dim)
+    return {"HEAD_DIM": head_dim, "WIDTH": width, "MAX_SPLITS": _MAX_SPLITS, "AT_ONCE": 2048 // width}
+
+
+def variants() -> list[Variant]:
+    found = []
+    for case in cases():
+        tile = _tile(case.itemsize, case.head_dim, case.group)
+        whole = {"out": f"*{case.dtype}:16", "num_splits": "i32"}
+        parts = {**whole, "out": "*fp32:16", "logs": "*fp32:16"}
+        found.append(case.variant(decode_kernel, tile, AMPERE_ON, parts, {"SPLIT": True, "SPAN": _SPAN}))
+        found.append(case.variant(decode_kernel, tile, AMPERE_ON, whole, {"SPLIT": False, "SPAN": _SPAN, "logs": None}))
+        types = {**parts, "parts": "*fp32:16", "out": whole["out"], "query_start": "*i32:16"}
+        found.append(Variant(merge_kernel, types, _merge_sizes(case.head_dim), chips=AMPERE_ON))
+    return found

@@ -1,0 +1,167 @@
+"""Attention of sequences with several queries in a step: chunks of prompts, whole or with history in the cache.
+
+Designed against the floor of the tensor cores: each tile of keys is loaded once for 128 rows of queries, two
+tiles ahead of its use. Not measured yet.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from nanovllm.batch import Batch
+from nanovllm.triton_kernels.attention_tile import (
+    NOT_SPECIALISED,
+    Scoring,
+    Tile,
+    arguments,
+    attend,
+    cases,
+    head_slopes,
+    is_hopper,
+    no_keys,
+)
+from nanovllm.triton_kernels.variant import AMPERE_ON, Variant, launch_options
+
+# (Hopper, bytes of a number, head dimension as a power of two): the largest that neither spill registers nor take more
+# shared memory than a block has. float32 is multiplied in three parts on tensor cores, which takes many registers.
+_TILES = {
+    (True, 2, 64): Tile(128, 64, 8, 3),
+    (True, 2, 128): Tile(128, 64, 8, 3),
+    (True, 2, 256): Tile(128, 32, 8, 2),
+    (False, 2, 64): Tile(64, 64, 4, 3),
+    (False, 2, 128): Tile(128, 32, 8, 3),
+    (False, 2, 256): Tile(64, 32, 8, 2),
+    **{(hopper, 4, 64): Tile(32, 32, 8, 2) for hopper in (False, True)},
+    **{(hopper, 4, 128): Tile(16, 32, 4, 2) for hopper in (False, True)},
+}
+
+
+def _tile(hopper: bool, itemsize: int, head_dim: int) -> Tile:
+    return _TILES[hopper, itemsize, max(64, triton.next_power_of_2(head_dim))]
+
+
+class QueryTiles:
+    """Which sequence each tile of queries is of; found on the device, once a step for each size of tile."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+        self._made: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def of(self, rows: int, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """int32 [N] sequences (B behind the last tile) and int32 [B + 1] first tiles, for tiles of so many rows.
+
+        N is what the host knows to be enough. Sequences with one query have no tiles.
+        """
+        if (rows, group) not in self._made:
+            batch = self._batch
+            counts = batch.query_start.diff()
+            tiles = torch.where(counts > 1, (counts * group + rows - 1) // rows, 0)
+            starts = torch.zeros_like(batch.query_start)
+            starts[1:] = tiles.cumsum(0)
+            most = min(
+                len(counts) * triton.cdiv(batch.max_query_len * group, rows),
+                len(batch.positions) * group // rows + len(counts),
+            )
+            numbers = torch.arange(most, dtype=torch.int32, device=starts.device)
+            sequences = torch.searchsorted(starts[1:], numbers, right=True, out_int32=True)
+            self._made[rows, group] = sequences, starts
+        return self._made[rows, group]
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALISED)
+def prompt_kernel(
+    q,  # [T, H, D]
+    kv,  # [2, blocks, BLOCK_SIZE, KH, D]
+    out,  # [T, H, D], contiguous
+    tile_sequences,  # whose queries a tile has; num_sequences behind the last
+    tile_starts,  # [B + 1] first tile of each sequence
+    num_sequences,
+    query_start,
+    seq_lens,
+    tables,
+    table_stride,
+    q_token_stride,
+    q_head_stride,
+    half_stride,
+    kv_heads,
+    slopes,
+    window,
+    scale,
+    factor,
+    GROUP: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Grid: (KH, tiles)."""
+    kv_head, tile = tl.program_id(0), tl.program_id(1)
+    sequence = tl.load(tile_sequences + tile)
+    if sequence >= num_sequences:
+        return
+    # a prompt's last tiles have the most keys: they go first
+    begin = (tl.load(tile_starts + sequence + 1) - 1 - tile) * BLOCK_M
+    token = tl.load(query_start + sequence)
+    queries = tl.load(query_start + sequence + 1) - token
+    context = tl.load(seq_lens + sequence) - queries
+    rows = begin + tl.arange(0, BLOCK_M)
+    positions = context + rows // GROUP
+    heads = kv_head * GROUP + rows % GROUP
+    columns = tl.arange(0, WIDTH)[None, :]
+    there = (rows < queries * GROUP)[:, None] & (columns < HEAD_DIM)
+    tokens = (token + rows // GROUP).to(tl.int64)
+    queried = tl.load(q + (tokens * q_token_stride + heads * q_head_stride)[:, None] + columns, mask=there, other=0.0)
+
+    end = context + tl.minimum(queries, (begin + BLOCK_M - 1) // GROUP + 1)
+    lowest = context + begin // GROUP
+    slope = head_slopes(slopes, heads, factor, BIAS)
+    table = tables + sequence.to(tl.int64) * table_stride
+    here = kv + kv_head * HEAD_DIM
+    state = no_keys(BLOCK_M, WIDTH)
+    if WINDOWED:
+        masked_from = tl.maximum(lowest - window + 1, 0) // BLOCK_N * BLOCK_N
+    else:
+        masked_from = (lowest + 1) // BLOCK_N * BLOCK_N
+        state = attend(
+            state, queried, positions, slope, here, half_stride, kv_heads * HEAD_DIM, table, 0, masked_from, end,
+            window, scale, factor, False, WINDOWED, BIAS, BLOCK_SIZE, HEAD_DIM, WIDTH, BLOCK_N,
+        )  # fmt: skip
+    sums, totals, _ = attend(
+        state, queried, positions, slope, here, half_stride, kv_heads * HEAD_DIM, table, masked_from, end, end,
+        window, scale, factor, True, WINDOWED, BIAS, BLOCK_SIZE, HEAD_DIM, WIDTH, BLOCK_N,
+    )  # fmt: skip
+    places = out + ((tokens * kv_heads * GROUP + heads) * HEAD_DIM)[:, None] + columns
+    tl.store(places, (sums / tl.maximum(totals, 1e-30)[:, None]).to(out.dtype.element_ty), mask=there)
+
+
+def prompt_attention(
+    q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor, batch: Batch, tiles: QueryTiles, scoring: Scoring
+) -> None:
+    """Rows of `out` [T, H, D], contiguous, of the sequences with several queries. q, kv: as in `arguments`."""
+    kv_heads, head_dim = kv.shape[3:]
+    tile = _tile(is_hopper(q.device), q.itemsize, head_dim)
+    sequences, starts = tiles.of(tile.rows, q.shape[1] // kv_heads)
+    prompt_kernel[(kv_heads, len(sequences))](
+        out=out,
+        tile_sequences=sequences,
+        tile_starts=starts,
+        num_sequences=len(batch.seq_lens),
+        **arguments(q, kv, batch, scoring, tile),
+        **launch_options(tile.num_warps, tile.num_stages),
+    )
+
+
+def variants() -> list[Variant]:
+    found = []
+    for case in cases():
+        for chip in AMPERE_ON:
+            tile = _tile(chip == 90, case.itemsize, case.head_dim)
+            types = {"out": f"*{case.dtype}:16", "num_sequences": "i32"}
+            types |= dict.fromkeys(("tile_sequences", "tile_starts"), "*i32:16")
+            found.append(case.variant(prompt_kernel, tile, (chip,), types, {}))
+    return found

@@ -1,0 +1,43 @@
+"""Variant: one compilation of a Triton kernel that a launch function may ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+CHIPS = (75, 80, 90)
+AMPERE_ON = (80, 90)  # bfloat16 and asynchronous copies
+
+
+def launch_options(num_warps: int, num_stages: int = 3) -> dict[str, Any]:
+    """What every launch gives beside arguments; fusion is named because its default differs between Tritons."""
+    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel with all that decides its machine code, so that it can be compiled where there is no GPU.
+
+    `variants()` of each file in this folder lists what its launch functions choose from. The first of
+    a kernel is compiled by the default tests, the others by `pytest -m slow`: put the heaviest first.
+
+    kernel: the @triton.jit function.
+    types: of the arguments that are no constexpr, as Triton writes them: "*bf16", "i32", "fp32"; with
+        ":16" behind it if pointers and numbers given at run time are multiples of 16, as Triton then
+        compiles for that. A number that is 1 at run time is a constexpr, and so is None.
+    constexprs: the other arguments.
+    chips: compute capabilities that it is for, times ten.
+    """
+
+    kernel: Any
+    types: Mapping[str, str]
+    constexprs: Mapping[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 3
+    chips: tuple[int, ...] = CHIPS
+
+    def __post_init__(self) -> None:
+        given = {*self.types, *self.constexprs}
+        if given != set(self.kernel.arg_names):
+            raise AssertionError(f"{self.kernel.__name__}: {given ^ set(self.kernel.arg_names)} given or not, wrongly")

@@ -1,0 +1,54 @@
+"""Steps that every attention backend for GPUs has to get right: interpreted on the CPU, and run where there is one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from test_backends import Step
+
+from nanovllm.attention.alibi import Alibi, alibi_slopes
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# decodes, chunks with and without history, whole prompts, sequences of one token
+MIXED = [(17, 1), (0, 5), (40, 1), (0, 1), (16, 16), (5, 21), (100, 30), (7, 1), (63, 1), (64, 1), (0, 33)]
+LONG = [(700, 1), (0, 1), (1030, 1), (511, 1), (256, 1), (512, 1)]
+
+
+@dataclass(frozen=True)
+class Case:
+    sequences: list[tuple[int, int]] = field(default_factory=lambda: MIXED)
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 32
+    block_size: int = 16
+    window: int | None = None
+    bias: str = "none"
+
+    def check(self, backend, dtype: torch.dtype) -> None:
+        step = Step(*(self.sequences, self.heads, self.kv_heads, self.head_dim, self.block_size, dtype), device=DEVICE)
+        alibi = None
+        if self.bias != "none":
+            alibi = Alibi(alibi_slopes(self.heads).to(DEVICE), rounded=self.bias == "rounded", factor=0.5)
+        step.check(backend, window=self.window, alibi=alibi)
+
+
+CASES = {
+    "GQA": Case(),
+    "MHA": Case(heads=3, kv_heads=3),
+    "71 heads of one": Case([(9, 1), (30, 4), (0, 3)], 71, 1, 16),
+    "head of 80": Case(head_dim=80),
+    "head of 128": Case([(70, 2), (130, 1), (0, 3)], head_dim=128),
+    "pages of 64": Case(block_size=64),
+    "pages of 256": Case(block_size=256),
+    "window": Case(window=9),
+    "window of one": Case(window=1),
+    "window of pages": Case([*LONG, (300, 40)], window=300),
+    "long decodes": Case(LONG),
+    "long chunk": Case([(150, 150), (0, 200)]),
+    "alibi": Case(bias="distance"),
+    "alibi and window": Case(window=20, bias="distance"),
+    "rounded alibi": Case([(0, 5), (599, 1), (300, 60)], bias="rounded"),
+    "one decode": Case([(45, 1)]),
+    "one prompt": Case([(0, 45)]),
+}

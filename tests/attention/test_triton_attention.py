@@ -1,0 +1,204 @@
+"""Triton's attention against a plain one in float64: interpreted on the CPU, or on the GPU where there is one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from gpu_cases import CASES, DEVICE, LONG, MIXED, Case
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_backends import CPU, SharedPages, Step, make_batch
+
+from nanovllm.attention.alibi import Alibi
+from nanovllm.attention.base import require_support, select_backend
+from nanovllm.attention.reference import ReferenceAttention
+from nanovllm.attention.triton import TritonAttention
+from nanovllm.batch import Batch
+from nanovllm.cache_spec import PagedKVSpec
+from nanovllm.errors import ConfigError
+
+pytest.importorskip("triton")
+from nanovllm.triton_kernels import decode_attention
+from nanovllm.triton_kernels.prompt_attention import QueryTiles
+from nanovllm.triton_kernels.store_kv import store_kv
+
+BACKEND = TritonAttention()
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_steps(case, dtype):
+    case.check(BACKEND, dtype)
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    sequences=st.lists(
+        st.tuples(st.integers(0, 300), st.one_of(st.just(1), st.integers(1, 40))), min_size=1, max_size=4
+    ),
+    heads=st.sampled_from([(1, 1), (3, 1), (6, 2), (20, 1)]),
+    head_dim=st.sampled_from([8, 16, 24]),
+    block_size=st.sampled_from([16, 32, 128]),
+    window=st.none() | st.integers(1, 80),
+    bias=st.sampled_from(["none", "distance", "rounded"]),
+)
+def test_random_steps(sequences, heads, head_dim, block_size, window, bias):
+    Case(sequences, *heads, head_dim, block_size, window, bias).check(BACKEND, torch.float32)
+
+
+@pytest.mark.parametrize("sequences", [[(0, 20), (16, 3)], [(0, 20), (16, 1)]], ids=str)
+def test_a_sequence_reads_pages_that_another_fills_in_the_same_step(sequences):
+    SharedPages(sequences, block_size=16, device=DEVICE).check(BACKEND)
+
+
+def attend(sequences, tables, q, k, v, kv, backend=BACKEND, **options) -> torch.Tensor:
+    batch = make_batch(sequences, tables, kv.shape[2], backend, kv.device)
+    return backend.forward(q, k, v, kv, batch, scale=q.shape[2] ** -0.5, **options)
+
+
+def random_step(sequences, dtype=torch.float32, heads=4, kv_heads=2):
+    step = Step(sequences, block_size=16, device=DEVICE, dtype=dtype)
+    tokens = sum(new for _, new in sequences)
+    qkv = step.normal(tokens, heads + 2 * kv_heads, 16)
+    kv = step.normal(2, step.num_blocks, 16, kv_heads, 16)
+    return step, qkv.split((heads, kv_heads, kv_heads), dim=1), kv
+
+
+def test_views_of_one_matrix_and_wider_numbers_than_the_cache():
+    """Models pass slices of the qkv projection, and those of wider hidden streams are rounded here."""
+    step, views, kv = random_step(MIXED)
+    expected = attend(step.sequences, step.tables, *(x.contiguous() for x in views), kv.clone())
+    assert torch.equal(attend(step.sequences, step.tables, *views, kv.clone()), expected)
+    half = attend(step.sequences, step.tables, *views, kv.half())
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_the_order_of_a_batch_does_not_change_its_rows():
+    step, (q, k, v), kv = random_step(MIXED)
+    alibi = Alibi(torch.linspace(0.05, 1.0, 4).to(DEVICE))
+    together = attend(step.sequences, step.tables, q, k, v, kv.clone(), alibi=alibi)
+    starts = np.cumsum([0, *(new for _, new in MIXED)])
+    order = np.random.default_rng(1).permutation(len(MIXED))
+    rows = torch.from_numpy(np.concatenate([np.arange(starts[i], starts[i + 1]) for i in order])).to(DEVICE)
+    shuffled = attend(
+        *([MIXED[i] for i in order], [step.tables[i] for i in order]),
+        *(q[rows], k[rows], v[rows], kv.clone()),
+        alibi=alibi,
+    )
+    assert torch.equal(shuffled, together[rows])
+
+
+@pytest.mark.parametrize("window", [None, 300])
+def test_divided_contexts_give_what_whole_ones_give(monkeypatch, window):
+    step, (q, k, v), kv = random_step([*LONG, (0, 3), (600, 3)])
+    found = {}
+    for splits in (1, 3, 64):
+        monkeypatch.setattr(decode_attention, "num_splits", lambda programs, length, splits=splits: splits)
+        found[splits] = attend(step.sequences, step.tables, q, k, v, kv.clone(), window=window)
+        torch.testing.assert_close(found[splits], found[1], rtol=1e-5, atol=1e-5)
+    assert not torch.equal(found[1], found[3])  # they were divided
+
+
+@given(st.integers(1, 10**6), st.integers(1, 10**6))
+def test_contexts_are_divided_to_fill_a_chip_and_no_more(programs, max_seq_len):
+    splits = decode_attention.num_splits(programs, max_seq_len)
+    assert 1 <= splits <= max(1, -(-max_seq_len // 256)) and splits <= 64
+    assert splits == 1 or splits * programs <= 8192
+    if programs >= 512 and max_seq_len <= 2048:
+        assert splits == 1
+    if programs <= 8 and max_seq_len <= 256 * 64:
+        assert splits == -(-max_seq_len // 256)
+
+
+def padded(sequences: int, pages: int) -> Batch:
+    """A captured step whose rows all pad it: page 0, slot 0, lengths that say nothing."""
+    zeros = torch.zeros(sequences, dtype=torch.int64, device=DEVICE)
+    return Batch(
+        input_ids=zeros,
+        positions=zeros,
+        query_start=torch.arange(sequences + 1, dtype=torch.int32, device=DEVICE),
+        seq_lens=torch.zeros(sequences, dtype=torch.int32, device=DEVICE),
+        slot_mapping=zeros.clone(),
+        block_tables=torch.zeros(sequences, pages, dtype=torch.int32, device=DEVICE),
+        state_slots=None,
+        logits_rows=zeros,
+        max_query_len=1,
+        max_seq_len=pages * 16,
+    )
+
+
+@pytest.mark.parametrize("pages", [3, 200])
+def test_rows_that_pad_a_captured_step_are_harmless(pages):
+    """Lengths of 0 and 1 beside a sequence, with the longest context that the graph is for."""
+    step, (q, k, v), kv = random_step([(40, 1)])
+    kv[:, 0] = float("nan")  # what is written there may be no number
+    expected = attend(step.sequences, step.tables, q, k, v, kv.clone())
+    batch = padded(4, pages)
+    batch.seq_lens[1:3] = torch.tensor([41, 1])
+    batch.block_tables[1, :3] = torch.tensor(step.tables[0])
+    batch.slot_mapping[1] = step.tables[0][2] * 16 + 8
+    q, k, v = (x.repeat(4, 1, 1) for x in (q, k, v))
+    out = BACKEND.forward(q, k, v, kv, batch, scale=0.25)
+    torch.testing.assert_close(out[1:2], expected, rtol=1e-5, atol=1e-5)
+    assert out.isfinite().all()  # of which row 2 reads what is written to slot 0 in this step
+
+
+@pytest.mark.parametrize("kv_heads", [1, 3])
+def test_slots_out_of_range_are_never_written(kv_heads):
+    k, v = torch.randn(2, 6, kv_heads, 80, device=DEVICE).half()
+    memory = torch.zeros(2, 5, 16, kv_heads, 80, device=DEVICE, dtype=torch.half)
+    slots = torch.tensor([-1, 17, 80, 10**9, -(2**40), 79], device=DEVICE)
+    store_kv(k, v, memory, slots)
+    expected = torch.zeros_like(memory).flatten(1, 2)
+    expected[0, [17, 79]], expected[1, [17, 79]] = k[[1, 5]], v[[1, 5]]
+    assert torch.equal(memory.flatten(1, 2), expected)
+
+
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    st.sampled_from([16, 64, 128]),
+    st.sampled_from([1, 2, 3, 71]),
+)
+def test_tiles_of_queries(counts, rows, group):
+    """Every row of a sequence with several queries is in one tile, and the rest of the tiles is of none."""
+    step = Step([(3, n) for n in counts], block_size=16)
+    batch = make_batch(step.sequences, step.tables, 16, ReferenceAttention())
+    sequences, starts = (x.tolist() for x in QueryTiles(batch).of(rows, group))
+    expected = [i for i, n in enumerate(counts) if n > 1 for _ in range(-(-n * group // rows))]
+    assert sequences[: len(expected)] == expected
+    assert set(sequences[len(expected) :]) <= {len(counts)}
+    assert starts == [expected.index(i) if i in expected else sum(e < i for e in expected) for i in range(len(starts))]
+
+
+SPEC = PagedKVSpec(2, 64, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "block_size", "reason"),
+    [
+        ({"head_dim": 129}, 16, "head sizes of torch.float32 up to 128, not 129"),
+        ({"head_dim": 257, "dtype": torch.float16}, 16, "up to 256, not 257"),
+        ({"dtype": torch.float64}, 16, "no kernels for torch.float64"),
+        ({}, 8, "a power of two from 16, not 8"),
+        ({}, 48, "a power of two from 16, not 48"),
+    ],
+    ids=str,
+)
+def test_what_it_does_not_serve_is_a_config_error(changes, block_size, reason):
+    spec = PagedKVSpec(**{"num_kv_heads": 2, "head_dim": 64, "dtype": torch.float32, **changes})
+    with pytest.raises(ConfigError, match=f"attention_backend='triton'.*{reason}"):
+        require_support(BACKEND, DEVICE, spec, block_size)
+    require_support(BACKEND, DEVICE, SPEC, 16)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="of the interpreter")
+def test_the_interpreter_runs_only_for_who_asks_for_it(monkeypatch):
+    import triton
+
+    assert select_backend("auto", CPU, torch.float32).name != "triton"
+    assert select_backend("triton", CPU, torch.float32).unsupported_reason(CPU, torch.float32, SPEC, 16) is None
+    assert "interpreter cannot multiply bfloat16" in BACKEND.unsupported_reason(CPU, torch.bfloat16, SPEC, 16)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    assert BACKEND.unsupported_reason(CPU, torch.float32, SPEC, 16) == "runs on NVIDIA GPUs, not on cpu"

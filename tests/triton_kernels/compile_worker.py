@@ -1,0 +1,107 @@
+"""Compiles Triton kernels ahead of time, in a process of its own: the tests' own process interprets them.
+
+Reads lines of JSON {"module": ..., "all": bool} and answers each with a line: a list of what each
+variant takes on each chip, or the error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from nanovllm.triton_kernels.variant import Variant, launch_options
+
+_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+@dataclass
+class Compiled:
+    """registers: of a thread. stack: bytes of a thread that went to memory, where spilled registers go.
+    shared: bytes of a block."""
+
+    kernel: str
+    what: str
+    chip: int
+    registers: int = 0
+    stack: int = 0
+    shared: int = 0
+    error: str | None = None
+
+
+def source(variant: Variant) -> ASTSource:
+    names = variant.kernel.arg_names
+    types = {name: kind.split(":") for name, kind in variant.types.items()}
+    return ASTSource(
+        fn=variant.kernel,
+        signature={name: types[name][0] if name in types else "constexpr" for name in names},
+        constexprs=dict(variant.constexprs),
+        attrs={
+            (i,): [["tt.divisibility", int(types[name][1])]]
+            for i, name in enumerate(names)
+            if len(types.get(name, ())) == 2
+        },
+    )
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        report = subprocess.run([_CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", report.stdout))
+    return int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"])
+
+
+def compiled(variant: Variant, chip: int) -> Compiled:
+    kinds = ", ".join(f"{k} {v}" for k, v in variant.types.items() if v.startswith("*"))
+    sizes = ", ".join(f"{k} {v}" for k, v in variant.constexprs.items())
+    result = Compiled(
+        variant.kernel.__name__, f"{kinds}; {sizes}; {variant.num_warps} warps, {variant.num_stages} stages", chip
+    )
+    options = launch_options(variant.num_warps, variant.num_stages)
+    try:
+        binary = triton.compile(source(variant), target=GPUTarget("cuda", chip, 32), options=options)
+    except Exception:
+        result.error = traceback.format_exc()
+        return result
+    result.shared = binary.metadata.shared
+    result.registers, result.stack = resources(binary.asm["cubin"])
+    return result
+
+
+def chosen(variants: list[Variant], every: bool) -> list[tuple[Variant, int]]:
+    """With the chips: all, or the first of each kernel for each chip."""
+    pairs = [(variant, chip) for variant in variants for chip in variant.chips]
+    first = {(variant.kernel.__name__, chip): (variant, chip) for variant, chip in reversed(pairs)}
+    return pairs if every else list(reversed(first.values()))
+
+
+def answer(request: dict) -> list[dict]:
+    variants = importlib.import_module(request["module"]).variants()
+    return [asdict(compiled(variant, chip)) for variant, chip in chosen(variants, request["all"])]
+
+
+def main() -> None:
+    answers, sys.stdout = sys.stdout, sys.stderr  # what a compiler prints is no answer
+    for line in sys.stdin:
+        try:
+            reply = {"compiled": answer(json.loads(line))}
+        except Exception:
+            reply = {"error": traceback.format_exc()}
+        print(json.dumps(reply), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
