@@ -28,7 +28,17 @@ native_library()
 TOKENS = np.random.default_rng(1).integers(2, 128, 40).tolist()
 OPTIONS = {"skip_tokenizer_init": True, "kvcache_memory": "8MiB", "device": "cpu"}
 SCHEMES = ["int8", "int4"]
+FILES = ("llama", "qwen3-moe", "gpt2", "falcon-40b", "granite-hybrid-moe")  # each way to rearrange rows
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 64}
+
+
+def slow_unless(is_quick: bool, *values):
+    return pytest.param(*values, marks=[] if is_quick else pytest.mark.slow)
+
+
+def cases(families: dict[str, str]):
+    """(family, scheme); quick is the scheme that a family is given with."""
+    return [slow_unless(scheme == quick, family, scheme) for family, quick in families.items() for scheme in SCHEMES]
 
 
 def logits(path: Path, **options) -> torch.Tensor:
@@ -45,7 +55,7 @@ def wide_model(tmp_path_factory):
 # --- GGUF ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [slow_unless(f in FILES, f) for f in FAMILIES])
 def test_blocks_give_the_bits_of_the_dequantised_model(tmp_path, family):
     """Rows are rearranged, split, joined and, twice, transposed on their way."""
     model = make_tiny_model(family, tmp_path, **FAMILIES[family])
@@ -89,8 +99,10 @@ def test_a_file_in_float32_and_on_torchs_kernels_is_dequantised(wide_model, tmp_
 # --- schemes of our own ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("family", ["llama", "mixtral", "granite-hybrid-moe", "gpt2", "gemma3"])
+@pytest.mark.parametrize(
+    ("family", "scheme"),
+    cases({"llama": "int8", "mixtral": "int4", "granite-hybrid-moe": "int8", "gpt2": "int4", "gemma3": ""}),
+)
 def test_bits_are_the_requests_own(tiny_model, capsys, family, scheme):
     """Alone and in company, in chunks, after a prefix hit, preempted; tied heads and such of their own."""
     options = ("--dtype", "bfloat16", "--kernels", "native", "--attention-backend", "native")
@@ -100,8 +112,9 @@ def test_bits_are_the_requests_own(tiny_model, capsys, family, scheme):
     assert " preempted)" in out
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("family", ["llama3", "qwen3", "granitemoe", "mpt", "falcon-40b"])
+@pytest.mark.parametrize(
+    ("family", "scheme"), cases({"llama3": "int8", "granitemoe": "int4", "mpt": "int4", "qwen3": "", "falcon-40b": ""})
+)
 def test_native_kernels_and_torch_compute_with_the_same_weights(tiny_model, family, scheme):
     path = tiny_model(family)
     native = logits(path, quantization=scheme)
@@ -140,7 +153,7 @@ def planned(path: Path, tp: int = 1, **options) -> int:
 
 
 @pytest.mark.parametrize("quantization", [*SCHEMES, None])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral", "granite-hybrid-moe", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "mixtral", "granite-hybrid-moe", "gpt2"])
 def test_a_plan_is_what_is_allocated(tmp_path, family, quantization):
     path = make_tiny_model(family, tmp_path, **FAMILIES[family])
     if quantization is None:
