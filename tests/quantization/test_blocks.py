@@ -68,7 +68,7 @@ def test_int4_gains_from_the_search():
     weight = normal(64, 1024) * 0.02
     theirs = dequantize(quantize(weight.numpy(), GGMLQuantizationType.Q4_1), GGMLQuantizationType.Q4_1)
     ours = quantize_int4(weight).dequantize()
-    assert (ours - weight).square().sum() < 0.85 * (torch.from_numpy(theirs) - weight).square().sum()
+    assert (ours - weight).square().sum() < 0.83 * (torch.from_numpy(theirs) - weight).square().sum()
 
 
 @pytest.mark.parametrize("cols", [1, 31, 33, 70])
