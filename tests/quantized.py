@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from nanovllm.ops.formats import INT8, Q4, Q4_WIDE, Q8, Q8_FINE, Q8_LEAST, Q8_WIDE, Codes, Format, Packed, Segment
+from nanovllm.ops.formats import INT8, Q4, Q4_NESTED, Q8, Q8_FINE, Q8_LEAST, Q8_NESTED, Codes, Format, Packed, Segment
 
 FORMS = {
     "int8": INT8,
     "q4": Q4,
     "q8": Q8,
     "q8_least": Q8_LEAST,
-    "q4_wide": Q4_WIDE,
-    "q8_wide": Q8_WIDE,
+    "q4_nested": Q4_NESTED,
+    "q8_nested": Q8_NESTED,
     "q8_fine": Q8_FINE,
 }
 _WIDEST = {8: 127, 4: 15}
@@ -23,21 +23,35 @@ def random_codes(form: Format, rows: int, cols: int, seed: int = 0) -> Codes:
     """Scales have as many digits as files have: products with codes are exact in fp32."""
     random = np.random.default_rng(seed)
     most = 31 if form.group == 16 else _WIDEST[form.bits]
-    codes = random.integers(0 if form.bits == 4 else -most, most + 1, (rows, cols), dtype=np.int8)
+    codes = torch.from_numpy(random.integers(0 if form.bits == 4 else -most, most + 1, (rows, cols), dtype=np.int8))
     groups = 1 if form.group is None else -(-cols // form.group)
-    scales = random.uniform(0.001, 0.01, (rows, groups)).astype(np.float16)
-    least = torch.from_numpy(-random.uniform(0, 0.05, (rows, groups)).astype(np.float16)).to(form.scale)
-    return Codes(form, torch.from_numpy(codes), torch.from_numpy(scales).to(form.scale), least if form.least else None)
+
+    def uniform(low: float, high: float, count: int) -> torch.Tensor:
+        return torch.from_numpy(random.uniform(low, high, (rows, count)).astype(np.float16))
+
+    if form.scale == torch.int8:
+        inner = [torch.from_numpy(random.integers(0, 64, (rows, groups), dtype=np.int8)) for _ in range(2)]
+        outer = uniform(1e-4, 1e-3, -(-cols // 256)), uniform(-1e-3, 0, -(-cols // 256))
+        return Codes(form, codes, *inner, *outer) if form.least else Codes(form, codes, inner[0], None, outer[0])
+    scales, least = uniform(1e-3, 1e-2, groups), uniform(-0.05, 0, groups)
+    return Codes(form, codes, scales.to(form.scale), least.to(form.scale) if form.least else None)
 
 
 def dequantized(codes: Codes) -> np.ndarray:
     """fp64 [rows, cols]."""
     rows, cols = codes.codes.shape
     group = codes.form.group or cols
+
+    def at(values: torch.Tensor | None, outer: torch.Tensor | None, column: int) -> np.ndarray | float:
+        if values is None:
+            return 0.0
+        times = 1.0 if outer is None else outer[:, column // 256].double().numpy()
+        return values[:, column // group].double().numpy() * times
+
     out = np.empty((rows, cols))
     for c in range(cols):
-        least = 0.0 if codes.least is None else codes.least[:, c // group].double().numpy()
-        out[:, c] = codes.codes[:, c].numpy() * codes.scales[:, c // group].double().numpy() + least
+        scale, least = at(codes.scales, codes.outer, c), at(codes.least, codes.outer_least, c)
+        out[:, c] = codes.codes[:, c].numpy() * scale + least
     return out
 
 
@@ -57,4 +71,5 @@ def packed(ops, codes: Codes, *, gated: bool = False) -> Packed:
 def _rows(codes: Codes, part: slice) -> Codes:
     """With gaps between its rows, as those of a matrix whose last group is not whole."""
     wide = torch.nn.functional.pad(codes.codes, (0, 3))[:, :-3]
-    return Codes(codes.form, wide[part], codes.scales[part], None if codes.least is None else codes.least[part])
+    others = (codes.scales, codes.least, codes.outer, codes.outer_least)
+    return Codes(codes.form, wide[part], *(None if x is None else x[part] for x in others))

@@ -8,21 +8,37 @@ using namespace nanovllm;
 
 namespace {
 
-// Row `row` of a pair: its codes, and a scale and a least value for each group.
-void pack_row(const Layout& form, const int8_t* codes, const char* scales, const char* least, int64_t k, char* pair,
-              int64_t row) {
-    const int64_t group = form.group == 0 ? k : form.group, values = PAIR * form.scale_bytes;
-    for (int64_t g = 0; g * group < k; ++g, pair += form.group_bytes()) {
-        char* behind = pair + values;
-        std::memcpy(pair + row * form.scale_bytes, scales + g * form.scale_bytes, form.scale_bytes);
-        if (form.least) {
-            std::memcpy(behind + row * form.scale_bytes, least + g * form.scale_bytes, form.scale_bytes);
-            behind += values;
-        }
+// A row's scales and least values of all groups, and where they are nested, what they are multiples of.
+struct Values {
+    const char *scales, *least, *outer, *outer_least;
+
+    Values row(const Layout& form, int64_t r, int64_t k) const {
+        const int64_t groups = form.group == 0 ? 1 : (k + form.group - 1) / form.group;
+        const int64_t inner = r * groups * form.scale_bytes, outside = r * ((k + OUTER - 1) / OUTER) * 2;
+        return {scales + inner, least + inner, outer + outside, outer_least + outside};
+    }
+};
+
+// Of 32 rows' numbers, and of as many least values behind them where there are such, those of one row.
+char* put_values(char* to, int64_t row, int64_t bytes, const char* scale, const char* least) {
+    std::memcpy(to + row * bytes, scale, bytes);
+    if (least != nullptr) std::memcpy(to + (PAIR + row) * bytes, least, bytes);
+    return to + (least == nullptr ? PAIR : 2 * PAIR) * bytes;
+}
+
+// Row `row` of a pair.
+void pack_row(const Layout& form, const int8_t* codes, const Values& values, int64_t k, char* pair, int64_t row) {
+    const int64_t group = form.group == 0 ? k : form.group, bytes = form.scale_bytes;
+    for (int64_t g = 0; g * group < k; ++g) {
+        if (const int64_t o = g * group / OUTER; form.nested() && g * group % OUTER == 0)
+            pair = put_values(pair, row, 2, values.outer + 2 * o, form.least ? values.outer_least + 2 * o : nullptr);
+        char* behind = put_values(pair, row, bytes, values.scales + g * bytes,
+                                  form.least ? values.least + g * bytes : nullptr);
         for (int64_t c = g * group; c < std::min((g + 1) * group, k); ++c) {
             const Place at = place(form.bits, row, c - g * group);
             behind[at.byte] |= (char)((form.bits == 8 ? codes[c] : codes[c] & 15) << at.shift);
         }
+        pair += form.group_bytes();
     }
 }
 
@@ -49,21 +65,20 @@ void nv_pack(const void* weight, void* packed, int64_t n, int64_t k, int size, i
     }
 }
 
-// The same for codes [n][k] of a quantised form, with scales and least values [n][groups] as it has them, into
-// rows `first` and those that follow of `packed`, which holds zeros; or, if `half` is not negative, into this
-// half of a gated weight.
-void nv_pack_quantized(int format, const int8_t* codes, const void* scales, const void* least, int64_t n, int64_t k,
-                       int64_t first, int half, void* packed, int threads) {
+// The same for codes [n][k] of a quantised form, with scales and least values [n][groups] and, where these are
+// nested, half-precision ones [n][ceil(k / 256)] as it has them, into rows `first` and those that follow of
+// `packed`, which holds zeros; or, if `half` is not negative, into this half of a gated weight.
+void nv_pack_quantized(int format, const int8_t* codes, const void* scales, const void* least, const void* outer,
+                       const void* outer_least, int64_t n, int64_t k, int64_t first, int half, void* packed,
+                       int threads) {
     const Layout form = layout((Format)format);
-    const int64_t groups = form.group == 0 ? 1 : (k + form.group - 1) / form.group;
-    const int64_t row_bytes = groups * form.scale_bytes;
+    const Values all = {(const char*)scales, (const char*)least, (const char*)outer, (const char*)outer_least};
 #pragma omp parallel for num_threads(threads)  // rows of different panels share no byte
     for (int64_t p = first / PANEL; p <= (first + n - 1) / PANEL; ++p) {
         const int64_t panel = half < 0 ? p : 2 * p + half;
         char* pair = (char*)packed + panel / 2 * form.pair_bytes(k);
         for (int64_t r = std::max<int64_t>(0, p * PANEL - first); r < std::min(n, (p + 1) * PANEL - first); ++r)
-            pack_row(form, codes + r * k, (const char*)scales + r * row_bytes, (const char*)least + r * row_bytes, k,
-                     pair, panel % 2 * PANEL + (first + r) % PANEL);
+            pack_row(form, codes + r * k, all.row(form, r, k), k, pair, panel % 2 * PANEL + (first + r) % PANEL);
     }
 }
 }

@@ -43,11 +43,13 @@ inline V numbers(const int8_t* codes) {
 }
 
 // 32 rows' numbers, each for the two columns of a step.
+// outer: the rows' half-precision numbers that nested ones are multiples of.
 template <int BYTES>
-inline void each_twice(const char* from, V (&to)[2][R]) {
+inline void each_twice(const char* from, const char* outer, V (&to)[2][R]) {
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
-        const V v = BYTES == 2 ? load_fp16(from + i * WIDTH * 2) : load(from + i * WIDTH * 4);
+        const V v = BYTES == 2 ? load_fp16(from + i * WIDTH * 2)
+                               : numbers((const int8_t*)from + i * WIDTH) * load_fp16(outer + i * WIDTH * 2);
         to[2 * i / R][2 * i % R] = twice(v, 0);
         to[(2 * i + 1) / R][(2 * i + 1) % R] = twice(v, WIDTH / 2);
     }
@@ -69,9 +71,11 @@ struct Quantised {
             }
         } else {
             constexpr int64_t IN_GROUP = FORM.group / 2;
+            const char* outer = nullptr;
             for (int64_t s = 0; s < steps; s += IN_GROUP, at += FORM.group_bytes()) {
+                if (FORM.nested() && s % (OUTER / 2) == 0) outer = at, at += FORM.outer_bytes();
                 for (int i = 0; i < FORM.group_bytes(); i += 64) __builtin_prefetch(at + AHEAD + i);
-                group(at, s, std::min(steps, s + IN_GROUP), f);
+                group(at, outer, s, std::min(steps, s + IN_GROUP), f);
             }
         }
     }
@@ -94,12 +98,12 @@ private:
     }
 
     template <class Each>
-    static inline void group(const char* at, int64_t first, int64_t end, Each f) {
+    static inline void group(const char* at, const char* outer, int64_t first, int64_t end, Each f) {
         V scale[2][R], least[2][R];
-        each_twice<FORM.scale_bytes>(at, scale);
+        each_twice<FORM.scale_bytes>(at, outer, scale);
         at += PAIR * FORM.scale_bytes;
         if constexpr (FORM.least) {
-            each_twice<FORM.scale_bytes>(at, least);
+            each_twice<FORM.scale_bytes>(at, outer + PAIR * 2, least);
             at += PAIR * FORM.scale_bytes;
         }
         auto scaled = [&](Widened w) {

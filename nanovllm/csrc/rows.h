@@ -115,23 +115,29 @@ inline void gather_packed(const Gather& g, int64_t id, float* y) {
     }
 }
 
-inline float number(const char* p, int bytes) {
-    float x;
-    if (bytes == 4) return memcpy(&x, p, sizeof x), x;
+inline float half_precision(const char* p) {
     uint16_t half[WIDTH] = {};
     memcpy(half, p, sizeof *half);
     return load_fp16(half)[0];
+}
+
+// A row's scale or least value. outer: what it is a multiple of, if it is nested.
+inline float number(const Layout& form, const char* p, const char* outer) {
+    float x;
+    if (form.scale_bytes == 4) return memcpy(&x, p, sizeof x), x;
+    return form.nested() ? *(const int8_t*)p * half_precision(outer) : half_precision(p);
 }
 
 // The weights that a linear layer multiplies by: rounded, but for a form that scales sums.
 inline void gather_quantised(const Gather& g, int64_t id, float* y) {
     const Layout form = layout(g.format);
     const int64_t group = form.group == 0 ? g.width : form.group, row = id % PAIR, values = PAIR * form.scale_bytes;
-    const char* at = (const char*)g.table + id / PAIR * form.pair_bytes(g.width);
+    const char *at = (const char*)g.table + id / PAIR * form.pair_bytes(g.width), *outer = at;
     for (int64_t first = 0; first < g.width; first += group, at += form.group_bytes()) {
-        const char* codes = at + values * (1 + form.least);
-        const float scale = number(at + row * form.scale_bytes, form.scale_bytes);
-        const float least = form.least ? number(at + values + row * form.scale_bytes, form.scale_bytes) : 0.0f;
+        if (form.nested() && first % OUTER == 0) outer = at, at += form.outer_bytes();
+        const char *codes = at + values * (1 + form.least), *mine = at + row * form.scale_bytes;
+        const float scale = number(form, mine, outer + row * 2);
+        const float least = form.least ? number(form, mine + values, outer + (PAIR + row) * 2) : 0.0f;
         for (int64_t c = first; c < std::min(first + group, g.width); ++c) {
             const Place where = place(form.bits, row, c - first);
             const int code = form.bits == 8 ? (int8_t)codes[where.byte] : (uint8_t)codes[where.byte] >> where.shift & 15;

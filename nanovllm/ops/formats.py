@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+_OUTER = 256  # columns that share what nested scales are multiples of; csrc/formats.h
 _PAIR = 32  # rows that lie side by side once packed; csrc/formats.h
 
 
@@ -15,8 +16,8 @@ class Format:
     """weight = code * scale + least, rounded to bfloat16.
 
     bits: of a code: 8 are signed, 4 are 0 to 15. group: columns that share a scale; None: the whole row, and
-    sums are multiplied by it instead of weights. scale: dtype of scales and least values. least: whether there are
-    least values, else they are 0.
+    sums are multiplied by it instead of weights. scale: dtype of scales and least values; int8 are multiples of fp16
+    numbers that 256 columns share. least: whether there are least values, else they are 0.
     """
 
     number: int
@@ -32,6 +33,8 @@ class Format:
             pair = _PAIR * (values + -(-cols // 2) * 2)
         else:
             pair = -(-cols // self.group) * _PAIR * (values + self.group * self.bits // 8)
+        if self.scale == torch.int8:
+            pair += -(-cols // _OUTER) * _PAIR * 2 * (1 + self.least)
         return -(-rows // _PAIR) * pair
 
 
@@ -39,26 +42,32 @@ INT8 = Format(2, 8, None, torch.float32, least=False)
 Q4 = Format(3, 4, 32, torch.float16, least=True)
 Q8 = Format(4, 8, 32, torch.float16, least=False)
 Q8_LEAST = Format(5, 8, 32, torch.float16, least=True)
-Q4_WIDE = Format(6, 4, 32, torch.float32, least=True)
-Q8_WIDE = Format(7, 8, 32, torch.float32, least=True)
-Q8_FINE = Format(8, 8, 16, torch.float32, least=False)
+Q4_NESTED = Format(6, 4, 32, torch.int8, least=True)
+Q8_NESTED = Format(7, 8, 32, torch.int8, least=True)
+Q8_FINE = Format(8, 8, 16, torch.int8, least=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Codes:
-    """A quantised weight [rows, cols] in plain sight. codes: int8 [rows, cols]. scales, least: [rows, groups]."""
+    """A quantised weight [rows, cols] in plain sight. codes: int8 [rows, cols]. scales, least: [rows, groups].
+    outer, outer_least: fp16 [rows, ceil(cols / 256)], that nested ones are multiples of."""
 
     form: Format
     codes: torch.Tensor
     scales: torch.Tensor
     least: torch.Tensor | None = None
+    outer: torch.Tensor | None = None
+    outer_least: torch.Tensor | None = None
 
     def dequantize(self) -> torch.Tensor:
         """fp32 [rows, cols]: exact but for one rounding, of the sum."""
+        values = self.codes.float() * self._of_columns(self.scales, self.outer)
+        return values if self.least is None else values + self._of_columns(self.least, self.outer_least)
+
+    def _of_columns(self, values: torch.Tensor, outer: torch.Tensor | None) -> torch.Tensor:
         cols = self.codes.shape[1]
-        group = self.form.group or cols
-        values = self.codes.float() * self.scales.float().repeat_interleave(group, dim=1)[:, :cols]
-        return values if self.least is None else values + self.least.float().repeat_interleave(group, dim=1)[:, :cols]
+        each = values.float().repeat_interleave(self.form.group or cols, dim=1)[:, :cols]
+        return each if outer is None else each * outer.float().repeat_interleave(_OUTER, dim=1)[:, :cols]
 
 
 class Segment(NamedTuple):

@@ -23,7 +23,8 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "nv_pack_quantized": (
         None,
         [
-            *(_INT, _POINTER, _POINTER, _POINTER, _LONG, _LONG),  # format, codes, scales, least values, rows, columns
+            *(_INT, _POINTER, _POINTER, _POINTER),  # format, codes, scales, least values
+            *(_POINTER, _POINTER, _LONG, _LONG),  # what these two are multiples of, rows, columns
             *(_LONG, _INT, _POINTER, _INT),  # first row or half, packed, threads
         ],
     ),

@@ -68,10 +68,11 @@ class NativeOps:
         return self._weights.zeros((num_bytes,), torch.uint8)
 
     def pack_codes(self, codes: Codes, first: int, out: torch.Tensor, *, half: int | None = None) -> None:
-        numbers, scales = codes.codes.contiguous(), codes.scales.contiguous()
-        least = scales if codes.least is None else codes.least.contiguous()  # not read where there is none
+        numbers = codes.codes.contiguous()
+        given = (codes.scales, codes.least, codes.outer, codes.outer_least)
+        values = [codes.scales if v is None else v.contiguous() for v in given]  # what is not there is not read
         self._library.pack_quantized(
-            *(codes.form.number, numbers.data_ptr(), scales.data_ptr(), least.data_ptr(), *numbers.shape),
+            *(codes.form.number, numbers.data_ptr(), *(v.data_ptr() for v in values), *numbers.shape),
             *(first, -1 if half is None else half, out.data_ptr(), torch.get_num_threads()),
         )
 

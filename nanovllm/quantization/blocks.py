@@ -12,19 +12,19 @@ from typing import NamedTuple
 
 import torch
 
-from nanovllm.ops.formats import INT8, Q4, Q4_WIDE, Q8, Q8_FINE, Q8_LEAST, Q8_WIDE, Codes, Format
+from nanovllm.ops.formats import INT8, Q4, Q4_NESTED, Q8, Q8_FINE, Q8_LEAST, Q8_NESTED, Codes, Format
 
 _INT8_SCALE = 4  # bytes
 
 
 class Kind(NamedTuple):
-    """cols, bytes: of a block. form: what kernels get. unpack: from blocks [B, bytes] to codes [B, cols], and scales
-    and least values [B, groups of a block]."""
+    """cols, bytes: of a block. form: what kernels get. unpack: from blocks [B, bytes] to codes [B, cols], scales [B,
+    groups of a block] and whatever else Codes has."""
 
     cols: int
     bytes: int
     form: Format
-    unpack: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
+    unpack: Callable[[torch.Tensor], tuple[torch.Tensor | None, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +75,10 @@ class Blocks:
             scales = self.data[:, :_INT8_SCALE].contiguous().view(torch.float32)
             return Codes(INT8, self.data[:, _INT8_SCALE:].contiguous().view(torch.int8), scales)
         kind = KINDS[self.kind]
-        codes, scales, least = kind.unpack(self.data.reshape(-1, kind.bytes))
-        codes = codes.view(rows, -1)[:, : self.cols]
-        return Codes(kind.form, codes, scales.view(rows, -1), None if least is None else least.view(rows, -1))
+        codes, *values = kind.unpack(self.data.reshape(-1, kind.bytes))
+        of_rows = [None if v is None else v.reshape(rows, -1) for v in values]
+        assert codes is not None and of_rows[0] is not None
+        return Codes(kind.form, codes.reshape(rows, -1)[:, : self.cols], of_rows[0], *of_rows[1:])
 
     def dequantize(self) -> torch.Tensor:
         """fp32 [rows, cols]."""
@@ -142,30 +143,29 @@ def _q8_0(b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
     return b[:, 2:].contiguous().view(torch.int8), _half(b[:, :2]), None
 
 
-def _k_scales(b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of Q4_K and Q5_K: scales and least values of eight groups, 6 bits each in 12 bytes, times the block's own."""
+def _k_scales(b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of Q4_K and Q5_K: scales and least values of eight groups, 6 bits each in 12 bytes, and the block's two."""
     first, second, rest = b[:, 4:16].chunk(3, dim=1)
     scales = torch.cat([first & 63, rest & 15 | first >> 6 << 4], dim=1)
     least = torch.cat([second & 63, rest >> 4 | second >> 6 << 4], dim=1)
-    return scales * _half(b[:, :2]).float(), -(least * _half(b[:, 2:4]).float())
+    return scales.view(torch.int8), least.view(torch.int8), _half(b[:, :2]), -_half(b[:, 2:4])
 
 
-def _q4_k(b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _q4_k(b: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return _nibbles(b[:, 16:].unflatten(1, (4, 32))).flatten(1), *_k_scales(b)
 
 
-def _q5_k(b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _q5_k(b: torch.Tensor) -> tuple[torch.Tensor, ...]:
     low = _nibbles(b[:, 48:].unflatten(1, (4, 32))).unflatten(-1, (2, 32)).flatten(1, 2)  # [B, 8, 32]
     high = b[:, 16:48, None] >> torch.arange(8, dtype=torch.uint8) & 1  # [B, 32, 8]
     return (low | high.transpose(1, 2) << 4).flatten(1), *_k_scales(b)
 
 
-def _q6_k(b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+def _q6_k(b: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     low = _nibbles(b[:, :128].unflatten(1, (2, 64))).unflatten(-1, (4, 32))  # [B, 2, 4, 32]
     pairs = b[:, 128:192].unflatten(1, (2, 1, 32)) >> torch.arange(0, 8, 2, dtype=torch.uint8)[:, None] & 3
     codes = (low | pairs << 4).flatten(1).view(torch.int8) - 32
-    scales = b[:, 192:208].contiguous().view(torch.int8) * _half(b[:, 208:]).float()
-    return codes, scales, None
+    return codes, b[:, 192:208].contiguous().view(torch.int8), None, _half(b[:, 208:])
 
 
 KINDS = {
@@ -174,8 +174,8 @@ KINDS = {
     "Q5_0": Kind(32, 22, Q8, _q5_0),
     "Q5_1": Kind(32, 24, Q8_LEAST, _q5_1),
     "Q8_0": Kind(32, 34, Q8, _q8_0),
-    "Q4_K": Kind(256, 144, Q4_WIDE, _q4_k),
-    "Q5_K": Kind(256, 176, Q8_WIDE, _q5_k),
+    "Q4_K": Kind(256, 144, Q4_NESTED, _q4_k),
+    "Q5_K": Kind(256, 176, Q8_NESTED, _q5_k),
     "Q6_K": Kind(256, 210, Q8_FINE, _q6_k),
 }
 """Types that kernels compute with; values are exactly the type's own."""

@@ -87,7 +87,7 @@ def test_rows_of_several_forms_in_one_weight(level):
     """As query, key and value projections of a GGUF file may have: each is a product of its own."""
     k, ends, x = 64, [0, 40, 57, 90], normal(7, 64)
     parts = [random_codes(FORMS[name], end - start, k) for name, start, end in zip(
-        ("q4_wide", "q8_fine", "q8"), ends, ends[1:], strict=False)]  # fmt: skip
+        ("q4_nested", "q8_fine", "q8"), ends, ends[1:], strict=False)]  # fmt: skip
     memory, segments, expected = [], [], []
     bias, residual = normal(90, seed=1), normal(7, 90, seed=2)
     for codes, start, end in zip(parts, ends, ends[1:], strict=False):
@@ -100,7 +100,7 @@ def test_rows_of_several_forms_in_one_weight(level):
     assert torch.equal(OPS.linear(x, whole, 90, bias, residual=residual), torch.cat(expected, dim=1))
 
 
-@pytest.mark.parametrize("forms", [("q4", "q8"), ("int8", "int8"), ("q4_wide", "q8_fine")])
+@pytest.mark.parametrize("forms", [("q4", "q8"), ("int8", "int8"), ("q4_nested", "q8_fine")])
 @pytest.mark.parametrize("tokens", [1, 60])
 def test_a_mixture_gives_the_bits_of_its_experts(level, threads, forms, tokens):
     threads(2)
