@@ -9,25 +9,24 @@ from __future__ import annotations
 import torch
 
 from nanovllm.quantization.blocks import Blocks, q4_1_blocks
+from nanovllm.quantization.pieces import row_pieces
 
 GROUP = 32
 _CUTS = ((0.0, 0.0), (0.03, 0.0), (0.0, 0.03), (0.03, 0.03))
 """Shares of the range that are left out below and above; more of them gain little."""
-_PIECE = 1 << 16  # weights at a time: what the search works with stays in the cache
 
 
 def quantize_int4(weight: torch.Tensor) -> Blocks:
     """weight: [rows, cols] of any float dtype."""
-    rows, cols = weight.shape
+    cols = weight.shape[1]
     padding = -cols % GROUP
-    step = max(1, _PIECE // cols)
-    pieces = []
-    for first in range(0, rows, step):
-        piece = weight[first : first + step].float()
+    found = []
+    for rows in row_pieces(*weight.shape):
+        piece = weight[rows].float()
         if padding:  # with a number that the group has: it widens no range
             piece = torch.cat([piece, piece[:, -1:].expand(-1, padding)], dim=1)
-        pieces.append(_quantize(piece.view(len(piece), -1, GROUP)).data)
-    return Blocks("Q4_1", torch.cat(pieces), cols)
+        found.append(_quantize(piece.unflatten(1, (-1, GROUP))).data)
+    return Blocks("Q4_1", torch.cat(found), cols)
 
 
 def _quantize(groups: torch.Tensor) -> Blocks:

@@ -11,6 +11,7 @@ from nanovllm.ops.base import Ops
 from nanovllm.ops.formats import Format, Packed, Segment
 from nanovllm.quantization.blocks import Blocks
 from nanovllm.quantization.linear_method import LinearWeights, Stack, UnquantizedLinearMethod
+from nanovllm.quantization.pieces import row_pieces
 
 Quantize = Callable[[torch.Tensor], Blocks]
 
@@ -80,7 +81,8 @@ def pack_blocks(ops: Ops, layer: LinearWeights, blocks: Blocks, first: int, out:
     """Blocks into row `first` and those that follow. out: memory of the layer's rows of this form."""
     if out.device.type == "meta":
         return
+    half = None
     if fuses_gate(layer, ops):
-        ops.pack_codes(blocks.unpack(), 0, out, half=0 if first == 0 else 1)
-    else:
-        ops.pack_codes(blocks.unpack(), first, out)
+        half, first = 0 if first == 0 else 1, 0
+    for rows in row_pieces(*blocks.shape):
+        ops.pack_codes(blocks[rows].unpack(), first + rows.start, out, half=half)

@@ -22,6 +22,12 @@ from nanovllm.cli.parity import all_logits, kl_divergence
 from nanovllm.config import EngineConfig
 from nanovllm.engine.build import find_model
 from nanovllm.engine.memory_plan import footprint
+from nanovllm.errors import WeightError
+from nanovllm.ops.native import NativeOps
+from nanovllm.quantization.blocks import KINDS as BLOCKS
+from nanovllm.quantization.blocks import Blocks
+from nanovllm.quantization.gguf import GGUFLinearMethod
+from nanovllm.quantization.linear_method import LinearWeights
 from nanovllm.weights.checkpoint import open_checkpoint
 
 native_library()
@@ -86,6 +92,20 @@ def test_types_without_kernels_are_widened_with_a_notice(wide_model, tmp_path, c
         found = logits(path)
     assert [r.message for r in caplog.records] == ["no kernels for TQ2_0: such weights are widened while loading"]
     assert torch.equal(found, logits(path, quantization="dequantize"))
+
+
+def test_experts_of_a_layer_have_one_type():
+    """Their weights are one tensor; files that store experts one by one could differ."""
+    method, layers = GGUFLinearMethod(NativeOps(native_library())), [LinearWeights(), LinearWeights()]
+    for layer in layers:
+        method.create(layer, 8, 32, torch.bfloat16, torch.device("cpu"))
+    method.stack(layers)
+    for layer, kind in zip(layers, ("Q4_0", "Q8_0"), strict=True):
+        blocks = Blocks(kind, torch.zeros(8, BLOCKS[kind].bytes, dtype=torch.uint8), 32)
+        method.load(layer, blocks, slice(0, 8))
+    method.finalize(layers[0])
+    with pytest.raises(WeightError, match="different GGML types: set quantization='dequantize'"):
+        method.finalize(layers[1])
 
 
 def test_a_file_in_float32_and_on_torchs_kernels_is_dequantised(wide_model, tmp_path):
