@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from nanovllm.ops.formats import INT8, Q4, Q4_NESTED, Q8, Q8_FINE, Q8_LEAST, Q8_NESTED, Codes, Format, Packed, Segment
+from nanovllm.ops.formats import Q4, Q4_NESTED, Q8, Q8_FINE, Q8_LEAST, Q8_NESTED, Codes, Format, Packed, Segment
 
 FORMS = {
-    "int8": INT8,
     "q4": Q4,
     "q8": Q8,
     "q8_least": Q8_LEAST,
@@ -24,7 +23,7 @@ def random_codes(form: Format, rows: int, cols: int, seed: int = 0) -> Codes:
     random = np.random.default_rng(seed)
     most = 31 if form.group == 16 else _WIDEST[form.bits]
     codes = torch.from_numpy(random.integers(0 if form.bits == 4 else -most, most + 1, (rows, cols), dtype=np.int8))
-    groups = 1 if form.group is None else -(-cols // form.group)
+    groups = -(-cols // form.group)
 
     def uniform(low: float, high: float, count: int) -> torch.Tensor:
         return torch.from_numpy(random.uniform(low, high, (rows, count)).astype(np.float16))
@@ -40,13 +39,12 @@ def random_codes(form: Format, rows: int, cols: int, seed: int = 0) -> Codes:
 def dequantized(codes: Codes) -> np.ndarray:
     """fp64 [rows, cols]."""
     rows, cols = codes.codes.shape
-    group = codes.form.group or cols
 
     def at(values: torch.Tensor | None, outer: torch.Tensor | None, column: int) -> np.ndarray | float:
         if values is None:
             return 0.0
         times = 1.0 if outer is None else outer[:, column // 256].double().numpy()
-        return values[:, column // group].double().numpy() * times
+        return values[:, column // codes.form.group].double().numpy() * times
 
     out = np.empty((rows, cols))
     for c in range(cols):

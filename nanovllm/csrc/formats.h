@@ -3,9 +3,8 @@
 // All are pairs of panels, a panel being 16 rows of the weight, one pair after the other: one stream for a tile
 // of two panels. Unquantised: [k / 2][2][16][2] bfloat16 or [k][2][16] float, a step being what lies side by side.
 // Quantised: for each group of columns the 32 rows' scales, then (in some forms) their least values, then their
-// codes; weight = code * scale + least, rounded to bfloat16. INT8 has one group, scales in float, and multiplies
-// sums instead of weights by them. Nested forms have integers for scales and least values: multiples of the two
-// numbers that each 256 columns of a row begin with. Codes of 8 bits are signed and lie as the bfloat16 do. Codes of 4 bits: two
+// codes; weight = code * scale + least, rounded to bfloat16. Nested forms have integers for scales and least
+// values: multiples of the two numbers that each 256 columns of a row begin with. Codes of 8 bits are signed and lie as the bfloat16 do. Codes of 4 bits: two
 // steps are 16 words of 8 codes, of which the one at bit 4 j of word l is that of step j / 4, panel j / 2 % 2,
 // and number l + j % 2 * 16 of the panel's [16][2]: shifting a vector by 4 j brings neighbours into its lanes.
 // There are zeros wherever the weight has nothing.
@@ -20,27 +19,24 @@ constexpr int PAIR = 2 * PANEL;
 constexpr int OUTER = 256;  // columns that share the numbers whose multiples nested scales are
 
 // ops/formats.py has the same numbers.
-enum class Format : int { F32, BF16, INT8, Q4, Q8, Q8_LEAST, Q4_NESTED, Q8_NESTED, Q8_FINE };
-constexpr int FORMATS = 9;
+enum class Format : int { F32, BF16, Q4, Q8, Q8_LEAST, Q4_NESTED, Q8_NESTED, Q8_FINE };
+constexpr int FORMATS = 8;
 
 struct Layout {
-    int bits, group;  // group: columns that share a scale; 0 where all do
-    int scale_bytes;  // 4: float, 2: half precision, 1: nested
+    int bits, group;  // group: columns that share a scale
+    int scale_bytes;  // 2: half precision, 1: nested
     bool least;
 
     constexpr bool nested() const { return scale_bytes == 1; }
     constexpr int64_t group_bytes() const { return PAIR * (scale_bytes * (1 + least) + group * bits / 8); }
     constexpr int64_t outer_bytes() const { return nested() ? PAIR * 2 * (1 + least) : 0; }
     constexpr int64_t pair_bytes(int64_t k) const {
-        if (group == 0) return PAIR * (scale_bytes + (k + 1) / 2 * 2);
         return (k + group - 1) / group * group_bytes() + (k + OUTER - 1) / OUTER * outer_bytes();
     }
 };
 
 constexpr Layout layout(Format format) {
     switch (format) {
-        case Format::INT8:
-            return {8, 0, 4, false};
         case Format::Q4:
             return {4, 32, 2, true};
         case Format::Q8:

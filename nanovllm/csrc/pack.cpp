@@ -13,7 +13,7 @@ struct Values {
     const char *scales, *least, *outer, *outer_least;
 
     Values row(const Layout& form, int64_t r, int64_t k) const {
-        const int64_t groups = form.group == 0 ? 1 : (k + form.group - 1) / form.group;
+        const int64_t groups = (k + form.group - 1) / form.group;
         const int64_t inner = r * groups * form.scale_bytes, outside = r * ((k + OUTER - 1) / OUTER) * 2;
         return {scales + inner, least + inner, outer + outside, outer_least + outside};
     }
@@ -28,7 +28,7 @@ char* put_values(char* to, int64_t row, int64_t bytes, const char* scale, const 
 
 // Row `row` of a pair.
 void pack_row(const Layout& form, const int8_t* codes, const Values& values, int64_t k, char* pair, int64_t row) {
-    const int64_t group = form.group == 0 ? k : form.group, bytes = form.scale_bytes;
+    const int64_t group = form.group, bytes = form.scale_bytes;
     for (int64_t g = 0; g * group < k; ++g) {
         if (const int64_t o = g * group / OUTER; form.nested() && g * group % OUTER == 0)
             pair = put_values(pair, row, 2, values.outer + 2 * o, form.least ? values.outer_least + 2 * o : nullptr);

@@ -58,25 +58,16 @@ inline void each_twice(const char* from, const char* outer, V (&to)[2][R]) {
 template <Format F>
 struct Quantised {
     static constexpr Layout FORM = layout(F);
-    static constexpr bool SCALES_SUMS = FORM.group == 0;
 
     // f(s, step) for each step of a pair.
     template <class Each>
     static inline void widen(const char* at, int64_t steps, Each f) {
-        if constexpr (SCALES_SUMS) {
-            at += PAIR * FORM.scale_bytes;
-            for (int64_t s = 0; s < steps; ++s, at += 2 * PAIR) {
-                __builtin_prefetch(at + AHEAD);
-                f(s, bytes(at));
-            }
-        } else {
-            constexpr int64_t IN_GROUP = FORM.group / 2;
-            const char* outer = nullptr;
-            for (int64_t s = 0; s < steps; s += IN_GROUP, at += FORM.group_bytes()) {
-                if (FORM.nested() && s % (OUTER / 2) == 0) outer = at, at += FORM.outer_bytes();
-                for (int i = 0; i < FORM.group_bytes(); i += 64) __builtin_prefetch(at + AHEAD + i);
-                group(at, outer, s, std::min(steps, s + IN_GROUP), f);
-            }
+        constexpr int64_t IN_GROUP = FORM.group / 2;
+        const char* outer = nullptr;
+        for (int64_t s = 0; s < steps; s += IN_GROUP, at += FORM.group_bytes()) {
+            if (FORM.nested() && s % (OUTER / 2) == 0) outer = at, at += FORM.outer_bytes();
+            for (int i = 0; i < FORM.group_bytes(); i += 64) __builtin_prefetch(at + AHEAD + i);
+            group(at, outer, s, std::min(steps, s + IN_GROUP), f);
         }
     }
 
@@ -199,10 +190,6 @@ public:
             const char* next = pair_ + pair_bytes_ + tile * pair_bytes_ / tiles;
             two_panels<W>(rows, x, wide_, steps_, next, divide_up(pair_bytes_, tiles * steps_), out);
         }
-        if constexpr (Quantised<F>::SCALES_SUMS)
-            for (int i = 0; i < rows; ++i)
-                for (int l = 0; l < PAIR; l += WIDTH)
-                    store(out + i * PAIR + l, load(out + i * PAIR + l) * load(pair_ + 4 * l));
     }
 
 private:

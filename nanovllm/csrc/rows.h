@@ -123,15 +123,13 @@ inline float half_precision(const char* p) {
 
 // A row's scale or least value. outer: what it is a multiple of, if it is nested.
 inline float number(const Layout& form, const char* p, const char* outer) {
-    float x;
-    if (form.scale_bytes == 4) return memcpy(&x, p, sizeof x), x;
     return form.nested() ? *(const int8_t*)p * half_precision(outer) : half_precision(p);
 }
 
-// The weights that a linear layer multiplies by: rounded, but for a form that scales sums.
+// The weights that a linear layer multiplies by.
 inline void gather_quantised(const Gather& g, int64_t id, float* y) {
     const Layout form = layout(g.format);
-    const int64_t group = form.group == 0 ? g.width : form.group, row = id % PAIR, values = PAIR * form.scale_bytes;
+    const int64_t group = form.group, row = id % PAIR, values = PAIR * form.scale_bytes;
     const char *at = (const char*)g.table + id / PAIR * form.pair_bytes(g.width), *outer = at;
     for (int64_t first = 0; first < g.width; first += group, at += form.group_bytes()) {
         if (form.nested() && first % OUTER == 0) outer = at, at += form.outer_bytes();
@@ -144,7 +142,6 @@ inline void gather_quantised(const Gather& g, int64_t id, float* y) {
             y[c] = code * scale + least;
         }
     }
-    if (form.group == 0) return;
     for (int64_t c = 0; c < g.width; c += WIDTH) {
         const int64_t lanes = std::min<int64_t>(WIDTH, g.width - c);
         store_part(y + c, round_to_bf16(load_part(y + c, lanes)), lanes);

@@ -15,36 +15,32 @@ _PAIR = 32  # rows that lie side by side once packed; csrc/formats.h
 class Format:
     """weight = code * scale + least, rounded to bfloat16.
 
-    bits: of a code: 8 are signed, 4 are 0 to 15. group: columns that share a scale; None: the whole row, and
-    sums are multiplied by it instead of weights. scale: dtype of scales and least values; int8 are multiples of fp16
-    numbers that 256 columns share. least: whether there are least values, else they are 0.
+    bits: of a code: 8 are signed, 4 are 0 to 15. group: columns that share a scale. scale: dtype of scales and least
+    values; int8 are multiples of fp16 numbers that 256 columns share. least: whether there are least values, else
+    they are 0.
     """
 
     number: int
     bits: int
-    group: int | None
+    group: int
     scale: torch.dtype
     least: bool
 
     def packed_bytes(self, rows: int, cols: int) -> int:
         """Of a weight [rows, cols]."""
         values = self.scale.itemsize * (1 + self.least)
-        if self.group is None:
-            pair = _PAIR * (values + -(-cols // 2) * 2)
-        else:
-            pair = -(-cols // self.group) * _PAIR * (values + self.group * self.bits // 8)
+        pair = -(-cols // self.group) * _PAIR * (values + self.group * self.bits // 8)
         if self.scale == torch.int8:
             pair += -(-cols // _OUTER) * _PAIR * 2 * (1 + self.least)
         return -(-rows // _PAIR) * pair
 
 
-INT8 = Format(2, 8, None, torch.float32, least=False)
-Q4 = Format(3, 4, 32, torch.float16, least=True)
-Q8 = Format(4, 8, 32, torch.float16, least=False)
-Q8_LEAST = Format(5, 8, 32, torch.float16, least=True)
-Q4_NESTED = Format(6, 4, 32, torch.int8, least=True)
-Q8_NESTED = Format(7, 8, 32, torch.int8, least=True)
-Q8_FINE = Format(8, 8, 16, torch.int8, least=False)
+Q4 = Format(2, 4, 32, torch.float16, least=True)
+Q8 = Format(3, 8, 32, torch.float16, least=False)
+Q8_LEAST = Format(4, 8, 32, torch.float16, least=True)
+Q4_NESTED = Format(5, 4, 32, torch.int8, least=True)
+Q8_NESTED = Format(6, 8, 32, torch.int8, least=True)
+Q8_FINE = Format(7, 8, 16, torch.int8, least=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +62,7 @@ class Codes:
 
     def _of_columns(self, values: torch.Tensor, outer: torch.Tensor | None) -> torch.Tensor:
         cols = self.codes.shape[1]
-        each = values.float().repeat_interleave(self.form.group or cols, dim=1)[:, :cols]
+        each = values.float().repeat_interleave(self.form.group, dim=1)[:, :cols]
         return each if outer is None else each * outer.float().repeat_interleave(_OUTER, dim=1)[:, :cols]
 
 

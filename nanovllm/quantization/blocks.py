@@ -1,7 +1,6 @@
 """Blocks: a quantised matrix as bytes, row by row, as GGUF files have it.
 
-The types are ggml's: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h. INT8 is of our own: a row
-is its fp32 scale and a signed byte for each column.
+The types are ggml's: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h.
 """
 
 from __future__ import annotations
@@ -12,9 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from nanovllm.ops.formats import INT8, Q4, Q4_NESTED, Q8, Q8_FINE, Q8_LEAST, Q8_NESTED, Codes, Format
-
-_INT8_SCALE = 4  # bytes
+from nanovllm.ops.formats import Q4, Q4_NESTED, Q8, Q8_FINE, Q8_LEAST, Q8_NESTED, Codes, Format
 
 
 class Kind(NamedTuple):
@@ -31,7 +28,7 @@ class Kind(NamedTuple):
 class Blocks:
     """A matrix [rows, cols], quantised.
 
-    kind: a name of KINDS, or "INT8". data: uint8 [rows, bytes of a row], on any device.
+    kind: a name of KINDS. data: uint8 [rows, bytes of a row], on any device.
     """
 
     kind: str
@@ -44,12 +41,12 @@ class Blocks:
 
     @property
     def form(self) -> Format:
-        return INT8 if self.kind == "INT8" else KINDS[self.kind].form
+        return KINDS[self.kind].form
 
     @property
     def group(self) -> int:
         """Columns that cannot be parted."""
-        return 1 if self.kind == "INT8" else KINDS[self.kind].cols
+        return KINDS[self.kind].cols
 
     def __len__(self) -> int:
         return self.data.shape[0]
@@ -62,18 +59,12 @@ class Blocks:
         count = part.stop - part.start
         if count == self.cols:
             return self
-        if self.kind == "INT8":
-            scales, codes = self.data[:, :_INT8_SCALE], self.data[:, _INT8_SCALE:]
-            return Blocks(self.kind, torch.cat([scales, codes[:, part]], dim=1), count)
         cols, size = KINDS[self.kind][:2]
         assert part.start % cols == 0 and count % cols == 0
         return Blocks(self.kind, self.data[:, part.start // cols * size : part.stop // cols * size], count)
 
     def unpack(self) -> Codes:
         rows = len(self)
-        if self.kind == "INT8":
-            scales = self.data[:, :_INT8_SCALE].contiguous().view(torch.float32)
-            return Codes(INT8, self.data[:, _INT8_SCALE:].contiguous().view(torch.int8), scales)
         kind = KINDS[self.kind]
         codes, *values = kind.unpack(self.data.reshape(-1, kind.bytes))
         of_rows = [None if v is None else v.reshape(rows, -1) for v in values]
@@ -87,13 +78,14 @@ class Blocks:
 
 def row_bytes(kind: str, cols: int) -> int:
     """Of a row; the last block of ours may be short of columns."""
-    return _INT8_SCALE + cols if kind == "INT8" else -(-cols // KINDS[kind].cols) * KINDS[kind].bytes
+    return -(-cols // KINDS[kind].cols) * KINDS[kind].bytes
 
 
-def int8_blocks(codes: torch.Tensor, scales: torch.Tensor) -> Blocks:
-    """codes: int8 [rows, cols]. scales: fp32 [rows, 1]."""
-    data = torch.cat([scales.contiguous().view(torch.uint8), codes.view(torch.uint8)], dim=1)
-    return Blocks("INT8", data, codes.shape[1])
+def q8_0_blocks(codes: torch.Tensor, scales: torch.Tensor) -> Blocks:
+    """codes: int8 [rows, groups, 32]. scales: fp16 [rows, groups]."""
+    rows, groups, cols = codes.shape
+    values = scales[..., None].view(torch.uint8)  # [rows, groups, 2]
+    return Blocks("Q8_0", torch.cat([values, codes.view(torch.uint8)], dim=-1).view(rows, -1), groups * cols)
 
 
 def q4_1_blocks(codes: torch.Tensor, scales: torch.Tensor, least: torch.Tensor) -> Blocks:

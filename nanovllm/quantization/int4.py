@@ -9,24 +9,16 @@ from __future__ import annotations
 import torch
 
 from nanovllm.quantization.blocks import Blocks, q4_1_blocks
-from nanovllm.quantization.pieces import row_pieces
+from nanovllm.quantization.pieces import in_groups, row_pieces
 
-GROUP = 32
 _CUTS = ((0.0, 0.0), (0.03, 0.0), (0.0, 0.03), (0.03, 0.03))
 """Shares of the range that are left out below and above; more of them gain little."""
 
 
 def quantize_int4(weight: torch.Tensor) -> Blocks:
     """weight: [rows, cols] of any float dtype."""
-    cols = weight.shape[1]
-    padding = -cols % GROUP
-    found = []
-    for rows in row_pieces(*weight.shape):
-        piece = weight[rows].float()
-        if padding:  # with a number that the group has: it widens no range
-            piece = torch.cat([piece, piece[:, -1:].expand(-1, padding)], dim=1)
-        found.append(_quantize(piece.unflatten(1, (-1, GROUP))).data)
-    return Blocks("Q4_1", torch.cat(found), cols)
+    found = [_quantize(in_groups(weight[rows])).data for rows in row_pieces(*weight.shape)]
+    return Blocks("Q4_1", torch.cat(found), weight.shape[1])
 
 
 def _quantize(groups: torch.Tensor) -> Blocks:

@@ -19,9 +19,9 @@ Quantize = Callable[[torch.Tensor], Blocks]
 class DequantizedLinearMethod(UnquantizedLinearMethod):
     """Quantised, and widened again while it is loaded: the values of a scheme, without what it saves."""
 
-    def __init__(self, ops: Ops, quantize: Quantize, group: int) -> None:
+    def __init__(self, ops: Ops, quantize: Quantize, form: Format) -> None:
         super().__init__(ops)
-        self._quantize, self.group = quantize, group
+        self._quantize, self.group = quantize, form.group
 
     def convert(self, tensor: torch.Tensor | Blocks) -> torch.Tensor:
         assert isinstance(tensor, torch.Tensor)
@@ -31,9 +31,9 @@ class DequantizedLinearMethod(UnquantizedLinearMethod):
 class QuantizedLinearMethod(UnquantizedLinearMethod):
     """Quantises each tensor as it comes and packs it at once, so that no more than one is there unquantised."""
 
-    def __init__(self, ops: Ops, quantize: Quantize, form: Format, group: int) -> None:
+    def __init__(self, ops: Ops, quantize: Quantize, form: Format) -> None:
         super().__init__(ops)
-        self._quantize, self._form, self.group = quantize, form, group
+        self._quantize, self._form, self.group = quantize, form, form.group
 
     def create(self, layer: LinearWeights, rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> None:
         layer.rows, layer.cols, layer.packed = rows, cols, True

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 
 from nanovllm.build_context import BuildContext
-from nanovllm.ops.formats import INT8, Q4, Format
+from nanovllm.ops.formats import Q4, Q8, Format
 from nanovllm.quantization.blocks import Blocks
 from nanovllm.quantization.gguf import GGUFLinearMethod
-from nanovllm.quantization.int4 import GROUP, quantize_int4
+from nanovllm.quantization.int4 import quantize_int4
 from nanovllm.quantization.int8 import quantize_int8
 from nanovllm.quantization.linear_method import LinearMethod, UnquantizedLinearMethod
 from nanovllm.quantization.quantized_method import DequantizedLinearMethod, QuantizedLinearMethod
@@ -20,10 +20,9 @@ from nanovllm.quantization.quantized_method import DequantizedLinearMethod, Quan
 class Scheme(NamedTuple):
     quantize: Callable[[torch.Tensor], Blocks]
     form: Format
-    group: int
 
 
-_SCHEMES = {"int8": Scheme(quantize_int8, INT8, 1), "int4": Scheme(quantize_int4, Q4, GROUP)}
+_SCHEMES = {"int8": Scheme(quantize_int8, Q8), "int4": Scheme(quantize_int4, Q4)}
 
 
 def linear_method(ctx: BuildContext) -> LinearMethod:
@@ -42,7 +41,7 @@ def _method(ctx: BuildContext, name: str | None) -> LinearMethod:
         return GGUFLinearMethod(ops)
     if name not in _SCHEMES:
         return UnquantizedLinearMethod(ops)
-    quantize, form, group = _SCHEMES[name]
+    quantize, form = _SCHEMES[name]
     if ops.packs_quantized:
-        return QuantizedLinearMethod(ops, quantize, form, group)
-    return DequantizedLinearMethod(ops, quantize, group)
+        return QuantizedLinearMethod(ops, quantize, form)
+    return DequantizedLinearMethod(ops, quantize, form)
