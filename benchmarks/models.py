@@ -37,13 +37,34 @@ def _llama(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, voca
     }
 
 
-_ATTENTION = (10, 13, 17, 27)  # layers of Granite 4.0 H 350M; the others are Mamba2's
+def _granite_h(hidden: int, inner: int, layers: int, attention: tuple[int, ...], head_dim: int) -> dict[str, Any]:
+    """attention: which layers have it; the others are Mamba2's, with heads of this size."""
+    return {
+        "architectures": ["GraniteMoeHybridForCausalLM"],
+        "model_type": "granitemoehybrid",
+        **_llama(hidden, inner, layers, 12, 4, 100352, position_embedding_type="nope"),
+        "layer_types": ["attention" if i in attention else "mamba" for i in range(layers)],
+        "shared_intermediate_size": inner,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "mamba_n_heads": 48,
+        "mamba_d_head": head_dim,
+        "mamba_d_state": 128,
+        "mamba_n_groups": 1,
+        "mamba_expand": 2,
+    }
+
+
+def _qwen3(hidden: int, inner: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
+    options = {"head_dim": 128, "rope_theta": 1e6, "attention_bias": False, **more}
+    sizes = _llama(hidden, inner, layers, heads, 8, 151936, **options)
+    return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **sizes}
+
+
 SHAPES: dict[str, dict[str, Any]] = {
-    "qwen3-0.6b": {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        **_llama(1024, 3072, 28, 16, 8, 151936, head_dim=128, rope_theta=1e6, attention_bias=False),
-    },
+    "qwen3-0.6b": _qwen3(1024, 3072, 28, 16),
+    "qwen3-1.7b": _qwen3(2048, 6144, 28, 16),
+    "qwen3-8b": _qwen3(4096, 12288, 36, 32, tie_word_embeddings=False),
     "llama-3.2-1b": {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -63,20 +84,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "eos_token_id": 1,
         "dtype": "bfloat16",
     },
-    "granite-4.0-h-350m": {
-        "architectures": ["GraniteMoeHybridForCausalLM"],
-        "model_type": "granitemoehybrid",
-        **_llama(768, 2048, 32, 12, 4, 100352, position_embedding_type="nope"),
-        "layer_types": ["attention" if i in _ATTENTION else "mamba" for i in range(32)],
-        "shared_intermediate_size": 2048,
-        "num_local_experts": 0,
-        "num_experts_per_tok": 0,
-        "mamba_n_heads": 48,
-        "mamba_d_head": 32,
-        "mamba_d_state": 128,
-        "mamba_n_groups": 1,
-        "mamba_expand": 2,
-    },
+    "granite-4.0-h-350m": _granite_h(768, 2048, 32, (10, 13, 17, 27), 32),
+    "granite-4.0-h-1b": _granite_h(1536, 4096, 40, (5, 15, 25, 35), 64),
 }
 
 

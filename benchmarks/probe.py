@@ -36,20 +36,24 @@ extern "C" double nanoseconds(int threads, long times) {
 
 
 class Probe:
-    """GB/s read, GFLOP/s in bfloat16 and nanoseconds of a barrier of all threads; the best of a few times."""
+    """GB/s read, GFLOP/s in bfloat16 and, without a GPU, nanoseconds of a barrier of all threads; the best of a few
+    times."""
 
     def __init__(self, job: Job | None = None) -> None:
         """The job is not looked at: the machine is the same for all."""
         import torch
 
-        self._data = torch.ones(1 << 27)  # 512 MiB
-        self._square = torch.ones(2048, 2048, dtype=torch.bfloat16)
+        on_gpu = torch.cuda.is_available()
+        device, size, width = ("cuda", 1 << 30, 8192) if on_gpu else ("cpu", 1 << 27, 2048)
+        self._wait = torch.cuda.synchronize if on_gpu else lambda: None
+        self._data = torch.ones(size, device=device)  # fp32
+        self._square = torch.randn(width, width, device=device).bfloat16()  # a GPU is faster on equal numbers
         self._multiply = _multiplications(self._square)
-        self._barrier = _barrier()
+        self._barrier = None if on_gpu else _barrier()
 
     def run(self, sequences: Sequences | None = None) -> dict[str, Any]:
-        read = min(_timed(self._data.sum) for _ in range(5))
-        multiply = min(_timed(way) for way in self._multiply for _ in range(5))
+        read = min(self._timed(self._data.sum) for _ in range(5))
+        multiply = min(self._timed(way) for way in self._multiply for _ in range(5))
         found: dict[str, Any] = {
             "read_gb_per_s": self._data.nbytes / read / 1e9,
             "bf16_gflop_per_s": 2 * len(self._square) ** 3 / multiply / 1e9,
@@ -57,6 +61,13 @@ class Probe:
         if self._barrier is not None:
             found["barrier_ns"] = min(self._barrier(os.cpu_count(), 20_000) for _ in range(3))
         return found
+
+    def _timed(self, call: Callable[[], Any]) -> float:
+        self._wait()
+        start = time.perf_counter()
+        call()
+        self._wait()
+        return time.perf_counter() - start
 
 
 def probe_text(found: dict[str, float]) -> str:
@@ -69,9 +80,10 @@ def _multiplications(square: Any) -> list[Callable[[], Any]]:
     from nanovllm.ops.base import select_ops
 
     ops = select_ops("auto", square.device, square.dtype)
+    if ops.name != "native":
+        return [lambda: square @ square]
     packed, rows = ops.pack(square, gated=False), square.float()
-    ours = [] if ops.name == "torch" else [lambda: ops.linear(rows, packed, len(square), None)]
-    return [lambda: square @ square, *ours]
+    return [lambda: square @ square, lambda: ops.linear(rows, packed, len(square), None)]
 
 
 def _barrier() -> Any:
@@ -87,9 +99,3 @@ def _barrier() -> Any:
         function = ctypes.CDLL(str(library)).nanoseconds
     function.restype, function.argtypes = ctypes.c_double, [ctypes.c_int, ctypes.c_long]
     return function
-
-
-def _timed(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start

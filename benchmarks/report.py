@@ -39,7 +39,7 @@ def print_table(title: str, results: dict[str, dict[str, Any]]) -> None:
 
 def finish(args: argparse.Namespace, **measured: Any) -> None:
     """Print the line of JSON, append it to --json's file and draw --plot's."""
-    line = {"hardware": f"{cpu_name()} x {os.cpu_count()}", "commit": commit(), **_rounded(measured)}
+    line = {"hardware": f"{cpu_name()} x {os.cpu_count()}{_gpu_name()}", "commit": commit(), **_rounded(measured)}
     print(json.dumps(line))
     if args.json:
         with open(args.json, "a") as file:
@@ -66,6 +66,12 @@ def commit() -> str:
     except OSError:
         return ""
     return done.stdout.strip()
+
+
+def _gpu_name() -> str:
+    import torch
+
+    return f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
 
 
 def cpu_name() -> str:

@@ -40,6 +40,10 @@ PRESETS = {
     "mixed": Preset(64, (100, 400), (50, 200)),
     "prefix": Preset(24, (32, 32), (32, 32), shared=512),
     "long": Preset(1, (4096, 4096), (64, 64)),
+    # for GPUs; the first is nano-vllm's own
+    "nano": Preset(256, (100, 1024), (100, 1024)),
+    "prompts16": Preset(16, (2048, 2048), (1, 1)),
+    "batch128": Preset(128, (128, 128), (512, 512)),
 }
 
 

@@ -7,6 +7,7 @@ import zlib
 from concurrent.futures import Future
 
 import numpy as np
+import pytest
 import tokenizers
 
 from nanovllm.cache_spec import CachePlan
@@ -14,7 +15,6 @@ from nanovllm.config import EngineConfig
 from nanovllm.engine.build import fit_model_len
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.step import StepPlan, StepResult, fill_in
-from nanovllm.ops.base import SamplingOps
 from nanovllm.ops.library import Library, library_or_reason
 from nanovllm.ops.native_sampling import NativeSampling
 from nanovllm.ops.torch_sampling import TorchSampling
@@ -36,10 +36,12 @@ def byte_tokenizer(chat_template: str | None = None) -> Tokenizer:
     return Tokenizer(backend, bos_token="<s>", eos_token="</s>", chat_template=chat_template)
 
 
-def sampling_makers() -> dict[str, SamplingOps]:
-    library = library_or_reason()
-    native = {"native": NativeSampling(library)} if isinstance(library, Library) else {}
-    return {"torch": TorchSampling(), **native}
+def sampling_makers() -> list:
+    """As parameters of a fixture; Triton's, which would take many minutes interpreted, have tests of their own."""
+    found = [pytest.param(TorchSampling(), id="torch")]
+    if isinstance(library := library_or_reason(), Library):
+        found.append(pytest.param(NativeSampling(library), id="native"))
+    return found
 
 
 def next_token(token_ids: list[int], seed: int = 0, vocab: int = VOCAB) -> int:

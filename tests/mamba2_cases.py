@@ -20,7 +20,6 @@ from nanovllm.layers.weight_layer import WeightLayer
 from nanovllm.ops.base import Ops
 from nanovllm.ops.mamba2 import Mamba2Sizes
 
-CPU = torch.device("cpu")
 SIZES = Mamba2Sizes(
     hidden_size=20, num_heads=6, head_dim=8, num_groups=1, state_size=16, conv_kernel=4, rms_norm_eps=1e-3
 )
@@ -34,13 +33,15 @@ VARIANTS = {
 SLOTS = 9
 
 
-def context(ops: Ops, dtype=torch.float32, tp=None) -> BuildContext:
-    return BuildContext(CPU, dtype, ReferenceAttention(), 4096, tp or TPGroup(), ops)
+def context(ops: Ops, dtype=torch.float32, tp=None, device="cpu") -> BuildContext:
+    return BuildContext(torch.device(device), dtype, ReferenceAttention(), 4096, tp or TPGroup(), ops)
 
 
-def make_layer(sizes: Mamba2Sizes, ops: Ops, scale: float = 1.0, dtype=torch.float32, **values: float) -> Mamba2:
+def make_layer(
+    sizes: Mamba2Sizes, ops: Ops, scale: float = 1.0, dtype=torch.float32, device="cpu", **values: float
+) -> Mamba2:
     """Random weights, in float64 in layer.exact, and slots full of garbage. values: of whole parameters."""
-    layer = Mamba2(sizes, context(ops, dtype))
+    layer = Mamba2(sizes, context(ops, dtype, device=device))
     for i, (name, parameter) in enumerate(layer.named_parameters()):
         parameter.copy_(normal(*parameter.shape, seed=i) * scale)
         if name in values:
@@ -55,8 +56,10 @@ def make_layer(sizes: Mamba2Sizes, ops: Ops, scale: float = 1.0, dtype=torch.flo
 
 def forget_everything(layer: Mamba2) -> None:
     """Slots full of garbage."""
-    spec = layer.cache_spec
-    layer.bind(*(torch.full((SLOTS, *s), float("nan"), dtype=d) for s, d in zip(spec.shapes, spec.dtypes, strict=True)))
+    shapes, dtypes, device = layer.cache_spec.shapes, layer.cache_spec.dtypes, layer.A_log.device
+    layer.bind(
+        *(torch.full((SLOTS, *s), float("nan"), dtype=d, device=device) for s, d in zip(shapes, dtypes, strict=True))
+    )
 
 
 def only_the_recurrence(layer: Mamba2) -> Mamba2:
@@ -69,10 +72,10 @@ def width(sizes: Mamba2Sizes) -> int:
     return sum(sizes.in_proj_shards.values())
 
 
-def make_batch(chunks: list[tuple[int, int, int]]) -> Batch:
+def make_batch(chunks: list[tuple[int, int, int]], device="cpu") -> Batch:
     """chunks: (slot, first position, tokens)."""
     counts = [count for _, _, count in chunks]
-    return Batch(
+    batch = Batch(
         input_ids=torch.zeros(sum(counts), dtype=torch.int64),
         positions=torch.cat([torch.arange(first, first + count) for _, first, count in chunks]),
         query_start=torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32),
@@ -84,11 +87,13 @@ def make_batch(chunks: list[tuple[int, int, int]]) -> Batch:
         max_query_len=max(counts),
         max_seq_len=0,
     )
+    tensors = {k: v.to(device) for k, v in dataclasses.asdict(batch).items() if isinstance(v, torch.Tensor)}
+    return dataclasses.replace(batch, **tensors)
 
 
 def step(layer: Mamba2, chunks: list[tuple[int, int, torch.Tensor]]) -> list[torch.Tensor]:
     """chunks: (slot, first position, rows); the output of each."""
-    batch = make_batch([(slot, first, len(rows)) for slot, first, rows in chunks])
+    batch = make_batch([(slot, first, len(rows)) for slot, first, rows in chunks], chunks[0][2].device)
     out = layer(torch.cat([rows for _, _, rows in chunks]), layer._ops.plan_mamba2(batch, layer._sizes))
     return list(out.split([len(rows) for _, _, rows in chunks]))
 

@@ -12,8 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import models, plot, report, roof, workload
+from benchmarks import gpu, models, plot, report, roof, workload
 from benchmarks.compare import contenders
 
 ROOT = Path(__file__).parents[1]
@@ -158,6 +159,14 @@ def test_wrong_usage():
         assert done.returncode == 2, argv
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="then it runs")
+def test_kernels_of_gpus_need_one():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bench.py"), "--preset=kernels"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1 and "--preset kernels needs a CUDA device" in done.stderr
+
+
 def measured(shape: str, **engines: tuple[int, int]) -> dict:
     return {"shape": shape, "results": {name: {"input": i, "output": o} for name, (i, o) in engines.items()}}
 
@@ -193,3 +202,16 @@ def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit, match=r"pip install 'nanovllm\[bench\]'"):
         plot.plot(RUNS, "nowhere.png")
+
+
+def test_the_table_of_a_gpu_is_made_of_what_runs_write():
+    row = {"seconds": 3.5, "input": 1000.4, "output": 2000.0, "load": 1.0, "of_roof": 0.756}
+    lines = [
+        {"model": "a", "presets": {"nano": {"shape": "256 x ...", "results": {"nanovllm": row}}}},
+        {"model": "a", "startup": 7.1234},
+        {"device": "a GPU", "microseconds": {}},
+    ]
+    assert gpu.table([json.dumps(line) for line in lines])[4:] == [
+        "| a | nano: 256 x ... | 3.50 | 1000, 2000 | 76% |",
+        "| a | from `python` to the first token | 7.12 | | |",
+    ]

@@ -63,8 +63,8 @@ _BACKENDS = {
     "torch_varlen": "nanovllm.attention.torch_varlen:TorchVarlenAttention",
     "reference": "nanovllm.attention.reference:ReferenceAttention",
 }
-# What "auto" takes, the first that can. On GPUs flash goes first, because nobody has flash-attn by chance; triton
-# serves every head size, mask and page size that it has kernels for, torch_varlen fewer, with the same algorithm.
+# What "auto" takes, the first that can. On GPUs flash goes first, because nobody has flash-attn by chance. triton
+# divides long contexts and reads small pages; torch_varlen does neither, but needs nothing beside torch.
 _PREFERENCE = {
     "cpu": ("native", "cpu"),
     "cuda": ("flash", "triton", "torch_varlen", "reference"),

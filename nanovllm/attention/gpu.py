@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import torch
@@ -11,9 +12,12 @@ from nanovllm.batch import Batch
 from nanovllm.cache_spec import PagedKVSpec
 
 
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def gpu_reason(device: torch.device) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; pip install 'nanovllm[gpu]'"
     if device.type != "cuda":
         return f"runs on NVIDIA GPUs, not on {device.type}"
     if not torch.cuda.is_available():
@@ -38,9 +42,13 @@ def paged_shape(spec: PagedKVSpec, num_blocks: int, block_size: int) -> tuple[in
 
 
 def store(k: torch.Tensor, v: torch.Tensor, kv: torch.Tensor, batch: Batch) -> None:
-    from nanovllm.triton_kernels.store_kv import store_kv  # not every machine has triton
+    if has_triton():
+        from nanovllm.triton_kernels.store_kv import store_kv
 
-    store_kv(side_by_side(k), side_by_side(v), kv, batch.slot_mapping)
+        store_kv(side_by_side(k), side_by_side(v), kv, batch.slot_mapping)
+    else:
+        for half, x in zip(kv.flatten(1, 2), (k, v), strict=True):
+            half.index_copy_(0, batch.slot_mapping, x.to(kv.dtype))
 
 
 def side_by_side(x: torch.Tensor) -> torch.Tensor:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 
 from nanovllm.attention.alibi import Alibi
-from nanovllm.attention.gpu import gpu_reason, paged_shape, side_by_side, store
+from nanovllm.attention.gpu import gpu_reason, has_triton, paged_shape, side_by_side, store
 from nanovllm.batch import Batch
 from nanovllm.cache_spec import PagedKVSpec
 
@@ -28,8 +26,9 @@ class TritonAttention:
     def unsupported_reason(
         self, device: torch.device, dtype: torch.dtype, spec: PagedKVSpec, block_size: int
     ) -> str | None:
-        interpreted = device.type == "cpu" and importlib.util.find_spec("triton") is not None
-        reason = _interpreter_reason(dtype) if interpreted else gpu_reason(device)
+        if not has_triton():
+            return "triton is not installed; pip install -e '.[gpu]'"
+        reason = _interpreter_reason(dtype) if device.type == "cpu" else gpu_reason(device)
         if reason is not None:
             return reason
         if dtype not in _DTYPES:

@@ -117,6 +117,8 @@ def apply_normed_rotary(
     q: torch.Tensor, k: torch.Tensor, q_norm: RMSNorm, k_norm: RMSNorm, rope: Rope
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same for heads of queries [T, H, D] and of keys [T, KH, D], each normed first."""
+    if not rope.ops.norms_and_rotates:
+        return rope.ops.rotate(q_norm(q), rope.cos, rope.sin), rope.ops.rotate(k_norm(k), rope.cos, rope.sin)
     assert q_norm.eps == k_norm.eps
     return rope.ops.norm_and_rotate(q, k, q_norm.weight, k_norm.weight, q_norm.eps, rope.cos, rope.sin)
 

@@ -60,6 +60,7 @@ class Ops(Protocol):
     name: str
     embeds_packed: bool  # whether there is an `embed_packed`
     packs_quantized: bool  # whether there is a `pack_codes`, and packed weights may be quantised
+    norms_and_rotates: bool  # whether `norm_and_rotate` is better than one after the other
 
     @property
     def sampling(self) -> SamplingOps: ...
@@ -144,7 +145,8 @@ class Ops(Protocol):
         For an act that `fuses` takes.
 
         first: the experts here are this one and those that follow; what others would add is left out.
-        gate_up, down: [E, packed_numel], experts' weights [2 * inner, H] packed as gated, and [H, inner] packed.
+        gate_up, down: [E, packed_numel], experts' weights [2 * inner, H] packed as gated, and [H, inner] packed;
+            where weights are not packed, [E, 2 * inner, H] and [E, H, inner].
         """
         ...
 

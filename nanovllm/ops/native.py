@@ -29,6 +29,7 @@ class NativeOps:
     name = "native"
     embeds_packed = True
     packs_quantized = True
+    norms_and_rotates = False
 
     def __init__(self, library: Library) -> None:
         self._library = library
@@ -266,8 +267,7 @@ class NativeOps:
         cos: torch.Tensor,
         sin: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        q, k = self.rms_norm(q, q_weight, eps), self.rms_norm(k, k_weight, eps)
-        return self.rotate(q, cos, sin), self.rotate(k, cos, sin)
+        raise NotImplementedError
 
     def mamba2_states(self, sizes: Mamba2Sizes, dtype: torch.dtype) -> StateSpec:
         """A token's bits are the same however its sequence is cut, so there is no grid."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -10,7 +12,7 @@ from nanovllm.cache_spec import StateSpec
 from nanovllm.ops import torch_mamba2
 from nanovllm.ops.formats import Codes, Packed
 from nanovllm.ops.mamba2 import Mamba2Sizes, Mamba2Weights, SumOverRanks
-from nanovllm.ops.ssm_plan import GRID, ScanPlan, plan_scan
+from nanovllm.ops.ssm_plan import GRID, plan_scan
 from nanovllm.ops.torch_activation import activate
 from nanovllm.ops.torch_sampling import TorchSampling
 
@@ -26,6 +28,7 @@ class TorchOps:
     sampling = TorchSampling()
     embeds_packed = False  # oneDNN's form is its own
     packs_quantized = False
+    norms_and_rotates = False
 
     def hidden_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
@@ -147,7 +150,7 @@ class TorchOps:
         state = (sizes.num_heads, sizes.head_dim, sizes.state_size)
         return StateSpec(shapes=(history, state), dtypes=(dtype, torch.float32), grid=GRID)
 
-    def plan_mamba2(self, batch: Batch, sizes: Mamba2Sizes) -> ScanPlan:
+    def plan_mamba2(self, batch: Batch, sizes: Mamba2Sizes) -> Any:
         return plan_scan(batch, sizes.conv_kernel - 1)
 
     def mamba2(
@@ -156,7 +159,7 @@ class TorchOps:
         weights: Mamba2Weights,
         conv_states: torch.Tensor,
         states: torch.Tensor,
-        plan: ScanPlan,
+        plan: Any,
         sum_squares: SumOverRanks | None = None,
     ) -> torch.Tensor:
         return torch_mamba2.mamba2(projected, weights, conv_states, states, plan, sum_squares)

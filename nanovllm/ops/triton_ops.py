@@ -5,10 +5,17 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from nanovllm.batch import Batch
+from nanovllm.cache_spec import StateSpec
+from nanovllm.ops import triton_mamba2
+from nanovllm.ops.mamba2 import Mamba2Sizes, Mamba2Weights, SumOverRanks
+from nanovllm.ops.formats import Packed
 from nanovllm.ops.torch_ops import TorchOps
 from nanovllm.ops.triton_sampling import TritonSampling
-from nanovllm.triton_kernels.activation import activate_gated
+from nanovllm.triton_kernels import moe
+from nanovllm.triton_kernels.activation import KINDS, activate_gated
 from nanovllm.triton_kernels.gather import gather
+from nanovllm.triton_kernels.mamba2_plan import Mamba2Plan, plan_mamba2
 from nanovllm.triton_kernels.norm import layer_norm, rms_norm
 from nanovllm.triton_kernels.rotary import norm_and_rotate, rotate
 
@@ -20,6 +27,7 @@ class TritonOps(TorchOps):
     """
 
     name = "triton"
+    norms_and_rotates = True
     sampling = TritonSampling()
 
     def packs(self, device: torch.device, dtype: torch.dtype) -> bool:
@@ -66,3 +74,40 @@ class TritonOps(TorchOps):
         sin: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return norm_and_rotate(q, k, q_weight, k_weight, eps, cos, sin)
+
+    def fuses(self, act: str) -> bool:
+        return act in KINDS
+
+    def route(self, scores: torch.Tensor, k: int, *, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        return moe.route(scores, k, normalise=normalise)
+
+    def mixture(
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        chosen: torch.Tensor,
+        gate_up: torch.Tensor | Packed,
+        down: torch.Tensor | Packed,
+        inner: int,
+        act: str,
+        first: int = 0,
+    ) -> torch.Tensor:
+        assert isinstance(gate_up, torch.Tensor) and isinstance(down, torch.Tensor)
+        return moe.mixture(x, weights, chosen, gate_up, down, act, first)
+
+    def mamba2_states(self, sizes: Mamba2Sizes, dtype: torch.dtype) -> StateSpec:
+        return triton_mamba2.mamba2_states(sizes, dtype)
+
+    def plan_mamba2(self, batch: Batch, sizes: Mamba2Sizes) -> Mamba2Plan:
+        return plan_mamba2(batch)
+
+    def mamba2(
+        self,
+        projected: torch.Tensor,
+        weights: Mamba2Weights,
+        conv_states: torch.Tensor,
+        states: torch.Tensor,
+        plan: Mamba2Plan,
+        sum_squares: SumOverRanks | None = None,
+    ) -> torch.Tensor:
+        return triton_mamba2.mamba2(projected, weights, conv_states, states, plan, sum_squares)

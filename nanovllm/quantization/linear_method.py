@@ -76,7 +76,7 @@ class LinearMethod(Protocol):
         """Register the layer's `weight`, [rows, cols], uninitialised."""
 
     def stack(self, layers: Sequence[LinearWeights]) -> Stack:
-        """Where the weights of like layers go once finalized."""
+        """Where the weights of like layers go once finalized, or from the start if they stay as they are."""
         ...
 
     def convert(self, tensor: torch.Tensor | Blocks) -> torch.Tensor | Blocks:
@@ -135,6 +135,11 @@ class UnquantizedLinearMethod:
     def stack(self, layers: Sequence[LinearWeights]) -> Stack:
         weight = layers[0].weight
         rows, cols = weight.shape
+        if not self._ops.packs(weight.device, weight.dtype):
+            stack = weight.new_zeros(len(layers), rows, cols)
+            for layer, place in zip(layers, stack, strict=True):
+                layer.weight = nn.Parameter(place, requires_grad=False)
+            return Stack(stack)
         shape = len(layers), self._ops.packed_numel(rows, cols, weight.dtype)
         stack = mapped_zeros(shape, weight.dtype) if weight.device.type == "cpu" else weight.new_zeros(shape)
         for layer, place in zip(layers, stack, strict=True):

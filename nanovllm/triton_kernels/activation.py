@@ -9,7 +9,7 @@ import triton.language as tl
 from nanovllm.triton_kernels.variant import AMPERE_ON, CHIPS, Variant, launch_options
 
 _BLOCK, _WARPS = 1024, 4  # numbers of a program, eight a thread
-_KINDS = {
+KINDS = {
     "gelu": "gelu",
     "relu": "relu",
     **dict.fromkeys(("silu", "swish"), "silu"),
@@ -49,7 +49,7 @@ def activate_gated(x: torch.Tensor, act: str) -> torch.Tensor:
     if tokens and size:
         x = x if x.stride(1) == 1 else x.contiguous()
         grid = tokens, triton.cdiv(size, _BLOCK)
-        gated_kernel[grid](x, out, x.stride(0), size, _KINDS[act], _BLOCK, **launch_options(_WARPS))
+        gated_kernel[grid](x, out, x.stride(0), size, KINDS[act], _BLOCK, **launch_options(_WARPS))
     return out
 
 

@@ -23,7 +23,6 @@ from nanovllm.triton_kernels.attention_tile import (
 )
 from nanovllm.triton_kernels.variant import AMPERE_ON, Variant, launch_options
 
-_SPAN = 256  # keys; parts of a context begin at multiples of it
 _MAX_SPLITS = 64
 _TILE_BYTES = 16384  # of keys
 
@@ -36,14 +35,15 @@ def _tile(itemsize: int, head_dim: int, group: int) -> Tile:
     return Tile(min(64, rows), keys, 8 if head_dim > 128 else 4, 3)
 
 
-def num_splits(programs: int, max_seq_len: int) -> int:
-    """Into how many parts contexts are divided. programs: that there are without.
+def division(programs: int, max_seq_len: int) -> tuple[int, int]:
+    """Into how many parts at most contexts are divided, and of how many keys a multiple each part is.
 
-    Enough to fill a large chip, and so many that no program reads more than 2048 keys while others idle, unless
-    that are too many programs for contexts that may be short.
+    programs: that there are without. Enough parts to fill a large chip, and so many that no program reads more than
+    2048 keys while others idle, unless that are too many programs for contexts that may be short.
     """
-    fill, even, most = (triton.cdiv(*pair) for pair in ((512, programs), (max_seq_len, 2048), (max_seq_len, _SPAN)))
-    return max(1, min(max(fill, even), most, _MAX_SPLITS, 8192 // programs))
+    span = 256 if programs < 512 else 1024
+    fill, even, most = (triton.cdiv(*pair) for pair in ((512, programs), (max_seq_len, 2048), (max_seq_len, span)))
+    return max(1, min(max(fill, even), most, _MAX_SPLITS, 8192 // programs)), span
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALISED)
@@ -53,6 +53,7 @@ def decode_kernel(
     out,  # [T, H, D], or where contexts are divided [B, H, num_splits, D] fp32
     logs,  # [B, H, num_splits] fp32: log2 of the total weight of a part, minus infinity for one without keys
     num_splits,
+    span,
     query_start,
     seq_lens,
     tables,
@@ -74,9 +75,8 @@ def decode_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
-    SPAN: tl.constexpr,
 ):
-    """Grid: (KH * tiles of a group, B, num_splits). Parts begin at multiples of SPAN."""
+    """Grid: (KH * tiles of a group, B, num_splits). Parts begin at multiples of `span`."""
     tiles: tl.constexpr = (GROUP + BLOCK_M - 1) // BLOCK_M
     kv_head, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     sequence, split = tl.program_id(1).to(tl.int64), tl.program_id(2)
@@ -92,8 +92,8 @@ def decode_kernel(
     heads = kv_head * GROUP + tl.minimum(rows, GROUP - 1)
     if SPLIT:
         log_places = logs + (sequence * kv_heads * GROUP + heads) * num_splits + split
-        origin = first // SPAN * SPAN
-        part = tl.cdiv(tl.cdiv(seq_len - origin, num_splits), SPAN) * SPAN
+        origin = first // span * span
+        part = tl.cdiv(tl.cdiv(seq_len - origin, num_splits), span) * span
         first = tl.maximum(first, origin + split * part)
         end = tl.minimum(end, origin + split * part + part)
         if first >= end:
@@ -160,8 +160,8 @@ def decode_attention(q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor, batch
     (kv_heads, head_dim), heads, count = kv.shape[3:], q.shape[1], len(batch.seq_lens)
     tile = _tile(q.itemsize, head_dim, heads // kv_heads)
     columns = kv_heads * triton.cdiv(heads // kv_heads, tile.rows)
-    seen = batch.max_seq_len if scoring.window is None else min(batch.max_seq_len, scoring.window + _SPAN)
-    splits = num_splits(columns * count, seen)
+    seen = batch.max_seq_len if scoring.window is None else min(batch.max_seq_len, scoring.window)
+    splits, span = division(columns * count, seen)
     parts, logs = out, None
     if splits > 1:
         parts = torch.empty(count, heads, splits, head_dim, dtype=torch.float32, device=q.device)
@@ -170,8 +170,8 @@ def decode_attention(q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor, batch
         out=parts,
         logs=logs,
         num_splits=splits,
+        span=span,
         SPLIT=splits > 1,
-        SPAN=_SPAN,
         **arguments(q, kv, batch, scoring, tile),
         **launch_options(tile.num_warps, tile.num_stages),
     )
@@ -192,10 +192,11 @@ def variants() -> list[Variant]:
     found = []
     for case in cases():
         tile = _tile(case.itemsize, case.head_dim, case.group)
-        whole = {"out": f"*{case.dtype}:16", "num_splits": "i32"}
+        whole = {"out": f"*{case.dtype}:16", "num_splits": "i32", "span": "i32"}
         parts = {**whole, "out": "*fp32:16", "logs": "*fp32:16"}
-        found.append(case.variant(decode_kernel, tile, AMPERE_ON, parts, {"SPLIT": True, "SPAN": _SPAN}))
-        found.append(case.variant(decode_kernel, tile, AMPERE_ON, whole, {"SPLIT": False, "SPAN": _SPAN, "logs": None}))
-        types = {**parts, "parts": "*fp32:16", "out": whole["out"], "query_start": "*i32:16"}
+        found.append(case.variant(decode_kernel, tile, AMPERE_ON, parts, {"SPLIT": True}))
+        found.append(case.variant(decode_kernel, tile, AMPERE_ON, whole, {"SPLIT": False, "logs": None}))
+        types = {**dict.fromkeys(("parts", "logs"), "*fp32:16"), "query_start": "*i32:16", "num_splits": "i32"}
+        types["out"] = whole["out"]
         found.append(Variant(merge_kernel, types, _merge_sizes(case.head_dim), chips=AMPERE_ON))
     return found

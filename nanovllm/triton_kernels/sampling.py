@@ -129,6 +129,6 @@ def variants() -> list[Variant]:
     found = []
     for kernel, warps in ((masses_kernel, _MASSES_WARPS), (candidates_kernel, _WARPS), (peaks_kernel, _WARPS)):
         mine = {name: kind for name, kind in types.items() if name in kernel.arg_names}
-        for width in (128, 32) if "WIDTH" in kernel.arg_names else (None,):
+        for width in (128, 32, 1) if "WIDTH" in kernel.arg_names else (None,):
             found.append(Variant(kernel, mine, {} if width is None else {"WIDTH": width}, warps))
     return found

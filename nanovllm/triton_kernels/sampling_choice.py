@@ -170,6 +170,7 @@ def variants() -> list[Variant]:
         **dict.fromkeys(("counts", "places", "ids"), "*i32:16"),
         **dict.fromkeys(("totals", "out"), "*i64:16"),
         "settings": "*fp64:16",
-        **dict.fromkeys(("stride", "vocab", "chunks"), "i32"),
+        **dict.fromkeys(("stride", "vocab"), "i32"),
     }
-    return [Variant(choose_kernel, types, {"WIDTH": width}, CHOICE_WARPS) for width in (128, 32)]
+    large = [Variant(choose_kernel, {**types, "chunks": "i32"}, {"WIDTH": w}, CHOICE_WARPS) for w in (128, 32)]
+    return [*large, Variant(choose_kernel, types, {"chunks": 1, "WIDTH": 1}, CHOICE_WARPS)]

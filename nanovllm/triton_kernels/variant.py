@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 CHIPS = (75, 80, 90)
 AMPERE_ON = (80, 90)  # bfloat16 and asynchronous copies
 
@@ -13,6 +15,12 @@ AMPERE_ON = (80, 90)  # bfloat16 and asynchronous copies
 def launch_options(num_warps: int, num_stages: int = 3) -> dict[str, Any]:
     """What every launch gives beside arguments; fusion is named because its default differs between Tritons."""
     return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+
+
+def multiplies_fast(x: torch.Tensor) -> bool:
+    """Whether tensor cores multiply such numbers for Triton: those of 16 bits, from Ampere on. Others want small
+    tiles."""
+    return x.dtype.itemsize == 2 and (x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) >= (8, 0))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 from gpu_cases import CASES, Case
-from test_backends import CPU
+from test_backends import CPU, Step, make_batch
 
 from nanovllm.attention import base, flash, gpu, torch_varlen
 from nanovllm.attention.base import select_backend
@@ -185,20 +185,20 @@ def test_what_no_kernel_serves_goes_to_the_reference(hopper):
 @pytest.mark.parametrize(
     ("backend", "spec", "block_size", "reason"),
     [
-        (FlashAttention(), SPEC, 128, "multiple of 256 tokens: set kvcache_block_size=256"),
-        (FlashAttention(), PagedKVSpec(2, 260, torch.bfloat16), 256, "not 260; set attention_backend='triton'"),
-        (FlashAttention(), PagedKVSpec(2, 64, torch.float32), 256, "no kernels for torch.float32"),
-        (FlashAttention(), PagedKVSpec(2, 64, torch.bfloat16, None, True), 256, "ALiBi"),
-        (TorchVarlenAttention(), SPEC, 16, "256"),
-        (TorchVarlenAttention(), PagedKVSpec(2, 64, torch.bfloat16, None, True), 256, "ALiBi"),
+        (FlashAttention, SPEC, 128, "multiple of 256 tokens: set kvcache_block_size=256"),
+        (FlashAttention, PagedKVSpec(2, 260, torch.bfloat16), 256, "not 260; set attention_backend='triton'"),
+        (FlashAttention, PagedKVSpec(2, 64, torch.float32), 256, "no kernels for torch.float32"),
+        (FlashAttention, PagedKVSpec(2, 64, torch.bfloat16, None, True), 256, "ALiBi"),
+        (TorchVarlenAttention, SPEC, 16, "256"),
+        (TorchVarlenAttention, PagedKVSpec(2, 64, torch.bfloat16, None, True), 256, "ALiBi"),
     ],
     ids=str,
 )
 def test_reasons(monkeypatch, hopper, backend, spec, block_size, reason):
     install(monkeypatch, "flash_attn")
     monkeypatch.setattr(torch_varlen, "_reads_pages", lambda: True)
-    assert reason in backend.unsupported_reason(CUDA, spec.dtype, spec, block_size)
-    assert backend.unsupported_reason(CUDA, torch.bfloat16, SPEC, 256) is None
+    assert reason in backend().unsupported_reason(CUDA, spec.dtype, spec, block_size)
+    assert backend().unsupported_reason(CUDA, torch.bfloat16, SPEC, 256) is None
 
 
 def test_reasons_of_machines(monkeypatch):
@@ -207,6 +207,17 @@ def test_reasons_of_machines(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     assert "needs compute capability 8.0, and this GPU has 7.5" in gpu.gpu_reason(CUDA)
+
+
+def test_keys_are_stored_without_triton(monkeypatch):
+    monkeypatch.setattr(gpu, "has_triton", lambda: False)
+    monkeypatch.setattr(torch_varlen, "_varlen_attn", lambda: lambda q, *args, **options: q)
+    step = Step([(3, 1), (0, 9)], block_size=256, dtype=torch.float16)
+    q, k, v = step.normal(10, 8, 16).split((4, 2, 2), dim=1)
+    kv = step.normal(2, step.num_blocks, 256, 2, 16)
+    before, backend = kv.clone(), TorchVarlenAttention()
+    backend.forward(q, k, v, kv, make_batch(step.sequences, step.tables, 256, backend), scale=1.0)
+    step.check_writes(before, kv, k, v)
 
 
 def test_torch_2_11_reads_no_pages(monkeypatch, hopper):

@@ -95,7 +95,7 @@ def test_divided_contexts_give_what_whole_ones_give(monkeypatch, window):
     step, (q, k, v), kv = random_step([*LONG, (0, 3), (600, 3)])
     found = {}
     for splits in (1, 3, 64):
-        monkeypatch.setattr(decode_attention, "num_splits", lambda programs, length, splits=splits: splits)
+        monkeypatch.setattr(decode_attention, "division", lambda programs, length, splits=splits: (splits, 256))
         found[splits] = attend(step.sequences, step.tables, q, k, v, kv.clone(), window=window)
         torch.testing.assert_close(found[splits], found[1], rtol=1e-5, atol=1e-5)
     assert not torch.equal(found[1], found[3])  # they were divided
@@ -103,8 +103,8 @@ def test_divided_contexts_give_what_whole_ones_give(monkeypatch, window):
 
 @given(st.integers(1, 10**6), st.integers(1, 10**6))
 def test_contexts_are_divided_to_fill_a_chip_and_no_more(programs, max_seq_len):
-    splits = decode_attention.num_splits(programs, max_seq_len)
-    assert 1 <= splits <= max(1, -(-max_seq_len // 256)) and splits <= 64
+    splits, span = decode_attention.division(programs, max_seq_len)
+    assert 1 <= splits <= -(-max_seq_len // span) and splits <= 64
     assert splits == 1 or splits * programs <= 8192
     if programs >= 512 and max_seq_len <= 2048:
         assert splits == 1

@@ -160,7 +160,7 @@ def test_ctrl_c_leaves_what_is_finished(chat_model, tmp_path, interruptible_chil
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60)[1] == b""
+    assert b"Traceback" not in process.communicate(timeout=60)[1]
     assert process.returncode == 130
     assert not (tmp_path / "out").exists()
     finished = {line["custom_id"]: line["id"] for line in read(partial)}

@@ -105,9 +105,10 @@ def test_workers_give_what_one_rank_gives(size, family, models):
         outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
         assert llm.engine.stats.preemptions > 0
         again = llm.generate(PROMPTS[-1], GREEDY, use_tqdm=False)[0]
+        grid = llm.engine.scheduler.cache.state_grid  # wide without native kernels
     assert [o["token_ids"] for o in outputs] == [o["token_ids"] for o in expected]
     assert np.abs(np.subtract(logprobs(outputs), logprobs(expected))).max() < TOLERANCE
-    assert again["token_ids"] == outputs[-1]["token_ids"] and again.num_cached_tokens >= 32
+    assert again["token_ids"] == outputs[-1]["token_ids"] and again.num_cached_tokens >= 32 // grid * grid
 
 
 def generated(path: str, **options) -> list[RequestOutput]:

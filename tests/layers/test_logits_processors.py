@@ -14,10 +14,8 @@ from nanovllm.layers import logits_processors
 from nanovllm.sample_row import SampleRow
 from nanovllm.sampling_params import SamplingParams
 
-MAKERS = sampling_makers()
 
-
-@pytest.fixture(autouse=True, params=MAKERS.values(), ids=MAKERS)
+@pytest.fixture(autouse=True, params=sampling_makers())
 def ops(request):
     process = functools.partial(logits_processors.process_logits, ops=request.param)
     with mock.patch.object(logits_processors, "process_logits", process):

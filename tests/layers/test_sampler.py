@@ -18,10 +18,8 @@ from nanovllm.layers.sampler import uniforms
 from nanovllm.sample_row import SampleRow
 from nanovllm.sampling_params import SamplingParams
 
-MAKERS = sampling_makers()
 
-
-@pytest.fixture(autouse=True, scope="module", params=MAKERS.values(), ids=MAKERS)
+@pytest.fixture(autouse=True, scope="module", params=sampling_makers())
 def ops(request):
     plain = sampler.sample
 

@@ -1,0 +1,98 @@
+"""Mamba2's Triton kernels against torch's ops, interpreted on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+if torch.cuda.is_available():
+    pytest.skip("where there is a GPU, kernels are compiled: see test_triton_mamba2_gpu.py", allow_module_level=True)
+
+import triton_mamba2_cases as cases
+from mamba2_cases import SIZES, make_batch
+
+from nanovllm.ops.triton_ops import TritonOps
+from nanovllm.triton_kernels.mamba2_plan import CELL, STRETCH, plan_mamba2
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+
+
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    [
+        *((variant, torch.float32) for variant in cases.VARIANTS),
+        *((variant, torch.float16) for variant in ("plain", "wide")),
+        pytest.param("wide", torch.float32, marks=pytest.mark.slow),
+    ],
+)
+def test_mixed_steps_are_those_of_torch(variant, dtype):
+    cases.check_mixed_steps("cpu", dtype, variant)
+
+
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    [("plain", torch.float16), *(pytest.param(v, torch.float32, marks=pytest.mark.slow) for v in cases.MORE)],
+)
+def test_a_cut_between_cells_changes_no_bit(variant, dtype):
+    cases.check_cuts_change_no_bit("cpu", dtype, variant)
+
+
+@DTYPES
+def test_padded_rows_harm_nobody(dtype):
+    cases.check_padding("cpu", dtype)
+
+
+def test_an_infinite_sequence_spoils_only_itself():
+    cases.check_infinite_sequence("cpu", torch.float32)
+
+
+@DTYPES
+def test_a_norm_over_several_ranks(dtype):
+    cases.check_several_ranks("cpu", dtype)
+
+
+@pytest.mark.parametrize(("dt_bias", "A_log"), [(40.0, 5.0), (-30.0, -8.0), (60.0, -8.0), (-3.0, 5.0)])
+def test_extreme_decays(dt_bias, A_log):
+    cases.check_extreme_decays("cpu", dt_bias, A_log)
+
+
+def test_the_state_is_torchs_with_a_grid_of_cells():
+    spec = TritonOps().mamba2_states(SIZES, torch.bfloat16)
+    assert spec.shapes == ((3, 6 * 8 + 2 * 16), (6, 8, 16))
+    assert spec.dtypes == (torch.bfloat16, torch.float32)
+    assert spec.grid == CELL
+
+
+def test_a_decoding_step_has_no_tables():
+    assert plan_mamba2(make_batch([(1, 4, 1), (2, 0, 1)])).prompts is None
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 400), st.sampled_from([1, 1, 2, 31, 33, 128, 300])), min_size=1, max_size=8))
+def test_every_token_is_in_one_stretch_and_in_its_cell_or_alone(parts):
+    """Of a prompt and of decodes, wherever chunks begin; tables are long enough and marked behind their ends."""
+    parts = [*parts, (0, 2)]
+    batch = make_batch([(1, first, count) for first, count in parts])
+    prompts = plan_mamba2(batch).prompts
+    begins = batch.query_start.tolist()
+    convolved: list[int] = []
+    for sequence, start in prompts.stretches.tolist():
+        if sequence >= 0:
+            count = parts[sequence][1]
+            convolved += range(begins[sequence] + start, begins[sequence] + min(start + STRETCH, count))
+    assert sorted(convolved) == list(range(begins[-1]))
+    scanned: list[int] = []
+    starts = prompts.cell_starts.tolist()
+    for sequence, (first, count) in enumerate(parts):
+        for row, begin, end in prompts.cells[starts[sequence] : starts[sequence + 1]].tolist():
+            lanes = range(begin, end)
+            assert lanes and first + row - begins[sequence] == (first + row + begin - begins[sequence]) // CELL * CELL
+            scanned += (row + lane for lane in lanes)
+        if count == 1 or (first + count) % CELL == 1:
+            scanned.append(begins[sequence + 1] - 1)
+    assert scanned == list(range(begins[-1]))
+    assert (prompts.cells[starts[-1] :, 1:] == 0).all()
