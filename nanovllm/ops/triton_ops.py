@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from nanovllm.batch import Batch
 from nanovllm.cache_spec import StateSpec
 from nanovllm.ops import triton_mamba2
-from nanovllm.ops.mamba2 import Mamba2Sizes, Mamba2Weights, SumOverRanks
 from nanovllm.ops.formats import Packed
+from nanovllm.ops.mamba2 import Mamba2Sizes, Mamba2Weights, SumOverRanks
 from nanovllm.ops.torch_ops import TorchOps
 from nanovllm.ops.triton_sampling import TritonSampling
 from nanovllm.triton_kernels import moe
