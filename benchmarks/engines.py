@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from benchmarks.llamacpp import LlamaCpp
+from benchmarks.models import unquantized
 from benchmarks.workload import Sequences, shared_beginning
 
 
@@ -36,9 +37,7 @@ class NanoVLLM:
     def __init__(self, job: Job) -> None:
         from nanovllm import LLM, SamplingParams
 
-        options = {"load_format": "dummy"} if job.random else {}
-        if job.paths["own"].endswith(".gguf"):  # the others have it in this dtype
-            options["quantization"] = "dequantize"
+        options = unquantized(job.paths["own"]) | ({"load_format": "dummy"} if job.random else {})
         self._llm = LLM(job.paths["own"], dtype=job.dtype, skip_tokenizer_init=True, **options | job.options)
         self._params = SamplingParams
 
