@@ -99,8 +99,8 @@ def test_a_layer_keeps_its_experts_in_one_tensor_and_is_that_of_torch():
     x = normal(9, 12)
     wanted = build(cases.TORCH, TPGroup())(x)
     moe = build(cases.TRITON, TPGroup())
-    assert moe._weights is not None
-    for stack, name in zip(moe._weights, ("gate_up_proj", "down_proj"), strict=True):
+    assert moe._stacks is not None
+    for stack, name in zip([s.weight for s in moe._stacks], ("gate_up_proj", "down_proj"), strict=True):
         weights = [expert.get_submodule(name).weight for expert in moe.experts]
         assert [w.data_ptr() for w in weights] == [place.data_ptr() for place in stack]
         assert [w.shape for w in weights] == [place.shape for place in stack]
