@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.models import find
+from benchmarks.models import find, unquantized
 from benchmarks.probe import Probe, probe_text
 from benchmarks.report import finish
 from benchmarks.roof import Work
@@ -28,7 +28,8 @@ def run(args: argparse.Namespace) -> None:
     work = Work.of(model.config, args.dtype)
     if work is None:
         raise SystemExit(f"{args.model}: what a step of a mixture of experts reads depends on its tokens")
-    with LLM(args.model, dtype=args.dtype, max_model_len=CONTEXT + MANY) as llm:
+    options = unquantized(model.paths["own"])
+    with LLM(args.model, dtype=args.dtype, max_model_len=CONTEXT + MANY, **options) as llm:
         rng = random.Random(args.seed)
         prompt = [rng.randrange(llm.get_tokenizer().vocab_size) for _ in range(CONTEXT)]
         _seconds(llm, prompt, FEW)  # from here on its pages are cached

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from benchmarks.llamacpp import LlamaCpp
+from benchmarks.models import unquantized
 from benchmarks.workload import Sequences, shared_beginning
 
 
@@ -36,8 +37,8 @@ class NanoVLLM:
     def __init__(self, job: Job) -> None:
         from nanovllm import LLM, SamplingParams
 
-        load_format = {"load_format": "dummy"} if job.random else {}
-        self._llm = LLM(job.paths["own"], dtype=job.dtype, skip_tokenizer_init=True, **load_format, **job.options)
+        options = unquantized(job.paths["own"]) | ({"load_format": "dummy"} if job.random else {})
+        self._llm = LLM(job.paths["own"], dtype=job.dtype, skip_tokenizer_init=True, **options | job.options)
         self._params = SamplingParams
 
     def run(self, sequences: Sequences) -> None:

@@ -18,6 +18,11 @@ class Model:
     random: bool
 
 
+def unquantized(path: str) -> dict[str, str]:
+    """nanovllm's option for a file that it would compute with as it is: benchmarks have one dtype for all engines."""
+    return {"quantization": "dequantize"} if path.endswith(".gguf") else {}
+
+
 def _llama(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int, **more: Any) -> dict[str, Any]:
     return {
         "hidden_size": hidden,

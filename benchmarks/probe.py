@@ -47,7 +47,7 @@ class Probe:
         device, size, width = ("cuda", 1 << 30, 8192) if on_gpu else ("cpu", 1 << 27, 2048)
         self._wait = torch.cuda.synchronize if on_gpu else lambda: None
         self._data = torch.ones(size, device=device)  # fp32
-        self._square = torch.ones(width, width, dtype=torch.bfloat16, device=device)
+        self._square = torch.randn(width, width, device=device).bfloat16()  # a GPU is faster on equal numbers
         self._multiply = _multiplications(self._square)
         self._barrier = None if on_gpu else _barrier()
 

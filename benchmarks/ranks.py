@@ -79,6 +79,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _measure(model: models.Model, dtype: str, size: int) -> list[dict[str, Any]]:
     options: dict[str, Any] = {"dtype": dtype, "executor": "mp", "tensor_parallel_size": size, "num_threads": 1}
+    options |= models.unquantized(model.paths["own"])
     options |= {"skip_tokenizer_init": True, "load_format": "dummy" if model.random else "auto"}
     options |= {"max_num_seqs": max(BATCHES), "max_num_batched_tokens": max(BATCHES) * PROMPT}
     with LLM(model.paths["own"], **options, enforce_eager=True) as llm:

@@ -19,6 +19,7 @@ class BuildContext:
     dtype: of weights and cached keys and values.
     max_model_len: positions that rotary tables must cover.
     ops: the kernels that layers compute with.
+    quantization: of linear layers' weights: "int8", "int4", "gguf" as the file has them, or None.
     expert_parallel: whether the ranks divide a mixture's experts among them, instead of each expert's rows.
     """
 
@@ -29,6 +30,7 @@ class BuildContext:
     tp: TPGroup = field(default_factory=TPGroup)
     ops: Ops = field(default_factory=TorchOps)
     expert_parallel: bool = False
+    quantization: str | None = None
 
     @property
     def hidden_dtype(self) -> torch.dtype:

@@ -15,12 +15,14 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "model_impl": ("auto", "nanovllm", "transformers"),
     "load_format": ("auto", "safetensors", "pt", "gguf", "dummy"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "quantization": ("int8", "int4", "gguf", "dequantize"),
     "device": ("auto", "cpu", "cuda"),
     "attention_backend": ("auto", "native", "cpu", "flash", "triton", "torch_varlen", "reference"),
     "kernels": ("auto", "native", "triton", "torch"),
     "scheduling_policy": ("fcfs", "priority"),
     "executor": ("auto", "mp", "ray", "torchrun"),
 }
+_OPTIONAL_CHOICES = ("quantization",)  # which may be None
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _DEFAULT_BATCHED_TOKENS = 2048
 _SWITCHES = (
@@ -48,6 +50,9 @@ class EngineConfig:
     load_format: "auto" by the files, safetensors before PyTorch's pickles ("pt"); "dummy" fills
         seeded random weights (benchmarks).
     dtype: "auto" is the checkpoint's own; quantised GGUF and float16 run as bfloat16 on CPU.
+    quantization: CPU only, in bfloat16: of linear layers' weights, while they are loaded (docs/quantization.md):
+        "int8" a byte each, "int4" four bits and an int8 head; "gguf", the default of a quantised GGUF file, computes
+        with the file's own blocks, and "dequantize" widens them to dtype instead.
     device: "auto" is cuda where torch sees one.
     seed: of the engine's own stream, from which requests without a seed draw theirs;
         None takes it from the operating system.
@@ -101,6 +106,7 @@ class EngineConfig:
     model_plugin: str | None = None
     load_format: str = "auto"
     dtype: str = "auto"
+    quantization: str | None = None
     device: str = "auto"
     seed: int | None = 0
     max_model_len: int | None = None
@@ -140,7 +146,8 @@ class EngineConfig:
         if not isinstance(self.model, str) or not self.model:
             raise ConfigError(f"model must be a path, a repository id or an alias, got {self.model!r}")
         for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
+            is_left = name in _OPTIONAL_CHOICES and getattr(self, name) is None
+            if not is_left and getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
         for name in _SWITCHES:
             if name == "async_scheduling" and self.async_scheduling is None:
@@ -191,11 +198,17 @@ class EngineConfig:
                 raise ConfigError("set kvcache_memory or num_kvcache_blocks, not both")
 
     def resolve(
-        self, *, checkpoint_dtype: str, max_positions: int, cuda: bool, launched: int | None = None
+        self,
+        *,
+        checkpoint_dtype: str,
+        max_positions: int,
+        cuda: bool,
+        launched: int | None = None,
+        quantized: bool = False,
     ) -> EngineConfig:
-        """Return a copy with device, dtype, max_model_len, the token budget and the ranks filled in.
+        """Return a copy with device, dtype, quantization, max_model_len, the token budget and the ranks filled in.
 
-        checkpoint_dtype: of the weights on disk. max_positions: the model's own limit.
+        checkpoint_dtype: of the weights on disk. quantized: whether these are. max_positions: the model's own limit.
         cuda: whether this machine has a CUDA device. launched: processes that torchrun has started.
         """
         device = self.device if self.device != "auto" else ("cuda" if cuda else "cpu")
@@ -209,6 +222,7 @@ class EngineConfig:
                 f"max_model_len={max_model_len} exceeds the {max_positions} positions of the model; "
                 f"set max_model_len to at most {max_positions}"
             )
+        dtype = self._resolved_dtype(checkpoint_dtype, device)
         ranks = self._ranks(launched)
         if self.batch_invariant and device == "cuda" and ranks > 1:
             raise ConfigError(
@@ -219,7 +233,8 @@ class EngineConfig:
         return dataclasses.replace(
             self,
             device=device,
-            dtype=self._resolved_dtype(checkpoint_dtype, device),
+            dtype=dtype,
+            quantization=self._resolved_quantization(device, dtype, quantized),
             max_model_len=max_model_len,
             max_num_batched_tokens=self.max_num_batched_tokens or max(_DEFAULT_BATCHED_TOKENS, self.max_num_seqs),
             tensor_parallel_size=ranks,
@@ -243,10 +258,22 @@ class EngineConfig:
     def _resolved_dtype(self, checkpoint_dtype: str, device: str) -> str:
         if self.dtype != "auto":
             return self.dtype
-        if checkpoint_dtype == "float32":
+        if checkpoint_dtype == "float32" and self.quantization not in ("int8", "int4"):
             return "float32"
         # CPUs multiply bfloat16 natively far more often than float16
         return "bfloat16" if device == "cpu" else checkpoint_dtype
+
+    def _resolved_quantization(self, device: str, dtype: str, quantized: bool) -> str | None:
+        asked = self.quantization
+        if asked in ("gguf", "dequantize") and not quantized:
+            raise ConfigError(f"quantization={asked!r} is for quantised GGUF files, which this is not; leave it out")
+        computes = device == "cpu" and dtype == "bfloat16"
+        if asked is None:
+            return "gguf" if quantized and computes else None
+        if asked != "dequantize" and not computes:
+            what = "device='cpu', GPUs not yet" if device != "cpu" else f"dtype='bfloat16', not {dtype!r}"
+            raise ConfigError(f"quantization={asked!r} runs with {what}; set that or leave quantization out")
+        return asked
 
 
 def allowed_values(option: str) -> tuple[str, ...] | None:

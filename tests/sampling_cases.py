@@ -49,15 +49,21 @@ def make_rows(params: SamplingParams, count: int, prompt=(), output=()) -> list[
     return [SampleRow(params, seed=0, index=0, prompt=prompt, output=output) for _ in range(count)]
 
 
+def assert_drawn(logits: torch.Tensor, rows: list[SampleRow], uniforms: np.ndarray) -> None:
+    """Torch's tokens; where a flat row has many on a stretch of 1e-5, on which sums that round differently may end
+    at another one, one of these."""
+    found = TRITON.draw(logits, rows, uniforms)
+    assert found.device == logits.device and found.dtype == torch.int64
+    least, most = (TORCH.draw(logits, rows, np.clip(uniforms + by, 0, 1 - 1e-12)) for by in (-1e-5, 1e-5))
+    assert (least <= found).all() and (found <= most).all()
+
+
 def check_tokens(device: str, size: int, cut: dict) -> None:
     """At both ends of what is kept, and between."""
     logits = logits_rows(size).to(device)
     rows = make_rows(SamplingParams(**cut), len(logits))
     for u in (1e-9, 0.1234, 0.5678, 0.98765, 1 - 1e-9):
-        uniforms = np.full(len(logits), u)
-        found = TRITON.draw(logits, rows, uniforms)
-        assert found.device == logits.device and found.dtype == torch.int64
-        assert found.tolist() == TORCH.draw(logits, rows, uniforms).tolist()
+        assert_drawn(logits, rows, np.full(len(logits), u))
 
 
 def check_rows_are_their_own(device: str, size: int, cut: dict, broken: float) -> None:
@@ -77,7 +83,7 @@ def check_mixed_rows(device: str, size: int) -> None:
     logits = wide[:, 2 : size + 2]
     rows = [make_rows(SamplingParams(**cut), 1)[0] for cut in CUTS]
     uniforms = np.linspace(0.05, 0.95, len(rows))
-    assert TRITON.draw(logits, rows, uniforms).tolist() == TORCH.draw(logits, rows, uniforms).tolist()
+    assert_drawn(logits, rows, uniforms)
     assert TRITON.argmax(logits).tolist() == logits.argmax(1).tolist()
     assert TRITON.draw(logits[:0], [], np.empty(0)).shape == (0,)
 
@@ -88,8 +94,7 @@ def check_flat_rows(device: str, size: int) -> None:
     for cut in ({"top_k": size - 100}, {"top_p": 0.9, "min_p": 0.2}, {"top_p": 0.999}):
         rows = make_rows(SamplingParams(**cut), 2)
         for u in (1e-9, 0.6):
-            uniforms = np.full(2, u)
-            assert TRITON.draw(x, rows, uniforms).tolist() == TORCH.draw(x, rows, uniforms).tolist()
+            assert_drawn(x, rows, np.full(2, u))
 
 
 PENALTIES = [

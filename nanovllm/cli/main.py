@@ -21,6 +21,7 @@ _PLAN_OPTIONS = (
     "model_impl",
     "model_plugin",
     "dtype",
+    "quantization",
     "device",
     "max_model_len",
     "max_num_batched_tokens",
@@ -42,7 +43,7 @@ _PARITY_OPTIONS = (
     "kvcache_block_size",
     "kvcache_memory",
 )
-_VERIFY_OPTIONS = (*_PARITY_OPTIONS, "dtype", "batch_invariant")
+_VERIFY_OPTIONS = (*_PARITY_OPTIONS, "dtype", "quantization", "batch_invariant")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     command("models", "List what runs here: architectures, aliases, and models that are cached.")
     _add_plan(command("plan", "Work out the memory that a model takes, before loading anything."))
     _add_parity(command("parity", "Compare logits and greedy text with transformers'."))
+    _add_eval(command("eval", "Measure what a dtype or a quantisation costs, against float32."))
     _add_verify(command("verify", "Check that logits keep their bits in any company, order and memory."))
     return parser
 
@@ -137,6 +139,14 @@ def _add_parity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tolerance", type=float, metavar="X", help=text.format(defaults))
     parser.set_defaults(tolerances=_TOLERANCES)
     add_engine_options(parser, only=_PARITY_OPTIONS)
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    text = "to read (default: texts that the model writes itself, in float32)"
+    parser.add_argument("--text", metavar="FILE", type=_text_of, help=text)
+    parser.add_argument("--tokens", type=_positive, default=2048, metavar="N", help="at most so many (2048)")
+    add_engine_options(parser, only=_VERIFY_OPTIONS)
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:

@@ -64,8 +64,10 @@ class Case:
             max_positions=model_config.max_position_embeddings,
             # a GPU can be planned for without having it
             cuda=options.get("device") == "cuda" or torch.cuda.is_available(),
+            quantized=checkpoint.is_quantized,
         )
-        return cls(checkpoint, family.__name__, options, tp, config, footprint(family, model_config, config, tp))
+        model = footprint(family, model_config, config, tp, checkpoint)
+        return cls(checkpoint, family.__name__, options, tp, config, model)
 
     def fit(self, memory: int) -> tuple[EngineConfig, CachePlan]:
         """As the engine would: the config with the max_model_len that fits, or ConfigError."""
@@ -102,7 +104,8 @@ def _free_memory(config: EngineConfig) -> int:
 def _print_footprint(case: Case) -> None:
     model, config = case.model, case.config
     rank = f" on each of {case.tp} ranks" if case.tp > 1 else ""
-    print(f"{case.architecture}, {config.dtype} on {config.device}{rank}")
+    scheme = "" if config.quantization in (None, "dequantize") else f", {config.quantization} weights"
+    print(f"{case.architecture}, {config.dtype}{scheme} on {config.device}{rank}")
     print(f"weights            {size_text(model.weights)} ({model.weights:,} bytes)")
     if model.replicated:
         parts = ", ".join(f"{name} {size_text(size)}" for name, size in model.replicated.items())

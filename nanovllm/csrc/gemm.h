@@ -251,17 +251,43 @@ void copy_row(const Linear& g, int64_t row, typename W::Element* to, int64_t blo
     }
 }
 
+// Weights that lie in memory as a tile reads them: one of the sources that `part` takes. quant.h has others.
+template <class Weight>
+class Plain {
+public:
+    using W = Weight;
+
+    Plain(const Linear& g, int64_t steps) : pairs_((const char*)g.weight), steps_(steps) {}
+
+    // The pair of panels that comes next, for so many rows.
+    void open(int64_t pair, int64_t /* rows */) { pair_ = pairs_ + pair * steps_ * STEP_BYTES; }
+
+    // Sums [rows][2][16] of one of so many tiles.
+    void sums(int rows, const typename W::Element* x, int64_t tile, int64_t tiles, float* out) const {
+        // each tile of rows fetches its part of the next pair: all at once would wait for memory
+        const char* next = pair_ + (steps_ + tile * steps_ / tiles) * STEP_BYTES;
+        two_panels<W>(rows, x, pair_, steps_, next, tiles == 1 ? STEP_BYTES : 64, out);
+    }
+
+private:
+    const char* pairs_;
+    int64_t steps_;
+    const char* pair_ = nullptr;
+};
+
 // Rows [m0, m1) times pairs of panels [pair0, pair1).
-template <class W>
+template <class Source>
 void part(const Linear& g, int64_t m0, int64_t m1, int64_t pair0, int64_t pair1) {
+    using W = typename Source::W;
     using Element = typename W::Element;
-    const int64_t steps = divide_up(g.k, W::K_PER_STEP), pair_bytes = steps * STEP_BYTES;
+    const int64_t steps = divide_up(g.k, W::K_PER_STEP);
     const int64_t row_elements = divide_up(steps, BLOCK) * BLOCK * W::PER_STEP;
     const int64_t held = SCRATCH_BYTES / (row_elements * (int64_t)sizeof(Element));
     const int64_t most = std::max<int64_t>(1, held / W::MAX_ROWS) * W::MAX_ROWS;
     static thread_local Scratch scratch;
     Element* x = (Element*)scratch.get(std::min(most, m1 - m0) * row_elements * sizeof(Element));
     alignas(64) float sums[W::MAX_ROWS * 2 * PANEL];
+    Source source(g, steps);
     for (int64_t m = m0; m < m1; m += most) {
         const int64_t rows = std::min(most, m1 - m), tiles = divide_up(rows, W::MAX_ROWS);
         // tiles of equal height: a low one waits for its few sums instead of computing
@@ -271,33 +297,15 @@ void part(const Linear& g, int64_t m0, int64_t m1, int64_t pair0, int64_t pair1)
                 copy_row<W>(g, m + r, x + start(t) * row_elements + (r - start(t)) * BLOCK * W::PER_STEP,
                             (start(t + 1) - start(t)) * BLOCK * W::PER_STEP);
         for (int64_t pair = pair0; pair < pair1; ++pair) {
-            const char* w = (const char*)g.weight + pair * pair_bytes;
+            source.open(pair, rows);
             for (int64_t t = 0; t < tiles; ++t) {
                 const int height = start(t + 1) - start(t);
-                // each tile of rows fetches its part of the next pair: all at once would wait for memory
-                const char* next = w + pair_bytes + t * steps / tiles * STEP_BYTES;
                 if (g.residual != nullptr) fetch_residual(g, m + start(t), height, pair);
-                two_panels<W>(height, x + start(t) * row_elements, w, steps, next, tiles == 1 ? STEP_BYTES : 64, sums);
+                source.sums(height, x + start(t) * row_elements, t, tiles, sums);
                 finish(g, sums, m + start(t), height, pair);
             }
         }
     }
-}
-
-inline int64_t panel_pairs(const Linear& g) {
-    const int64_t columns = !g.gated ? g.n : 2 * divide_up(g.n, PANEL) * PANEL;
-    return divide_up(columns, 2 * PANEL);
-}
-
-// Few rows: threads share the panels. Many: they share the rows, so that each is copied once.
-template <class W>
-void linear(const Linear& g, Team& team) {
-    const int64_t pairs = panel_pairs(g);
-    const int64_t by_rows = std::clamp<int64_t>(g.m / 64, 1, team.threads);
-    const int64_t by_panels = std::min<int64_t>(team.threads / by_rows, pairs);
-    if (team.thread >= by_rows * by_panels) return;
-    const int64_t r = team.thread / by_panels, p = team.thread % by_panels;
-    part<W>(g, r * g.m / by_rows, (r + 1) * g.m / by_rows, p * pairs / by_panels, (p + 1) * pairs / by_panels);
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 #include <atomic>
 #include <cstdint>
 
+#include "formats.h"
 #include "team.h"
 
 namespace nanovllm {
@@ -18,13 +19,10 @@ namespace nanovllm {
 // as to wake a second one would cost more than it saves.
 constexpr int64_t WORTH_A_THREAD = 1 << 14;
 
-constexpr int PANEL = 16;  // output columns that lie side by side in a packed weight
-
 enum class Activation : int { NONE, SILU, GELU, GELU_TANH, RELU };
 
-// y = x w^T + bias. A packed weight is pairs of panels, [pairs][k / 2][2][16][2] bfloat16 or
-// [pairs][k][2][16] float, with zeros beyond n and beyond an odd k: one stream for a tile of two panels.
-// act is applied to the result. Where gated, even panels hold the gate's rows and odd ones the other half's:
+// y = x w^T + bias, by a packed weight (formats.h). act is applied to the result. Where gated, even panels hold
+// the gate's rows and odd ones the other half's:
 // y = act(x w_even^T + bias[:n]) * (x w_odd^T + bias[n:]).
 struct Linear {
     const void* x;  // [m] rows of k, ldx elements apart; float, or bfloat16 if x_bf16
@@ -40,6 +38,7 @@ struct Linear {
     int64_t m, n, k;
     Activation act;
     bool gated;
+    Format format;
     const int32_t* rows = nullptr;  // [m], where given: row i is x's row rows[i]
 
     int64_t work() const { return m * n * k; }
@@ -68,10 +67,11 @@ struct MixtureCall {
     int64_t tokens, experts, k, hidden, inner;
     const void *gate_up, *down;
     int64_t gate_up_bytes, down_bytes;  // of one expert
+    Format gate_up_format, down_format;
     Activation act;
     float* out;      // [tokens][hidden]
     int32_t* index;  // to work in, as are the next two: [3 (experts + 1) + 2 tokens k]
-    void* fed;       // [tokens * k][inner] in the weights' type
+    void* fed;       // [tokens * k][inner] in float, or bfloat16 if the weights are not float
     float* results;  // [tokens * k][hidden]
 
     int64_t work() const { return tokens * k * hidden * inner * 3; }
@@ -99,8 +99,9 @@ struct Rope : Rows {
 
 // y[i] = row ids[i] of the table, widened to float; zeros for a row that the table has not.
 struct Gather {
-    const void* table;  // rows of `width`, float or bfloat16 if bf16; or, if packed, a linear layer's weight
-    bool bf16, packed;
+    const void* table;  // rows of `width`, float or bfloat16; or, if packed, a linear layer's weight of any form
+    Format format;
+    bool packed;
     int64_t first, rows;  // the table's rows are numbers first, ..., first + rows - 1
     const int64_t* ids;
     int64_t count, width;
@@ -274,9 +275,9 @@ using Kernel = void (*)(const Call&, Team&);
 
 struct Kernels {
     const char* name;
-    Kernel<Linear> linear_bf16, linear_f32;
+    Kernel<Linear> linear;
     Kernel<RouteCall> route;
-    Kernel<MixtureCall> mixture_bf16, mixture_f32;
+    Kernel<MixtureCall> mixture;
     Kernel<Norm> rms_norm, layer_norm;
     Kernel<AttentionCall> attention_bf16, attention_f32;
     Kernel<StoreCall> store_bf16, store_f32;

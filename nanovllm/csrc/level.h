@@ -2,8 +2,8 @@
 #pragma once
 
 #include "attention.h"
-#include "gemm.h"
 #include "group.h"
+#include "linear.h"
 #include "mamba.h"
 #include "moe.h"
 #include "rows.h"
@@ -13,11 +13,9 @@ namespace {
 
 constexpr Kernels table(const char* name) {
     return {name,
-            linear<Bf16Weight>,
-            linear<F32Weight>,
+            linear,
             route,
-            mixture<Bf16Weight>,
-            mixture<F32Weight>,
+            mixture,
             rms_norm,
             layer_norm,
             attention<Bf16Weight>,

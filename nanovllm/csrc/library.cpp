@@ -89,7 +89,7 @@ void submit(Kernel<Call> kernel, const Call& call, int threads) {
 extern "C" {
 
 // Raised whenever a function below changes; ops/library.py must agree.
-int nv_abi() { return 8; }
+int nv_abi() { return 9; }
 
 const char* nv_level() { return active->name; }
 
@@ -103,25 +103,6 @@ int nv_set_level(const char* name) {
         }
     }
     return -1;
-}
-
-// A weight [n][k] of `size`-byte elements (2 or 4) into panels first, first + step, ... of `packed`:
-// pairs of panels, each of ceil(k * size / 4) steps of 2 x 16 words; zeros wherever the weight has none.
-void nv_pack(const void* weight, void* packed, int64_t n, int64_t k, int size, int64_t first, int64_t step,
-             int threads) {
-    const int64_t row = k * size, words = (row + 3) / 4;
-#pragma omp parallel for num_threads(threads)
-    for (int64_t p = 0; p < (n + PANEL - 1) / PANEL; ++p) {
-        const int64_t panel = first + p * step, rows = std::min<int64_t>(PANEL, n - p * PANEL);
-        uint32_t* to = (uint32_t*)packed + (panel / 2 * words * 2 + panel % 2) * PANEL;
-        const char* from = (const char*)weight + p * PANEL * row;
-        for (int64_t w = 0; w < words; ++w)
-            for (int64_t r = 0; r < rows; ++r) {
-                uint32_t word = 0;
-                std::memcpy(&word, from + r * row + w * 4, std::min<int64_t>(4, row - w * 4));
-                to[w * 2 * PANEL + r] = word;
-            }
-    }
 }
 
 // --- recording: as a CUDA graph does on a GPU ---------------------------------------------------------
@@ -161,14 +142,14 @@ int nv_replay(const Tape* tape, int threads) {
 
 // --- kernels --------------------------------------------------------------------------------------------
 
-// weight_bf16: which of the two packed formats. A float weight takes float rows only.
-void nv_linear(const void* x, int64_t ldx, int x_bf16, const void* weight, int weight_bf16, const float* bias,
+// format: the weight's, of formats.h. A float weight takes float rows only.
+void nv_linear(const void* x, int64_t ldx, int x_bf16, const void* weight, int format, const float* bias,
                const float* residual, int64_t ldr, void* y, int64_t ldy, int y_bf16, int64_t m, int64_t n, int64_t k,
                int act, int gated, int threads) {
     const Linear call = {x,   ldx,         x_bf16 != 0, weight, bias, residual,        ldr,
                          y,   ldy,         y_bf16 != 0, m,      n,    k,               (Activation)act,
-                         gated != 0};
-    submit(weight_bf16 ? active->linear_bf16 : active->linear_f32, call, threads);
+                         gated != 0, (Format)format};
+    submit(active->linear, call, threads);
 }
 
 void nv_route(const float* scores, int64_t tokens, int64_t experts, int64_t k, int normalise, float* weights,
@@ -179,12 +160,12 @@ void nv_route(const float* scores, int64_t tokens, int64_t experts, int64_t k, i
 
 void nv_mixture(const float* x, int64_t ldx, const float* weights, const int32_t* chosen, int64_t first,
                 int64_t tokens, int64_t experts, int64_t k, int64_t hidden, int64_t inner, const void* gate_up, const void* down,
-                int64_t gate_up_bytes, int64_t down_bytes, int weight_bf16, int act, float* out, int32_t* index,
+                int64_t gate_up_bytes, int64_t down_bytes, int gate_up_format, int down_format, int act, float* out, int32_t* index,
                 void* fed, float* results, int threads) {
-    const MixtureCall call = {x,     ldx,     weights, chosen,        first,      tokens,          experts, k,   hidden,
-                              inner, gate_up, down,    gate_up_bytes, down_bytes, (Activation)act, out,     index, fed,
-                              results};
-    submit(weight_bf16 ? active->mixture_bf16 : active->mixture_f32, call, threads);
+    const MixtureCall call = {x,       ldx,           weights,    chosen, first, tokens, experts, k, hidden, inner,
+                              gate_up, down,          gate_up_bytes, down_bytes, (Format)gate_up_format,
+                              (Format)down_format,    (Activation)act, out, index, fed, results};
+    submit(active->mixture, call, threads);
 }
 
 void nv_rms_norm(const float* x, int64_t outer, int64_t inner, int64_t outer_stride, int64_t inner_stride, int64_t size,
@@ -205,9 +186,9 @@ void nv_rope(const float* x, int64_t outer, int64_t inner, int64_t outer_stride,
     submit(active->rope, call, threads);
 }
 
-void nv_gather(const void* table, int bf16, int packed, int64_t first, int64_t rows, const int64_t* ids, int64_t count,
+void nv_gather(const void* table, int format, int packed, int64_t first, int64_t rows, const int64_t* ids, int64_t count,
                int64_t width, float* y, int threads) {
-    const Gather call = {table, bf16 != 0, packed != 0, first, rows, ids, count, width, y};
+    const Gather call = {table, (Format)format, packed != 0, first, rows, ids, count, width, y};
     submit(active->gather, call, threads);
 }
 

@@ -7,8 +7,8 @@
 
 #include <algorithm>
 
-#include "gemm.h"
 #include "kernels.h"
+#include "linear.h"
 #include "vec.h"
 
 namespace {
@@ -115,16 +115,15 @@ inline void plan(const MixtureCall& c, const Grouped& g, int64_t panel_pairs, in
 // --- the experts ----------------------------------------------------------------------------------------
 
 // One of the two linear layers over all pairs. all: expert 0's, with the pairs of all experts as its rows.
-template <class W>
-void grouped_linear(const Linear& all, int64_t expert_bytes, const Grouped& g, int64_t experts, const int32_t* tasks,
-                    Team& team) {
+inline void grouped_linear(const Linear& all, int64_t expert_bytes, const Grouped& g, int64_t experts,
+                           const int32_t* tasks, Team& team) {
     const int64_t pairs = panel_pairs(all);
     team.each(tasks[experts], [&](int64_t task) {
         const int64_t e = std::upper_bound(tasks, tasks + experts + 1, task) - tasks - 1;
         const int64_t i = task - tasks[e], count = tasks[e + 1] - tasks[e];
         Linear mine = all;
         mine.weight = (const char*)all.weight + e * expert_bytes;
-        part<W>(mine, g.begin[e], g.begin[e + 1], i * pairs / count, (i + 1) * pairs / count);
+        part(mine, g.begin[e], g.begin[e + 1], i * pairs / count, (i + 1) * pairs / count);
     });
 }
 
@@ -148,15 +147,15 @@ inline void sum_choices(const MixtureCall& c, const Grouped& g, int64_t first, i
     }
 }
 
-template <class W>
 void mixture(const MixtureCall& c, Team& team) {
-    constexpr bool bf16 = W::K_PER_STEP == 2;
+    const bool bf16 = c.gate_up_format != Format::F32;
     const Grouped g(c);
     const int64_t pairs = c.tokens * c.k;
-    const Linear first = {c.x,   c.ldx,   false,    c.gate_up, nullptr, nullptr, 0, c.fed, c.inner, bf16,
-                          pairs, c.inner, c.hidden, c.act,     true,    g.tokens};
-    const Linear second = {c.fed, c.inner,  bf16,    c.down,           nullptr, nullptr, 0, c.results, c.hidden, false,
-                           pairs, c.hidden, c.inner, Activation::NONE, false};
+    Linear first = {c.x,   c.ldx,   false,    c.gate_up, nullptr, nullptr, 0, c.fed, c.inner, bf16,
+                    pairs, c.inner, c.hidden, c.act,     true,    c.gate_up_format};
+    first.rows = g.tokens;
+    const Linear second = {c.fed, c.inner,  bf16,    c.down,           nullptr, nullptr,      0, c.results, c.hidden, false,
+                           pairs, c.hidden, c.inner, Activation::NONE, false,   c.down_format};
     int32_t *first_tasks = g.tasks, *second_tasks = g.tasks + c.experts + 1;
     if (team.thread == 0) {
         group(c, g);
@@ -164,9 +163,9 @@ void mixture(const MixtureCall& c, Team& team) {
         plan(c, g, panel_pairs(second), team.threads, second_tasks);
     }
     team.barrier();
-    grouped_linear<W>(first, c.gate_up_bytes, g, c.experts, first_tasks, team);
+    grouped_linear(first, c.gate_up_bytes, g, c.experts, first_tasks, team);
     team.barrier();
-    grouped_linear<W>(second, c.down_bytes, g, c.experts, second_tasks, team);
+    grouped_linear(second, c.down_bytes, g, c.experts, second_tasks, team);
     team.barrier();
     team.share(c.tokens, [&](int64_t from, int64_t until) { sum_choices(c, g, from, until); });
 }

@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "formats.h"
 #include "kernels.h"
 #include "vec.h"
 
@@ -104,12 +105,46 @@ void rope(const Rope& rope, Team& team) {
 
 // A row of a packed weight: a word of one or two elements in every step of its pair of panels.
 inline void gather_packed(const Gather& g, int64_t id, float* y) {
-    const int64_t per_word = g.bf16 ? 2 : 1, words = (g.width + per_word - 1) / per_word;
-    const uint32_t* x = (const uint32_t*)g.table + id / (2 * PANEL) * words * 2 * PANEL + id % (2 * PANEL);
-    for (int64_t w = 0; w < words; ++w, x += 2 * PANEL) {
-        const uint32_t low = g.bf16 ? *x << 16 : *x, high = *x & 0xffff0000u;
+    const bool bf16 = g.format == Format::BF16;
+    const int64_t per_word = bf16 ? 2 : 1, words = (g.width + per_word - 1) / per_word;
+    const uint32_t* x = (const uint32_t*)g.table + id / PAIR * words * PAIR + id % PAIR;
+    for (int64_t w = 0; w < words; ++w, x += PAIR) {
+        const uint32_t low = bf16 ? *x << 16 : *x, high = *x & 0xffff0000u;
         memcpy(y + w * per_word, &low, sizeof low);
-        if (g.bf16 && 2 * w + 1 < g.width) memcpy(y + 2 * w + 1, &high, sizeof high);
+        if (bf16 && 2 * w + 1 < g.width) memcpy(y + 2 * w + 1, &high, sizeof high);
+    }
+}
+
+inline float half_precision(const char* p) {
+    uint16_t half[WIDTH] = {};
+    memcpy(half, p, sizeof *half);
+    return load_fp16(half)[0];
+}
+
+// A row's scale or least value. outer: what it is a multiple of, if it is nested.
+inline float number(const Layout& form, const char* p, const char* outer) {
+    return form.nested() ? *(const int8_t*)p * half_precision(outer) : half_precision(p);
+}
+
+// The weights that a linear layer multiplies by.
+inline void gather_quantised(const Gather& g, int64_t id, float* y) {
+    const Layout form = layout(g.format);
+    const int64_t group = form.group, row = id % PAIR, values = PAIR * form.scale_bytes;
+    const char *at = (const char*)g.table + id / PAIR * form.pair_bytes(g.width), *outer = at;
+    for (int64_t first = 0; first < g.width; first += group, at += form.group_bytes()) {
+        if (form.nested() && first % OUTER == 0) outer = at, at += form.outer_bytes();
+        const char *codes = at + values * (1 + form.least), *mine = at + row * form.scale_bytes;
+        const float scale = number(form, mine, outer + row * 2);
+        const float least = form.least ? number(form, mine + values, outer + (PAIR + row) * 2) : 0.0f;
+        for (int64_t c = first; c < std::min(first + group, g.width); ++c) {
+            const Place where = place(form.bits, row, c - first);
+            const int code = form.bits == 8 ? (int8_t)codes[where.byte] : (uint8_t)codes[where.byte] >> where.shift & 15;
+            y[c] = code * scale + least;
+        }
+    }
+    for (int64_t c = 0; c < g.width; c += WIDTH) {
+        const int64_t lanes = std::min<int64_t>(WIDTH, g.width - c);
+        store_part(y + c, round_to_bf16(load_part(y + c, lanes)), lanes);
     }
 }
 
@@ -123,10 +158,10 @@ void gather(const Gather& g, Team& team) {
                 continue;
             }
             if (g.packed) {
-                gather_packed(g, id, y);
+                layout(g.format).bits == 0 ? gather_packed(g, id, y) : gather_quantised(g, id, y);
                 continue;
             }
-            if (!g.bf16) {
+            if (g.format == Format::F32) {
                 memcpy(y, (const float*)g.table + id * g.width, g.width * sizeof(float));
                 continue;
             }

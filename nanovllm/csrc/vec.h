@@ -6,9 +6,6 @@
 
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
 
 #if defined(__AVX512F__)
 #define NV_WIDTH 16
@@ -18,7 +15,7 @@
 #define NV_WIDTH 4
 #endif
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -98,6 +95,35 @@ inline V load_bf16(const uint16_t* p) {
     H h;
     memcpy(&h, p, sizeof h);
     return (V)(__builtin_convertvector(h, U) << 16);
+}
+
+inline V load_fp16(const void* p) {  // finite numbers
+#if defined(__AVX512F__)
+    __m256i h;
+    memcpy(&h, p, sizeof h);
+    return (V)_mm512_cvtph_ps(h);
+#else
+    H h;
+    memcpy(&h, p, sizeof h);
+    const U bits = __builtin_convertvector(h, U);
+    const V size = (V)((bits & 0x7fffu) << 13) * 0x1p112f;  // its exponent counts from 15, not from 127
+    return (V)((U)size | (bits & 0x8000u) << 16);
+#endif
+}
+
+// WIDTH / 2 lanes from `first` on, each in two neighbouring ones.
+inline V twice(V v, int first) {
+    I from;
+    for (int l = 0; l < WIDTH; ++l) from[l] = first + l / 2;
+#if defined(__AVX512F__)
+    return (V)_mm512_permutexvar_ps((__m512i)from, (__m512)v);
+#elif defined(__AVX2__)
+    return (V)_mm256_permutevar8x32_ps((__m256)v, (__m256i)from);
+#else
+    V twice;
+    for (int l = 0; l < WIDTH; ++l) twice[l] = v[from[l]];
+    return twice;
+#endif
 }
 
 // f of all lanes, always in the same order: each of the first half with its partner in the second, and so on.

@@ -50,9 +50,12 @@ class TPGroup:
             raise self._refusal(total, what, sizes)
         return total // self.size
 
-    def part(self, total: int, what: str) -> slice:
-        """Which ones of `total` things this rank has; ConfigError where they do not divide."""
+    def part(self, total: int, what: str, group: int = 1) -> slice:
+        """Which ones of `total` things this rank has; ConfigError where they do not divide into whole groups."""
         count = self.shard(total, what)
+        if count % group and self.size > 1:
+            sizes = [n for n in range(1, min(total, 64) + 1) if n == 1 or (total % n == 0 and total // n % group == 0)]
+            raise self._refusal(total, f"{what} in groups of {group}", sizes)
         return slice(self.rank * count, (self.rank + 1) * count)
 
     def uneven_part(self, total: int, what: str) -> slice:

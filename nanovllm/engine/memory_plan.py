@@ -18,6 +18,8 @@ from nanovllm.layers.attention import CachedLayer
 from nanovllm.models.base import CausalLM, ModelConfig
 from nanovllm.ops.base import select_ops
 from nanovllm.quantization.linear_method import LinearWeights
+from nanovllm.weights.checkpoint import Checkpoint
+from nanovllm.weights.loader import load_shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +46,15 @@ class Footprint:
         return sum(s.slot_bytes for s in self.specs if isinstance(s, StateSpec))
 
 
-def footprint(model_class: type[CausalLM], model_config: ModelConfig, config: EngineConfig, tp: int = 1) -> Footprint:
-    """Build the model of one rank without memory and add up. config: resolved.
+def footprint(
+    model_class: type[CausalLM],
+    model_config: ModelConfig,
+    config: EngineConfig,
+    tp: int = 1,
+    checkpoint: Checkpoint | None = None,
+) -> Footprint:
+    """Build the model of one rank without memory and add up. config: resolved. checkpoint: needed where its own
+    quantisation stays.
 
     All ranks have as much, or less where experts do not divide. ConfigError where heads or rows do not divide.
     """
@@ -59,7 +68,11 @@ def footprint(model_class: type[CausalLM], model_config: ModelConfig, config: En
     def build(rank: int, size: int) -> CausalLM:
         assert config.max_model_len is not None
         meta, group, experts = torch.device("meta"), TPGroup(rank, size), config.enable_expert_parallel
-        return model_class(model_config, BuildContext(meta, dtype, backend, config.max_model_len, group, ops, experts))
+        layout = (meta, dtype, backend, config.max_model_len, group, ops, experts, config.quantization)
+        model = model_class(model_config, BuildContext(*layout))
+        if config.quantization == "gguf" and checkpoint is not None:
+            load_shapes(model, checkpoint.tensors(), model.weight_rules)
+        return model
 
     last, other, whole = build(tp - 1, tp), build(0, tp), build(0, 1)  # the last one has the most experts
     replicated: Counter[str] = Counter()

@@ -75,6 +75,7 @@ class ModelRunner:
         ctx = BuildContext(
             *(self._device, dtype, self._backend, config.max_model_len, self._tp, self._ops),
             expert_parallel=config.enable_expert_parallel,
+            quantization=config.quantization,
         )
         self._model = model_class(model_config, ctx)
         if config.enable_expert_parallel and not any(isinstance(m, SparseMoE) for m in self._model.modules()):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from nanovllm.build_context import BuildContext
 from nanovllm.distributed.group import TPGroup
 from nanovllm.layers.linear import MergedColumnParallelLinear, Shard
 from nanovllm.layers.weight_layer import WeightLayer
+from nanovllm.quantization.blocks import Blocks
+from nanovllm.quantization.select import head_method
 
 
 def vocabulary_part(vocab_size: int, tp: TPGroup) -> tuple[int, slice]:
@@ -24,7 +28,9 @@ class VocabParallelEmbedding(WeightLayer):
 
     def __init__(self, vocab_size: int, hidden_size: int, ctx: BuildContext) -> None:
         super().__init__()
-        self._ops, self._tp, self._is_packed = ctx.ops, ctx.tp, False
+        self._ops, self._tp = ctx.ops, ctx.tp
+        self._head: list[ParallelLMHead] = []  # in a list: not a submodule of ours
+        self._convert: Callable[[torch.Tensor | Blocks], torch.Tensor | Blocks] | None = None
         self._whole = vocab_size, hidden_size
         rows, self._tokens = vocabulary_part(vocab_size, ctx.tp)
         self._shape = rows, hidden_size
@@ -32,54 +38,64 @@ class VocabParallelEmbedding(WeightLayer):
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         first = self._tokens.start
-        if self._is_packed:
-            found = self._ops.embed_packed(self.weight, input_ids, first, self._shape)
-        else:
-            found = self._ops.embed(self.weight, input_ids, first)
-        return self._tp.all_reduce(found)  # zeros from all ranks but one
+        mine = self._head[0].embed(input_ids, first) if self._head else self._ops.embed(self.weight, input_ids, first)
+        return self._tp.all_reduce(mine)  # zeros from all ranks but one
 
     def expected_weights(self) -> dict[str, dict[str | None, tuple[int, ...]]]:
         return {"weight": {None: self._whole}}
 
-    def load_weight(self, parameter: str, tensor: torch.Tensor, shard: str | None) -> None:
-        mine = tensor[self._tokens]
+    def takes_blocks(self, parameter: str, kind: str) -> bool:
+        return any(head.takes_blocks(parameter, kind) for head in self._head)
+
+    def load_weight(self, parameter: str, tensor: torch.Tensor | Blocks, shard: str | None) -> None:
+        if self._head:
+            self._head[0].load_weight(parameter, tensor, shard)
+            return
+        mine = tensor[self._tokens] if self._convert is None else self._convert(tensor[self._tokens])
+        assert isinstance(mine, torch.Tensor)
         self.weight[: len(mine)].copy_(mine)
         self.weight[len(mine) :].zero_()
 
-    def take_packed(self, weight: torch.Tensor) -> None:
-        """From now on read a head's packed weight: the embedding's own copy is not needed then."""
-        self.weight, self._is_packed = weight, True
+    def tie(self, head: ParallelLMHead, *, reads: bool) -> None:
+        """The head has the same weight. reads: it is loaded there, and rows are read from there; else the head's
+        method says what becomes of it."""
+        if reads:
+            self._head = [head]
+            del self.weight
+        else:
+            self._convert = head.method.convert
 
 
 class ParallelLMHead(MergedColumnParallelLinear):
     """Hidden states [R, H] to logits [R, vocabulary] on rank 0, which samples; to [R, 0] on the others.
 
-    tied: the embedding whose weight is used; nothing is loaded then.
+    tied: the embedding that has the same weight; it is on disk once. Where packed weights can be read by row, as those
+    that are quantised, it is the head's; else the embedding's, of which the head packs its own copy.
     """
 
     def __init__(
         self, vocab_size: int, hidden_size: int, ctx: BuildContext, tied: VocabParallelEmbedding | None = None
     ) -> None:
         rows, tokens = vocabulary_part(vocab_size, ctx.tp)
-        super().__init__(hidden_size, {None: Shard(vocab_size, slice(0, rows))}, ctx, bias=False)
+        shards: dict[str | None, Shard] = {None: Shard(vocab_size, slice(0, rows))}
+        super().__init__(hidden_size, shards, ctx, bias=False, method=head_method(ctx))
         self._vocab_size, self._tokens, self._tp = vocab_size, tokens, ctx.tp
-        self._tied = [tied] if tied is not None else []  # in a list: not a submodule of ours
-        self._embeds_packed = ctx.ops.embeds_packed
+        self._is_tied = tied is not None
         if tied is not None:
-            self.weight = tied.weight
+            if not ctx.ops.embeds_packed:
+                self.weight = tied.weight
+            tied.tie(self, reads=ctx.ops.embeds_packed)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._tp.gather(super().forward(x), self._vocab_size, root=0)
 
+    def embed(self, ids: torch.Tensor, first: int) -> torch.Tensor:
+        """Rows of the weight; see LinearMethod."""
+        return self.method.embed(self, ids, first)
+
     def expected_weights(self) -> dict[str, dict[str | None, tuple[int, ...]]]:
-        return {} if self._tied else super().expected_weights()
+        return {} if self._is_tied else super().expected_weights()
 
-    def load_weight(self, parameter: str, tensor: torch.Tensor, shard: str | None) -> None:
+    def load_weight(self, parameter: str, tensor: torch.Tensor | Blocks, shard: str | None) -> None:
         mine = tensor[self._tokens]
-        self.method.load(self, mine, slice(0, len(mine)))
-
-    def finalize_weights(self) -> None:
-        super().finalize_weights()
-        if self.packed and self._embeds_packed:
-            for embedding in self._tied:
-                embedding.take_packed(self.weight)
+        self.method.load(self, self.method.convert(mine), slice(0, len(mine)))

@@ -6,6 +6,7 @@ import torch
 
 from nanovllm.build_context import BuildContext
 from nanovllm.layers.weight_layer import WeightLayer
+from nanovllm.quantization.blocks import Blocks
 
 
 class RMSNorm(WeightLayer):
@@ -31,7 +32,8 @@ class GemmaRMSNorm(RMSNorm):
         super().__init__(size, eps, ctx)
         self.add_parameter("weight", self._size, torch.float32, ctx.device)
 
-    def load_weight(self, parameter: str, tensor: torch.Tensor, shard: str | None) -> None:
+    def load_weight(self, parameter: str, tensor: torch.Tensor | Blocks, shard: str | None) -> None:
+        assert isinstance(tensor, torch.Tensor)
         super().load_weight(parameter, 1.0 + tensor.float(), shard)
 
 

@@ -9,7 +9,9 @@ import torch
 from nanovllm.build_context import BuildContext
 from nanovllm.layers.activation import activation
 from nanovllm.layers.weight_layer import WeightLayer
-from nanovllm.quantization.linear_method import LinearWeights, UnquantizedLinearMethod
+from nanovllm.quantization.blocks import Blocks
+from nanovllm.quantization.linear_method import LinearMethod, LinearWeights
+from nanovllm.quantization.select import linear_method
 
 
 class Shard(NamedTuple):
@@ -22,12 +24,20 @@ class Shard(NamedTuple):
 class MergedColumnParallelLinear(WeightLayer, LinearWeights):
     """Several projections of the same input in one matrix, each split by rows over the ranks.
 
-    shards: in the order of the output.
+    shards: in the order of the output. method: by default the context's.
     """
 
     bias: torch.Tensor | None
 
-    def __init__(self, in_features: int, shards: dict[str | None, Shard], ctx: BuildContext, *, bias: bool) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        shards: dict[str | None, Shard],
+        ctx: BuildContext,
+        *,
+        bias: bool,
+        method: LinearMethod | None = None,
+    ) -> None:
         super().__init__()
         self._in_features = in_features
         self._shards = shards
@@ -37,7 +47,7 @@ class MergedColumnParallelLinear(WeightLayer, LinearWeights):
             count = shard.mine.stop - shard.mine.start
             self._rows[name] = slice(total, total + count)
             total += count
-        self.method = UnquantizedLinearMethod(ctx.ops)
+        self.method = method or linear_method(ctx)
         self.method.create(self, total, in_features, ctx.dtype, ctx.device)
         self.register_parameter("bias", None)
         if bias:
@@ -54,12 +64,15 @@ class MergedColumnParallelLinear(WeightLayer, LinearWeights):
             expected["bias"] = {name: (shard.rows,) for name, shard in self._shards.items()}
         return expected
 
-    def load_weight(self, parameter: str, tensor: torch.Tensor, shard: str | None) -> None:
+    def takes_blocks(self, parameter: str, kind: str) -> bool:
+        return parameter == "weight" and self.method.takes(kind)
+
+    def load_weight(self, parameter: str, tensor: torch.Tensor | Blocks, shard: str | None) -> None:
         rows, mine = self._rows[shard], tensor[self._shards[shard].mine]
         if parameter == "weight":
-            self.method.load(self, mine, rows)
+            self.method.load(self, self.method.convert(mine), rows)
         else:
-            assert self.bias is not None
+            assert self.bias is not None and isinstance(mine, torch.Tensor)
             self.bias[rows].copy_(mine)
 
     def finalize_weights(self) -> None:
@@ -141,9 +154,9 @@ class RowParallelLinear(WeightLayer, LinearWeights):
     ) -> None:
         super().__init__()
         self._whole = out_features, in_features
-        self._columns = ctx.tp.part(in_features, "columns of a projection")
         self._tp, self._reduce = ctx.tp, reduce
-        self.method = UnquantizedLinearMethod(ctx.ops)
+        self.method = linear_method(ctx)
+        self._columns = self._columns_of_mine(self.method.group)
         self.method.create(self, out_features, in_features // ctx.tp.size, ctx.dtype, ctx.device)
         self.register_parameter("bias", None)
         if bias:
@@ -158,11 +171,23 @@ class RowParallelLinear(WeightLayer, LinearWeights):
     def expected_weights(self) -> dict[str, dict[str | None, tuple[int, ...]]]:
         return {**super().expected_weights(), "weight": {None: self._whole}}
 
-    def load_weight(self, parameter: str, tensor: torch.Tensor, shard: str | None) -> None:
-        if parameter == "weight":
-            self.method.load(self, tensor[:, self._columns], slice(None))
-        else:
+    def takes_blocks(self, parameter: str, kind: str) -> bool:
+        return parameter == "weight" and self.method.takes(kind)
+
+    def load_weight(self, parameter: str, tensor: torch.Tensor | Blocks, shard: str | None) -> None:
+        if parameter != "weight":
             super().load_weight(parameter, tensor, shard)
+            return
+        whole = self.method.convert(tensor)  # before it is cut: a scale may be of a whole row
+        if isinstance(whole, Blocks):
+            mine: torch.Tensor | Blocks = whole.columns(self._columns_of_mine(whole.group))
+        else:
+            mine = whole[:, self._columns]
+        self.method.load(self, mine, slice(0, len(mine)))
+
+    def _columns_of_mine(self, group: int) -> slice:
+        """ConfigError where ranks would part a group of columns."""
+        return self._tp.part(self._whole[1], "columns of a projection", group)
 
     def finalize_weights(self) -> None:
         self.method.finalize(self)

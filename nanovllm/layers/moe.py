@@ -13,7 +13,8 @@ from nanovllm.distributed.group import TPGroup
 from nanovllm.errors import ModelNotSupported
 from nanovllm.layers.mlp import GatedMLP
 from nanovllm.layers.weight_layer import WeightLayer
-from nanovllm.quantization.linear_method import LinearWeights, UnquantizedLinearMethod
+from nanovllm.quantization.blocks import Blocks
+from nanovllm.quantization.linear_method import LinearWeights, Stack, UnquantizedLinearMethod
 
 
 class SparseMoE(nn.Module):
@@ -59,12 +60,13 @@ class SparseMoE(nn.Module):
         self._inner, self._act = intermediate_size // inside.tp.size, act
         self._tp, self._reduce = ctx.tp, reduce
         self._ops = ctx.ops
-        self._weights = _stack(mine) if ctx.ops.fuses(act) else None
+        self._stacks = _stack(mine) if ctx.ops.fuses(act) else None
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:  # [T, H] -> [T, H]
         weights, chosen = self._ops.route(self.gate(x), self._top_k, normalise=self._normalise)
-        if self._weights is not None:
-            out = self._ops.mixture(x, weights, chosen, *self._weights, self._inner, self._act, self._mine.start)
+        if self._stacks is not None:
+            gate_up, down = (stack.weight for stack in self._stacks)
+            out = self._ops.mixture(x, weights, chosen, gate_up, down, self._inner, self._act, self._mine.start)
         else:
             out = self._one_by_one(x, weights, chosen.flatten())
         out = self._tp.all_reduce(out) if self._reduce else out
@@ -102,11 +104,14 @@ class _LayerElsewhere(WeightLayer):
     def expected_weights(self) -> dict[str, dict[str | None, tuple[int, ...]]]:
         return self._expected
 
-    def load_weight(self, parameter: str, tensor: torch.Tensor, shard: str | None) -> None:
+    def takes_blocks(self, parameter: str, kind: str) -> bool:
+        return True
+
+    def load_weight(self, parameter: str, tensor: torch.Tensor | Blocks, shard: str | None) -> None:
         pass
 
 
-def _stack(experts: list[GatedMLP]) -> tuple[torch.Tensor, torch.Tensor]:
+def _stack(experts: list[GatedMLP]) -> tuple[Stack, Stack]:
     gate_up, down = [e.gate_up_proj for e in experts], [e.down_proj for e in experts]
     return gate_up[0].method.stack(gate_up), down[0].method.stack(down)
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from nanovllm.quantization.blocks import Blocks
+
 
 class WeightLayer(nn.Module):
     """Base of every layer with parameters. Plain parameters need nothing more than this."""
@@ -33,10 +35,14 @@ class WeightLayer(nn.Module):
         whole |= {name: shape for name, (shape, _) in self._parts.items()}
         return {name: {None: shape} for name, shape in whole.items()}
 
-    def load_weight(self, parameter: str, tensor: torch.Tensor, shard: str | None) -> None:
+    def takes_blocks(self, parameter: str, kind: str) -> bool:
+        """Whether `load_weight` takes blocks of this kind in the place of floats."""
+        return False
+
+    def load_weight(self, parameter: str, tensor: torch.Tensor | Blocks, shard: str | None) -> None:
         """Copy a tensor from disk (any float dtype) into its place."""
         target = self._parameters[parameter]
-        assert target is not None and shard is None
+        assert target is not None and shard is None and isinstance(tensor, torch.Tensor)
         if parameter in self._parts:
             _, parts = self._parts[parameter]
             tensor = torch.cat([tensor[part] for part in parts])

@@ -104,6 +104,8 @@ class TransformersForCausalLM(CausalLM):
         super().__init__(config, ctx)
         if ctx.tp.size != 1:
             raise ConfigError(f"{config.architecture} runs through transformers' modules: set tensor_parallel_size=1")
+        if ctx.quantization is not None:
+            raise ConfigError(f"{config.architecture} runs through transformers' modules: leave quantization out")
         self._architecture, self._ctx = config.architecture, ctx
         self._hf_config = _with_fixed_rope(config.hf, ctx.max_model_len)
         try:

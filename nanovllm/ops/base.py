@@ -12,6 +12,7 @@ import torch
 from nanovllm.batch import Batch
 from nanovllm.cache_spec import StateSpec
 from nanovllm.errors import ConfigError
+from nanovllm.ops.formats import Codes, Packed
 from nanovllm.ops.graph import Recorder
 from nanovllm.ops.library import Library, library_or_reason
 from nanovllm.ops.mamba2 import Mamba2Sizes, Mamba2Weights, SumOverRanks
@@ -59,6 +60,7 @@ class Ops(Protocol):
 
     name: str
     embeds_packed: bool  # whether there is an `embed_packed`
+    packs_quantized: bool  # whether there is a `pack_codes`, and packed weights may be quantised
     norms_and_rotates: bool  # whether `norm_and_rotate` is better than one after the other
 
     @property
@@ -85,10 +87,19 @@ class Ops(Protocol):
         [packed_numel] that the result goes to, where there is a `mixture`."""
         ...
 
+    def zeros(self, num_bytes: int) -> torch.Tensor:
+        """Memory of the weights' kind, uint8 [num_bytes], for `pack_codes`."""
+        ...
+
+    def pack_codes(self, codes: Codes, first: int, out: torch.Tensor, *, half: int | None = None) -> None:
+        """Codes [N, K] into rows `first`, first + 1, ... of a weight of their form; or, of one that `gated_linear`
+        takes, into half 0 or 1. out: uint8 [bytes], zeros where they go."""
+        ...
+
     def linear(
         self,
         x: torch.Tensor,
-        packed: torch.Tensor,
+        packed: torch.Tensor | Packed,
         rows: int,
         bias: torch.Tensor | None,
         act: str | None = None,
@@ -109,7 +120,7 @@ class Ops(Protocol):
         ...
 
     def gated_linear(
-        self, x: torch.Tensor, packed: torch.Tensor, rows: int, bias: torch.Tensor | None, act: str
+        self, x: torch.Tensor, packed: torch.Tensor | Packed, rows: int, bias: torch.Tensor | None, act: str
     ) -> torch.Tensor:
         """The weight's and the bias's first half is the gate's: act(gate(x)) * up(x) -> [T, rows / 2]."""
         ...
@@ -125,8 +136,8 @@ class Ops(Protocol):
         x: torch.Tensor,
         weights: torch.Tensor,
         chosen: torch.Tensor,
-        gate_up: torch.Tensor,
-        down: torch.Tensor,
+        gate_up: torch.Tensor | Packed,
+        down: torch.Tensor | Packed,
         inner: int,
         act: str,
         first: int = 0,
@@ -149,7 +160,9 @@ class Ops(Protocol):
         an id that it has not."""
         ...
 
-    def embed_packed(self, packed: torch.Tensor, ids: torch.Tensor, first: int, shape: tuple[int, int]) -> torch.Tensor:
+    def embed_packed(
+        self, packed: torch.Tensor | Packed, ids: torch.Tensor, first: int, shape: tuple[int, int]
+    ) -> torch.Tensor:
         """The same from a packed weight that was of this shape."""
         ...
 

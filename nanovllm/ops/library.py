@@ -11,7 +11,7 @@ from typing import Any
 from nanovllm.errors import ConfigError
 
 _PATH = Path(__file__).parents[1] / "csrc" / "libnanovllm.so"
-_ABI = 8  # of csrc/library.cpp
+_ABI = 9  # of csrc/library.cpp
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _GROUP = [_POINTER, _LONG, _LONG, ctypes.c_double]  # region, rank, size, timeout in seconds
 _ROWS = [_POINTER, _LONG, _LONG, _LONG, _LONG, _LONG]  # x, outer, inner, their strides, size
@@ -20,6 +20,14 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "nv_level": (ctypes.c_char_p, []),
     "nv_set_level": (_INT, [ctypes.c_char_p]),
     "nv_pack": (None, [_POINTER, _POINTER, _LONG, _LONG, _INT, _LONG, _LONG, _INT]),
+    "nv_pack_quantized": (
+        None,
+        [
+            *(_INT, _POINTER, _POINTER, _POINTER),  # format, codes, scales, least values
+            *(_POINTER, _POINTER, _LONG, _LONG),  # what these two are multiples of, rows, columns
+            *(_LONG, _INT, _POINTER, _INT),  # first row or half, packed, threads
+        ],
+    ),
     "nv_linear": (
         None,
         [
@@ -38,7 +46,8 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
         [
             *(_POINTER, _LONG, _POINTER, _POINTER, _LONG),  # x, its stride, weights, experts chosen, the first one here
             *(_LONG, _LONG, _LONG, _LONG, _LONG),  # tokens, experts, choices a token, hidden and inner size
-            *(_POINTER, _POINTER, _LONG, _LONG, _INT, _INT),  # two weights, bytes of an expert, bfloat16?, activation
+            *(_POINTER, _POINTER, _LONG, _LONG),  # two weights, bytes of an expert
+            *(_INT, _INT, _INT),  # the weights' formats, activation
             *(_POINTER, _POINTER, _POINTER, _POINTER, _INT),  # out, three to work in, threads
         ],
     ),
@@ -106,7 +115,7 @@ class Library:
         for name, (result, arguments) in _FUNCTIONS.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
-        self.pack = library.nv_pack
+        self.pack, self.pack_quantized = library.nv_pack, library.nv_pack_quantized
         self.linear = library.nv_linear
         self.route = library.nv_route
         self.mixture = library.nv_mixture

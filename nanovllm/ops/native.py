@@ -9,6 +9,7 @@ import torch
 from nanovllm.batch import Batch
 from nanovllm.cache_spec import StateSpec
 from nanovllm.host_memory import mapped_zeros
+from nanovllm.ops.formats import Codes, Packed, Segment
 from nanovllm.ops.library import Library
 from nanovllm.ops.mamba2 import Mamba2Sizes, Mamba2Weights, SumOverRanks
 from nanovllm.ops.native_sampling import NativeSampling
@@ -17,6 +18,7 @@ from nanovllm.ops.torch_activation import activate
 
 _PANEL = 16  # rows of a weight that lie side by side once packed; csrc/kernels.h
 _STRIP = 32  # channels of a Mamba2 layer that lie side by side in its state; csrc/kernels.h
+_FP32, _BF16 = 0, 1  # weights' formats; csrc/formats.h
 _ACTIVATIONS = {"silu": 1, "swish": 1, "gelu": 2, "gelu_fast": 3, "gelu_new": 3, "gelu_pytorch_tanh": 3, "relu": 4}
 
 
@@ -26,6 +28,7 @@ class NativeOps:
 
     name = "native"
     embeds_packed = True
+    packs_quantized = True
     norms_and_rotates = False
 
     def __init__(self, library: Library) -> None:
@@ -62,20 +65,44 @@ class NativeOps:
             self._library.pack(address, packed.data_ptr(), *part.shape, size, i, len(parts), torch.get_num_threads())
         return packed
 
+    def zeros(self, num_bytes: int) -> torch.Tensor:
+        return self._weights.zeros((num_bytes,), torch.uint8)
+
+    def pack_codes(self, codes: Codes, first: int, out: torch.Tensor, *, half: int | None = None) -> None:
+        numbers = codes.codes.contiguous()
+        given = (codes.scales, codes.least, codes.outer, codes.outer_least)
+        values = [codes.scales if v is None else v.contiguous() for v in given]  # what is not there is not read
+        self._library.pack_quantized(
+            *(codes.form.number, numbers.data_ptr(), *(v.data_ptr() for v in values), *numbers.shape),
+            *(first, -1 if half is None else half, out.data_ptr(), torch.get_num_threads()),
+        )
+
     def linear(
         self,
         x: torch.Tensor,
-        packed: torch.Tensor,
+        packed: torch.Tensor | Packed,
         rows: int,
         bias: torch.Tensor | None,
         act: str | None = None,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """With an activation, rounded to a bfloat16 weight's dtype, as the next linear layer would do anyway."""
-        if act is None:
-            return self._linear(x, packed, bias, torch.empty(len(x), rows), residual=residual)
-        assert residual is None
-        return self._linear(x, packed, bias, torch.empty(len(x), rows, dtype=packed.dtype), act)
+        """With an activation, rounded to bfloat16 unless the weight is fp32, as the next linear layer would do
+        anyway."""
+        out = torch.empty(len(x), rows, dtype=torch.float32 if act is None else _fed_dtype(packed))
+        if isinstance(packed, torch.Tensor):
+            return self._linear(x, packed, _format(packed), bias, out, act, residual=residual)
+        for segment in packed.segments:
+            mine, whole = segment.rows, len(packed.segments) == 1
+            self._linear(
+                x,
+                packed.data if whole else packed.data[segment.start :],
+                _number(segment),
+                bias if whole or bias is None else bias[mine],
+                out if whole else out[:, mine],
+                act,
+                residual=residual if whole or residual is None else residual[:, mine],
+            )
+        return out
 
     def plain_linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None = None
@@ -86,15 +113,18 @@ class NativeOps:
         return activate(x, act, gated=gated)
 
     def gated_linear(
-        self, x: torch.Tensor, packed: torch.Tensor, rows: int, bias: torch.Tensor | None, act: str
+        self, x: torch.Tensor, packed: torch.Tensor | Packed, rows: int, bias: torch.Tensor | None, act: str
     ) -> torch.Tensor:
         """Rounded in the same way."""
-        return self._linear(x, packed, bias, torch.empty(len(x), rows // 2, dtype=packed.dtype), act, gated=True)
+        data, form = _whole(packed)
+        out = torch.empty(len(x), rows // 2, dtype=_fed_dtype(packed))
+        return self._linear(x, data, form, bias, out, act, gated=True)
 
     def _linear(
         self,
         x: torch.Tensor,
         packed: torch.Tensor,
+        form: int,
         bias: torch.Tensor | None,
         out: torch.Tensor,
         act: str | None = None,
@@ -104,7 +134,7 @@ class NativeOps:
     ) -> torch.Tensor:
         if residual is not None:
             residual = _fp32_rows(residual)
-        if x.stride(1) != 1 or (x.dtype != torch.float32 and x.dtype != packed.dtype):
+        if x.stride(1) != 1 or (x.dtype != torch.float32 and (x.dtype != torch.bfloat16 or form == _FP32)):
             x = x.float().contiguous()
         count, cols = x.shape
         rows = out.shape[1]
@@ -113,11 +143,11 @@ class NativeOps:
             x.stride(0),
             x.dtype == torch.bfloat16,
             packed.data_ptr(),
-            packed.dtype == torch.bfloat16,
+            form,
             None if bias is None else bias.data_ptr(),
             *((None, 0) if residual is None else (residual.data_ptr(), residual.stride(0))),
             out.data_ptr(),
-            rows,
+            out.stride(0),
             out.dtype == torch.bfloat16,
             count,
             rows,
@@ -141,17 +171,18 @@ class NativeOps:
         x: torch.Tensor,
         weights: torch.Tensor,
         chosen: torch.Tensor,
-        gate_up: torch.Tensor,
-        down: torch.Tensor,
+        gate_up: torch.Tensor | Packed,
+        down: torch.Tensor | Packed,
         inner: int,
         act: str,
         first: int = 0,
     ) -> torch.Tensor:
         x = _fp32_rows(x)
+        (gate_up, gate_up_form), (down, down_form), fed_dtype = _whole(gate_up), _whole(down), _fed_dtype(gate_up)
         (tokens, hidden), k, experts = x.shape, chosen.shape[1], len(gate_up)
         out = torch.empty(tokens, hidden)
         index = torch.empty(3 * (experts + 1) + 2 * tokens * k, dtype=torch.int32)
-        fed, results = torch.empty(tokens * k, inner, dtype=down.dtype), torch.empty(tokens * k, hidden)
+        fed, results = torch.empty(tokens * k, inner, dtype=fed_dtype), torch.empty(tokens * k, hidden)
         self._library.mixture(
             x.data_ptr(),
             x.stride(0),
@@ -167,7 +198,8 @@ class NativeOps:
             down.data_ptr(),
             gate_up[0].nbytes,
             down[0].nbytes,
-            down.dtype == torch.bfloat16,
+            gate_up_form,
+            down_form,
             _ACTIVATIONS[act],
             out.data_ptr(),
             index.data_ptr(),
@@ -180,21 +212,23 @@ class NativeOps:
     def gather(self, table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         if table.dtype not in (torch.float32, torch.bfloat16) or not table.is_contiguous():
             table = table.float().contiguous()
-        return self._gather(table, rows, table.shape, 0, is_packed=False)
+        return self._gather(table, _format(table), rows, table.shape, 0, is_packed=False)
 
     def embed(self, table: torch.Tensor, ids: torch.Tensor, first: int) -> torch.Tensor:
-        return self._gather(table, ids, table.shape, first, is_packed=False)
+        return self._gather(table, _format(table), ids, table.shape, first, is_packed=False)
 
-    def embed_packed(self, packed: torch.Tensor, ids: torch.Tensor, first: int, shape: tuple[int, int]) -> torch.Tensor:
-        return self._gather(packed, ids, shape, first, is_packed=True)
+    def embed_packed(
+        self, packed: torch.Tensor | Packed, ids: torch.Tensor, first: int, shape: tuple[int, int]
+    ) -> torch.Tensor:
+        return self._gather(*_whole(packed), ids, shape, first, is_packed=True)
 
     def _gather(
-        self, table: torch.Tensor, ids: torch.Tensor, shape: tuple[int, ...], first: int, *, is_packed: bool
+        self, table: torch.Tensor, form: int, ids: torch.Tensor, shape: tuple[int, ...], first: int, *, is_packed: bool
     ) -> torch.Tensor:
         rows, width = shape
         out = torch.empty(len(ids), width)
         self._library.gather(
-            *(table.data_ptr(), table.dtype == torch.bfloat16, is_packed, first, rows),
+            *(table.data_ptr(), form, is_packed, first, rows),
             *(ids.data_ptr(), len(ids), width, out.data_ptr(), torch.get_num_threads()),
         )
         return out
@@ -296,6 +330,27 @@ class _Arena:
             self._free = mapped_zeros((max(size, self._CHUNK),), torch.uint8)
         taken, self._free = self._free[:used], self._free[size:]
         return taken.view(dtype).view(shape)
+
+
+def _format(weight: torch.Tensor) -> int:
+    return _BF16 if weight.dtype == torch.bfloat16 else _FP32
+
+
+def _number(segment: Segment) -> int:
+    return _BF16 if segment.form is None else segment.form.number
+
+
+def _whole(packed: torch.Tensor | Packed) -> tuple[torch.Tensor, int]:
+    """A weight of one form: its memory, and which."""
+    if isinstance(packed, torch.Tensor):
+        return packed, _format(packed)
+    (segment,) = packed.segments
+    return packed.data, _number(segment)
+
+
+def _fed_dtype(packed: torch.Tensor | Packed) -> torch.dtype:
+    """Of results that another linear layer takes."""
+    return packed.dtype if isinstance(packed, torch.Tensor) else torch.bfloat16
 
 
 def _packed_shape(rows: int, cols: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from nanovllm.batch import Batch
 from nanovllm.cache_spec import StateSpec
 from nanovllm.ops import torch_mamba2
+from nanovllm.ops.formats import Codes, Packed
 from nanovllm.ops.mamba2 import Mamba2Sizes, Mamba2Weights, SumOverRanks
 from nanovllm.ops.ssm_plan import GRID, plan_scan
 from nanovllm.ops.torch_activation import activate
@@ -26,6 +27,7 @@ class TorchOps:
     name = "torch"
     sampling = TorchSampling()
     embeds_packed = False  # oneDNN's form is its own
+    packs_quantized = False
     norms_and_rotates = False
 
     def hidden_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -49,16 +51,22 @@ class TorchOps:
         assert not gated and out is None
         return torch.ops.mkldnn._reorder_linear_weight(weight)
 
+    def zeros(self, num_bytes: int) -> torch.Tensor:
+        raise NotImplementedError
+
+    def pack_codes(self, codes: Codes, first: int, out: torch.Tensor, *, half: int | None = None) -> None:
+        raise NotImplementedError
+
     def linear(
         self,
         x: torch.Tensor,
-        packed: torch.Tensor,
+        packed: torch.Tensor | Packed,
         rows: int,
         bias: torch.Tensor | None,
         act: str | None = None,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        assert act is None
+        assert act is None and isinstance(packed, torch.Tensor)
         # oneDNN sums a single row in another order; as one of two it gets the bits it has in any batch
         doubled = x.expand(2, -1) if len(x) == 1 else x
         out = torch.ops.mkldnn._linear_pointwise(doubled, packed, bias, "none", [], "")[: len(x)]
@@ -74,7 +82,7 @@ class TorchOps:
         return activate(x, act, gated=gated)
 
     def gated_linear(
-        self, x: torch.Tensor, packed: torch.Tensor, rows: int, bias: torch.Tensor | None, act: str
+        self, x: torch.Tensor, packed: torch.Tensor | Packed, rows: int, bias: torch.Tensor | None, act: str
     ) -> torch.Tensor:
         raise NotImplementedError(act)
 
@@ -88,8 +96,8 @@ class TorchOps:
         x: torch.Tensor,
         weights: torch.Tensor,
         chosen: torch.Tensor,
-        gate_up: torch.Tensor,
-        down: torch.Tensor,
+        gate_up: torch.Tensor | Packed,
+        down: torch.Tensor | Packed,
         inner: int,
         act: str,
         first: int = 0,
@@ -104,7 +112,9 @@ class TorchOps:
         missing = (rows < 0) | (rows >= len(table))
         return F.embedding(rows.masked_fill(missing, 0), table).masked_fill(missing[:, None], 0.0)
 
-    def embed_packed(self, packed: torch.Tensor, ids: torch.Tensor, first: int, shape: tuple[int, int]) -> torch.Tensor:
+    def embed_packed(
+        self, packed: torch.Tensor | Packed, ids: torch.Tensor, first: int, shape: tuple[int, int]
+    ) -> torch.Tensor:
         raise NotImplementedError
 
     def recorder(self) -> None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from nanovllm.batch import Batch
 from nanovllm.cache_spec import StateSpec
 from nanovllm.ops import triton_mamba2
+from nanovllm.ops.formats import Packed
 from nanovllm.ops.mamba2 import Mamba2Sizes, Mamba2Weights, SumOverRanks
 from nanovllm.ops.torch_ops import TorchOps
 from nanovllm.ops.triton_sampling import TritonSampling
@@ -85,12 +86,13 @@ class TritonOps(TorchOps):
         x: torch.Tensor,
         weights: torch.Tensor,
         chosen: torch.Tensor,
-        gate_up: torch.Tensor,
-        down: torch.Tensor,
+        gate_up: torch.Tensor | Packed,
+        down: torch.Tensor | Packed,
         inner: int,
         act: str,
         first: int = 0,
     ) -> torch.Tensor:
+        assert isinstance(gate_up, torch.Tensor) and isinstance(down, torch.Tensor)
         return moe.mixture(x, weights, chosen, gate_up, down, act, first)
 
     def mamba2_states(self, sizes: Mamba2Sizes, dtype: torch.dtype) -> StateSpec:

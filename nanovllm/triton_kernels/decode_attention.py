@@ -30,7 +30,7 @@ _TILE_BYTES = 16384  # of keys
 def _tile(itemsize: int, head_dim: int, group: int) -> Tile:
     rows = max(16, triton.next_power_of_2(group))
     if itemsize == 4:  # multiplied in three parts, which takes many registers
-        return Tile(16, 32, 4, 3)
+        return Tile(16, 32, 4, 3) if head_dim <= 64 else Tile(16, 64, 8, 2)
     keys = _TILE_BYTES // (itemsize * max(64, triton.next_power_of_2(head_dim)))
     return Tile(min(64, rows), keys, 8 if head_dim > 128 else 4, 3)
 
@@ -46,12 +46,21 @@ def division(programs: int, max_seq_len: int) -> tuple[int, int]:
     return max(1, min(max(fill, even), most, _MAX_SPLITS, 8192 // programs)), span
 
 
+@triton.jit
+def _parts(seq_len, window, num_splits, span, WINDOWED: tl.constexpr):
+    """Where the first part of a context begins, and the length of each: multiples of span."""
+    origin = 0
+    if WINDOWED:
+        origin = tl.maximum(seq_len - window, 0) // span * span
+    return origin, tl.cdiv(tl.cdiv(tl.maximum(seq_len - origin, 1), num_splits), span) * span
+
+
 @triton.jit(do_not_specialize=NOT_SPECIALISED)
 def decode_kernel(
     q,  # [T, H, D]
     kv,  # [2, blocks, BLOCK_SIZE, KH, D]
     out,  # [T, H, D], or where contexts are divided [B, H, num_splits, D] fp32
-    logs,  # [B, H, num_splits] fp32: log2 of the total weight of a part, minus infinity for one without keys
+    logs,  # [B, H, num_splits] fp32: log2 of the total weight of a part; parts without keys are not written
     num_splits,
     span,
     query_start,
@@ -91,13 +100,10 @@ def decode_kernel(
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     heads = kv_head * GROUP + tl.minimum(rows, GROUP - 1)
     if SPLIT:
-        log_places = logs + (sequence * kv_heads * GROUP + heads) * num_splits + split
-        origin = first // span * span
-        part = tl.cdiv(tl.cdiv(seq_len - origin, num_splits), span) * span
+        origin, part = _parts(seq_len, window, num_splits, span, WINDOWED)
         first = tl.maximum(first, origin + split * part)
         end = tl.minimum(end, origin + split * part + part)
         if first >= end:
-            tl.store(log_places, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=rows < GROUP)
             return
     columns = tl.arange(0, WIDTH)[None, :]
     there = (rows < GROUP)[:, None] & (columns < HEAD_DIM)
@@ -110,8 +116,9 @@ def decode_kernel(
         window, scale, factor, True, WINDOWED, BIAS, BLOCK_SIZE, HEAD_DIM, WIDTH, BLOCK_N,
     )  # fmt: skip
     if SPLIT:
-        target = ((sequence * kv_heads * GROUP + heads) * num_splits + split) * HEAD_DIM
-        tl.store(log_places, peaks + tl.log2(totals), mask=rows < GROUP)
+        places = (sequence * kv_heads * GROUP + heads) * num_splits + split
+        tl.store(logs + places, peaks + tl.log2(totals), mask=rows < GROUP)
+        target = places * HEAD_DIM
     else:
         target = (token.to(tl.int64) * kv_heads * GROUP + heads) * HEAD_DIM
     # a row of a padded batch may have no keys
@@ -125,7 +132,11 @@ def merge_kernel(
     logs,  # [B, H, num_splits] fp32
     out,  # [T, H, D]
     num_splits,
+    span,
     query_start,
+    seq_lens,
+    window,
+    WINDOWED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
@@ -137,17 +148,18 @@ def merge_kernel(
     token = tl.load(query_start + sequence)
     if tl.load(query_start + sequence + 1) - token != 1:
         return
+    seq_len = tl.load(seq_lens + sequence)
+    origin, part = _parts(seq_len, window, num_splits, span, WINDOWED)
+    count = tl.cdiv(seq_len - origin, part)
     place = (sequence * num_heads + head) * num_splits
     every = tl.arange(0, MAX_SPLITS)
-    peak = tl.max(tl.load(logs + place + every, mask=every < num_splits, other=float("-inf")), 0)
-    peak = tl.maximum(peak, -1e30)
+    peak = tl.max(tl.load(logs + place + every, mask=every < count, other=-1e30), 0)
     columns = tl.arange(0, WIDTH)
     sums, total = tl.zeros([WIDTH], tl.float32), 0.0
-    for start in range(0, num_splits, AT_ONCE):
+    for start in range(0, count, AT_ONCE):
         splits = start + tl.arange(0, AT_ONCE)
-        weights = tl.exp2(tl.load(logs + place + splits, mask=splits < num_splits, other=float("-inf")) - peak)
-        # parts without keys were never written
-        there = (weights > 0)[:, None] & (columns < HEAD_DIM)[None, :]
+        weights = tl.exp2(tl.load(logs + place + splits, mask=splits < count, other=float("-inf")) - peak)
+        there = (splits < count)[:, None] & (columns < HEAD_DIM)[None, :]
         values = tl.load(parts + (place + splits)[:, None] * HEAD_DIM + columns[None, :], mask=there, other=0.0)
         sums += tl.sum(weights[:, None] * values, 0)
         total += tl.sum(weights, 0)
@@ -177,15 +189,21 @@ def decode_attention(q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor, batch
     )
     if splits > 1:
         merge_kernel[(heads, count)](
-            *(parts, logs, out, splits, batch.query_start),
-            **_merge_sizes(head_dim),
+            *(parts, logs, out, splits, span, batch.query_start, batch.seq_lens, scoring.window or 0),
+            **_merge_sizes(head_dim, scoring.window is not None),
             **launch_options(num_warps=4),
         )
 
 
-def _merge_sizes(head_dim: int) -> dict[str, int]:
+def _merge_sizes(head_dim: int, windowed: bool) -> dict[str, int]:
     width = triton.next_power_of_2(head_dim)
-    return {"HEAD_DIM": head_dim, "WIDTH": width, "MAX_SPLITS": _MAX_SPLITS, "AT_ONCE": 2048 // width}
+    return {
+        "WINDOWED": windowed,
+        "HEAD_DIM": head_dim,
+        "WIDTH": width,
+        "MAX_SPLITS": _MAX_SPLITS,
+        "AT_ONCE": 2048 // width,
+    }
 
 
 def variants() -> list[Variant]:
@@ -196,7 +214,11 @@ def variants() -> list[Variant]:
         parts = {**whole, "out": "*fp32:16", "logs": "*fp32:16"}
         found.append(case.variant(decode_kernel, tile, AMPERE_ON, parts, {"SPLIT": True}))
         found.append(case.variant(decode_kernel, tile, AMPERE_ON, whole, {"SPLIT": False, "logs": None}))
-        types = {**dict.fromkeys(("parts", "logs"), "*fp32:16"), "query_start": "*i32:16", "num_splits": "i32"}
-        types["out"] = whole["out"]
-        found.append(Variant(merge_kernel, types, _merge_sizes(case.head_dim), chips=AMPERE_ON))
+        types = {
+            **dict.fromkeys(("parts", "logs"), "*fp32:16"),
+            **dict.fromkeys(("query_start", "seq_lens"), "*i32:16"),
+            **dict.fromkeys(("num_splits", "span", "window"), "i32"),
+            "out": whole["out"],
+        }
+        found.append(Variant(merge_kernel, types, _merge_sizes(case.head_dim, case.windowed), chips=AMPERE_ON))
     return found

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+import functools
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from nanovllm.errors import WeightError
 from nanovllm.layers.weight_layer import WeightLayer
-from nanovllm.weights.rules import Convert, Rule, disk_name, resolve
+from nanovllm.quantization.blocks import KINDS, Blocks, row_bytes
+from nanovllm.weights.rules import Convert, Destination, Rule, disk_name, resolve
 from nanovllm.weights.tensor_source import LazyTensor
 
 _LISTED = 20
+logger = logging.getLogger(__name__)
 
 
 def load_weights(model: nn.Module, tensors: Iterable[LazyTensor], rules: Sequence[Rule]) -> None:
@@ -29,6 +34,7 @@ def load_weights(model: nn.Module, tensors: Iterable[LazyTensor], rules: Sequenc
     }
     missing = dict(wanted)
     unexpected, misshapen = [], []
+    widened: set[str] = set()
     for tensor in tensors:
         destination = resolve(tensor.name, rules)
         if destination is None:
@@ -40,12 +46,55 @@ def load_weights(model: nn.Module, tensors: Iterable[LazyTensor], rules: Sequenc
         if _shapes_after(destination.convert, tensor.shape) != shapes:
             misshapen.append(f"{tensor.name} (is {tensor.shape}, should {_disk_shape(destination.convert, shapes)})")
         elif not (unexpected or misshapen):
-            for (name, shard), part in zip(destination.targets, destination.convert(tensor.load()), strict=True):
+            parts = _parts(tensor, destination, shapes, layers, widened)
+            for (name, shard), part in zip(destination.targets, parts, strict=True):
                 layer_name, _, parameter = name.rpartition(".")
                 layers[layer_name].load_weight(parameter, part, shard)
+    if widened:
+        logger.warning("no kernels for %s: such weights are widened while loading", ", ".join(sorted(widened)))
     require_fit(list(dict.fromkeys(disk_name(name, shard, rules) for name, shard in missing)), unexpected, misshapen)
     for layer in layers.values():
         layer.finalize_weights()
+
+
+def load_shapes(model: nn.Module, tensors: Iterable[LazyTensor], rules: Sequence[Rule]) -> None:
+    """`load_weights` of a model on the meta device: nothing is read, and layers whose size depends on the types on
+    disk have it."""
+    load_weights(model, (_without_data(tensor) for tensor in tensors), rules)
+
+
+def _without_data(tensor: LazyTensor) -> LazyTensor:
+    read = tensor.load_blocks
+    return dataclasses.replace(
+        tensor,
+        load=functools.partial(torch.empty, tensor.shape, device="meta"),
+        load_blocks=None if read is None else lambda device: read("meta"),
+    )
+
+
+def _parts(
+    tensor: LazyTensor,
+    destination: Destination,
+    shapes: Sequence[tuple[int, ...]],
+    layers: Mapping[str, WeightLayer],
+    widened: set[str],
+) -> Sequence[torch.Tensor | Blocks]:
+    """What the targets get: blocks if all of them take these, and rules only rearrange rows. widened: gets the kinds
+    that would be taken if there were code for them."""
+    owners = [(layers[layer], parameter) for layer, _, parameter in (n.rpartition(".") for n, _ in destination.targets)]
+    kind = tensor.kind
+    if kind is not None and tensor.load_blocks is not None and all(o.takes_blocks(p, kind) for o, p in owners):
+        found = destination.convert(tensor.load_blocks("cpu"))
+        if all(_are_rows(part, kind, shape) for part, shape in zip(found, shapes, strict=True)):
+            return [Blocks(kind, part, shape[1]) for part, shape in zip(found, shapes, strict=True)]
+    if kind is not None and all(any(o.takes_blocks(p, known) for known in KINDS) for o, p in owners):
+        widened.add(kind)
+    return destination.convert(tensor.load())
+
+
+def _are_rows(data: torch.Tensor, kind: str, shape: tuple[int, ...]) -> bool:
+    """Whether bytes are still whole rows of such a matrix."""
+    return len(shape) == 2 and tuple(data.shape) == (shape[0], row_bytes(kind, shape[1])) and data.stride(1) == 1
 
 
 def require_fit(missing: list[str], unexpected: list[str], misshapen: list[str]) -> None:

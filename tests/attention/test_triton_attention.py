@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from gpu_cases import CASES, DEVICE, LONG, MIXED, Case
+from gpu_cases import CASES, DEVICE, MIXED, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_backends import CPU, SharedPages, Step, make_batch
@@ -29,12 +29,16 @@ BACKEND = TritonAttention()
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_steps(case, dtype):
-    case.check(BACKEND, dtype)
+def test_steps(case):
+    case.check(BACKEND, torch.float32)
 
 
-@settings(deadline=None, max_examples=15)
+@pytest.mark.parametrize("name", ["GQA", "head of 80", "window"])
+def test_steps_in_float16(name):
+    CASES[name].check(BACKEND, torch.float16)
+
+
+@settings(deadline=None, max_examples=8)
 @given(
     sequences=st.lists(
         st.tuples(st.integers(0, 300), st.one_of(st.just(1), st.integers(1, 40))), min_size=1, max_size=4
@@ -116,9 +120,9 @@ def test_invariant_steps(case):
 
 @pytest.mark.parametrize("window", [None, 300])
 def test_divided_contexts_give_what_whole_ones_give(monkeypatch, window):
-    step, (q, k, v), kv = random_step([*LONG, (0, 3), (600, 3)])
+    step, (q, k, v), kv = random_step([(700, 1), (0, 1), (511, 1), (0, 3), (600, 3)])
     found = {}
-    for splits in (1, 3, 64):
+    for splits in (1, 3):
         monkeypatch.setattr(decode_attention, "division", lambda programs, length, splits=splits: (splits, 256))
         found[splits] = attend(step.sequences, step.tables, q, k, v, kv.clone(), window=window)
         torch.testing.assert_close(found[splits], found[1], rtol=1e-5, atol=1e-5)

@@ -24,9 +24,9 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=st
 @pytest.mark.parametrize(
     ("variant", "dtype"),
     [
-        *((variant, torch.float32) for variant in cases.VARIANTS),
-        *((variant, torch.float16) for variant in ("plain", "wide")),
-        pytest.param("wide", torch.float32, marks=pytest.mark.slow),
+        *(("groups", torch.float32), ("odd", torch.float32), ("wide", torch.float16)),
+        *(pytest.param(v, torch.float32, marks=pytest.mark.slow) for v in ("plain", "limited", "no-history", "wide")),
+        *(pytest.param(v, torch.float16, marks=pytest.mark.slow) for v in cases.VARIANTS),
     ],
 )
 def test_mixed_steps_are_those_of_torch(variant, dtype):

@@ -14,14 +14,14 @@ import sampling_cases as cases
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # numpy's
 
 
-@pytest.mark.parametrize("size", [1, 300, 2100])
+@pytest.mark.parametrize("size", [1, 300, 2100, pytest.param(50257, marks=pytest.mark.slow)])
 def test_rows_with_parameters_of_their_own(size):
     cases.check_mixed_rows("cpu", size)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cut", cases.CUTS, ids=str)
-@pytest.mark.parametrize("size", [67, 5000, 50257])
+@pytest.mark.parametrize("size", [67, 5000])
 def test_the_same_tokens_as_torch(size, cut):
     cases.check_tokens("cpu", size, cut)
 

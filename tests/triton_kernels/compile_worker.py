@@ -28,7 +28,7 @@ _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuo
 @dataclass
 class Compiled:
     """registers: of a thread. stack: bytes of a thread that went to memory, where spilled registers go.
-    shared: bytes of a block."""
+    shared: bytes of a block. ahead: groups of asynchronous copies that are still under way while a loop computes."""
 
     kernel: str
     what: str
@@ -36,6 +36,7 @@ class Compiled:
     registers: int = 0
     stack: int = 0
     shared: int = 0
+    ahead: int = 0
     error: str | None = None
 
 
@@ -77,6 +78,7 @@ def compiled(variant: Variant, chip: int) -> Compiled:
         result.error = traceback.format_exc()
         return result
     result.shared = binary.metadata.shared
+    result.ahead = max(map(int, re.findall(r"ttg\.async_wait .*num = (\d+)", binary.asm["ttgir"])), default=0)
     result.registers, result.stack = resources(binary.asm["cubin"])
     return result
 

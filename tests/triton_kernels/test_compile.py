@@ -70,3 +70,10 @@ def test_every_kernel_compiles_for_every_chip(worker, module):
 @pytest.mark.parametrize("module", MODULES)
 def test_every_variant_compiles_for_every_chip(worker, module):
     check(worker(module, True))
+
+
+@pytest.mark.parametrize("module", ["prompt_attention", "decode_attention"])
+def test_attention_fetches_keys_ahead(worker, module):
+    """When a tile's keys waited for its page numbers in the same turn of the loop, none were fetched ahead."""
+    rows = [row for row in worker(module, False) if row["kernel"] != "merge_kernel"]
+    assert rows and all(row["ahead"] >= 2 for row in rows)

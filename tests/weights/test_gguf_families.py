@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf_converter import Kind, convert
+from gguf_converter import FAMILIES, Kind, convert
 from safetensors.torch import load_file
 from tiny_models import make_tiny_model
 
@@ -21,39 +21,6 @@ from nanovllm.models.registry import model_class
 from nanovllm.weights.checkpoint import HFCheckpoint
 from nanovllm.weights.gguf import GGUFCheckpoint
 from nanovllm.weights.loader import load_weights
-
-# Rows of whole Q8_0 blocks, and sizes that llama.cpp loads.
-SIZES = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-}
-MAMBA = {"mamba_n_heads": 8, "mamba_expand": 2, "mamba_d_state": 32}
-YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 64}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": SIZES,
-    "llama3": SIZES | {"num_key_value_heads": 1},
-    "tinyllama": SIZES,  # RoPE scaled linearly
-    "mistral-window": SIZES,
-    "mixtral": SIZES | {"sliding_window": None, "rms_norm_eps": 1e-5},
-    "qwen2": SIZES | {"rope_parameters": YARN | {"attention_factor": 1.25, "beta_fast": 16.0, "beta_slow": 2.0}},
-    "qwen3": SIZES | {"head_dim": 32},
-    "qwen3-moe": SIZES | {"head_dim": 32, "moe_intermediate_size": 32, "mlp_only_layers": []},
-    "gemma3": SIZES | {"head_dim": 32, "query_pre_attn_scalar": 32, "num_hidden_layers": 7, "layer_types": None},
-    "gpt2": {"n_embd": 64, "n_head": 4, "bos_token_id": 0, "eos_token_id": 1},
-    "falcon-7b": SIZES,
-    "falcon-40b": SIZES | {"num_kv_heads": 2, "ffn_hidden_size": 160, "activation": "gelu"},
-    "falcon-11b": SIZES | {"num_kv_heads": 2, "bias": False, "rope_parameters": None},
-    "granite": SIZES,
-    "granitemoe": SIZES,
-    "granitemoe-shared": SIZES | {"shared_intermediate_size": 32},
-    "granite-hybrid": SIZES | MAMBA | {"shared_intermediate_size": 96},
-    "granite-hybrid-rope": SIZES | MAMBA | {"mamba_proj_bias": False, "shared_intermediate_size": 96},
-    "granite-hybrid-moe": SIZES | MAMBA | {"mamba_n_groups": 2, "shared_intermediate_size": 64},
-}
 
 
 @pytest.fixture(scope="module")

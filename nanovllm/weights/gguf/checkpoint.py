@@ -51,6 +51,7 @@ class GGUFCheckpoint:
         self._family = _family(keys)
         self.generation_config: dict[str, Any] = {}
         self.dtype = self._file.float_type()
+        self.is_quantized = any(self._file.quantized_kind(name) for name in self._file.tensors)
         self.config = self._family.config(keys)
 
     @property
@@ -99,7 +100,10 @@ class GGUFCheckpoint:
             shape = tuple(self._converted(empty, undo).shape)
         except (RuntimeError, IndexError) as error:
             raise WeightError(f"{self.path}: the shape of {parts[0][0]} does not fit the metadata: {error}") from error
-        return LazyTensor(hf_name, shape, functools.partial(self._load, parts, undo))
+        kinds = {self._file.quantized_kind(name) for name, _ in parts}
+        kind = kinds.pop() if len(kinds) == 1 and len(shape) > 1 else None
+        load = functools.partial(self._load, parts, undo)
+        return LazyTensor(hf_name, shape, load, kind, functools.partial(self._load_blocks, parts, undo))
 
     def _shape(self, part: _Part) -> tuple[int, ...]:
         name, expert = part
@@ -110,6 +114,9 @@ class GGUFCheckpoint:
 
     def _load(self, parts: Sequence[_Part], undo: Undo | None) -> torch.Tensor:
         return self._converted([self._file.read(*part) for part in parts], undo)
+
+    def _load_blocks(self, parts: Sequence[_Part], undo: Undo | None, device: str) -> torch.Tensor:
+        return self._converted([self._file.read_bytes(*part, device=device) for part in parts], undo)
 
     def _converted(self, tensors: list[torch.Tensor], undo: Undo | None) -> torch.Tensor:
         tensor = torch.cat(tensors, dim=-2) if len(tensors) > 1 else tensors[0]

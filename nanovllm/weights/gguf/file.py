@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from nanovllm.errors import ModelNotSupported, WeightError
+from nanovllm.host_memory import mapped_zeros
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -82,18 +83,47 @@ class GGUFFile:
     def read(self, name: str, index: int | None = None) -> torch.Tensor:
         """One tensor, or slice `index` of its first dimension alone; dequantised to float32
         unless it is stored as float16 or bfloat16."""
-        kind, start, row_bytes = self.locate(name)
         info = self.tensors[name]
+        raw = self._raw(name, index)
         shape = info.shape if index is None else info.shape[1:]
-        size = math.prod(shape[:-1]) * row_bytes
-        raw = np.frombuffer(self._map, dtype=np.uint8, count=size, offset=start + (index or 0) * size)
         if info.kind in _PLAIN:
             tensor = torch.from_numpy(raw.copy()).view(_PLAIN[info.kind]).view(shape)
         else:
-            tensor = _dequantize(raw.reshape(-1, row_bytes), kind, shape)
-        if sys.platform != "win32":  # pages that were read would count as this process's memory
-            self._map.madvise(mmap.MADV_DONTNEED)
+            tensor = _dequantize(raw, self.locate(name)[0], shape)
+        self._forget_pages()
         return tensor
+
+    def read_bytes(self, name: str, index: int | None = None, *, device: str = "cpu") -> torch.Tensor:
+        """The same as it lies in the file: uint8 [..., rows, bytes of a row]. device: "meta" reads nothing."""
+        shape = self.tensors[name].shape if index is None else self.tensors[name].shape[1:]
+        raw = self._raw(name, index)
+        if device == "meta":
+            return torch.empty(*shape[:-1], raw.shape[1], dtype=torch.uint8, device=device)
+        copy = mapped_zeros((raw.size,), torch.uint8)  # what malloc gets back it may keep
+        copy.numpy()[:] = raw.reshape(-1)
+        self._forget_pages()
+        return copy.view(*shape[:-1], -1)
+
+    def quantized_kind(self, name: str) -> str | None:
+        """GGML's name of a type of blocks; None for others."""
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        kind = self.tensors[name].kind
+        found = next((k for k, (block, _) in GGML_QUANT_SIZES.items() if k == kind and block > 1), None)
+        return None if found is None else GGMLQuantizationType(found).name
+
+    def _raw(self, name: str, index: int | None) -> np.ndarray:
+        """Rows [R, bytes] in the memory map."""
+        _, start, row_bytes = self.locate(name)
+        shape = self.tensors[name].shape if index is None else self.tensors[name].shape[1:]
+        size = math.prod(shape[:-1]) * row_bytes
+        raw = np.frombuffer(self._map, dtype=np.uint8, count=size, offset=start + (index or 0) * size)
+        return raw.reshape(-1, row_bytes)
+
+    def _forget_pages(self) -> None:
+        """That were read: they would count as this process's memory."""
+        if sys.platform != "win32":
+            self._map.madvise(mmap.MADV_DONTNEED)
 
     def _parse(self) -> None:
         magic, version, num_tensors, num_values = self._unpack("<4sIQQ", 0)

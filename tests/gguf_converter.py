@@ -35,16 +35,59 @@ ARCHITECTURES = {
     "granitemoeshared": "granitemoe",
     "granitemoehybrid": "granitehybrid",
 }
+# rows of whole blocks of 32, and sizes that llama.cpp loads
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+MAMBA = {"mamba_n_heads": 8, "mamba_expand": 2, "mamba_d_state": 32}
+YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": SIZES,
+    "llama3": SIZES | {"num_key_value_heads": 1},
+    "tinyllama": SIZES,  # RoPE scaled linearly
+    "mistral-window": SIZES,
+    "mixtral": SIZES | {"sliding_window": None, "rms_norm_eps": 1e-5},
+    "qwen2": SIZES | {"rope_parameters": YARN | {"attention_factor": 1.25, "beta_fast": 16.0, "beta_slow": 2.0}},
+    "qwen3": SIZES | {"head_dim": 32},
+    "qwen3-moe": SIZES | {"head_dim": 32, "moe_intermediate_size": 32, "mlp_only_layers": []},
+    "gemma3": SIZES | {"head_dim": 32, "query_pre_attn_scalar": 32, "num_hidden_layers": 7, "layer_types": None},
+    "gpt2": {"n_embd": 64, "n_head": 4, "bos_token_id": 0, "eos_token_id": 1},
+    "falcon-7b": SIZES,
+    "falcon-40b": SIZES | {"num_kv_heads": 2, "ffn_hidden_size": 160, "activation": "gelu"},
+    "falcon-11b": SIZES | {"num_kv_heads": 2, "bias": False, "rope_parameters": None},
+    "granite": SIZES,
+    "granitemoe": SIZES,
+    "granitemoe-shared": SIZES | {"shared_intermediate_size": 32},
+    "granite-hybrid": SIZES | MAMBA | {"shared_intermediate_size": 96},
+    "granite-hybrid-rope": SIZES | MAMBA | {"mamba_proj_bias": False, "shared_intermediate_size": 96},
+    "granite-hybrid-moe": SIZES | MAMBA | {"mamba_n_groups": 2, "shared_intermediate_size": 64},
+}
 PERMUTED = {"llama", "granite", "granitemoe", "granitehybrid"}
 ALWAYS_F32 = re.compile(r"norm\.weight$|ffn_gate_inp|ssm_conv1d|position_embd|(?<!\.weight)$")
-SCALES_AT = {Kind.Q4_K: [0, 2], Kind.Q6_K: [208]}  # of fp16 numbers in blocks that `quantize` cannot make
+SCALES_AT = {
+    Kind.Q4_K: [0, 2],
+    Kind.Q5_K: [0, 2],
+    Kind.Q6_K: [208],
+}  # of fp16 numbers in blocks that `quantize` cannot make
 
 
 def convert(
-    model: Path, path: Path, kind: Kind = Kind.F32, *, arch: str | None = None, tensors=None, **metadata: Any
+    model: Path,
+    path: Path,
+    kind: Kind = Kind.F32,
+    *,
+    arch: str | None = None,
+    tensors=None,
+    kinds: dict[str, Kind] | None = None,
+    **metadata: Any,
 ) -> Path:
-    """Write `path`. tensors: more of them, as they are. metadata: more or other keys, with __ for a
-    dot and ARCH for the architecture."""
+    """Write `path`. tensors: more of them, as they are. kinds: of matrices whose name has the key
+    in it. metadata: more or other keys, with __ for a dot and ARCH for the architecture."""
     config = json.loads((model / "config.json").read_text())
     arch = arch or ARCHITECTURES[config["model_type"]]
     writer = gguf.GGUFWriter(path, arch)
@@ -56,8 +99,9 @@ def convert(
         _add(writer, key, value)
     random = np.random.default_rng(0)
     for name, values in _renamed(config, arch, load_file(model / "model.safetensors")):
-        data = values if ALWAYS_F32.search(name) or values.ndim == 1 else stored(values, kind, random)
-        writer.add_tensor(name, np.ascontiguousarray(data), raw_dtype=kind if data.dtype == np.uint8 else None)
+        mine = next((other for part, other in (kinds or {}).items() if part in name), kind)
+        data = values if ALWAYS_F32.search(name) or values.ndim == 1 else stored(values, mine, random)
+        writer.add_tensor(name, np.ascontiguousarray(data), raw_dtype=mine if data.dtype == np.uint8 else None)
     for name, values in (tensors or {}).items():
         writer.add_tensor(name, values)
     writer.write_header_to_file()

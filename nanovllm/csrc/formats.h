@@ -1,0 +1,70 @@
+// The forms of a packed weight.
+//
+// All are pairs of panels, a panel being 16 rows of the weight, one pair after the other: one stream for a tile
+// of two panels. Unquantised: [k / 2][2][16][2] bfloat16 or [k][2][16] float, a step being what lies side by side.
+// Quantised: for each group of columns the 32 rows' scales, then (in some forms) their least values, then their
+// codes; weight = code * scale + least, rounded to bfloat16. Nested forms have integers for scales and least
+// values: multiples of the two numbers that each 256 columns of a row begin with. Codes of 8 bits are signed and lie as the bfloat16 do. Codes of 4 bits: two
+// steps are 16 words of 8 codes, of which the one at bit 4 j of word l is that of step j / 4, panel j / 2 % 2,
+// and number l + j % 2 * 16 of the panel's [16][2]: shifting a vector by 4 j brings neighbours into its lanes.
+// There are zeros wherever the weight has nothing.
+#pragma once
+
+#include <cstdint>
+
+namespace nanovllm {
+
+constexpr int PANEL = 16;
+constexpr int PAIR = 2 * PANEL;
+constexpr int OUTER = 256;  // columns that share the numbers whose multiples nested scales are
+
+// ops/formats.py has the same numbers.
+enum class Format : int { F32, BF16, Q4, Q8, Q8_LEAST, Q4_NESTED, Q8_NESTED, Q8_FINE };
+constexpr int FORMATS = 8;
+
+struct Layout {
+    int bits, group;  // group: columns that share a scale
+    int scale_bytes;  // 2: half precision, 1: nested
+    bool least;
+
+    constexpr bool nested() const { return scale_bytes == 1; }
+    constexpr int64_t group_bytes() const { return PAIR * (scale_bytes * (1 + least) + group * bits / 8); }
+    constexpr int64_t outer_bytes() const { return nested() ? PAIR * 2 * (1 + least) : 0; }
+    constexpr int64_t pair_bytes(int64_t k) const {
+        return (k + group - 1) / group * group_bytes() + (k + OUTER - 1) / OUTER * outer_bytes();
+    }
+};
+
+constexpr Layout layout(Format format) {
+    switch (format) {
+        case Format::Q4:
+            return {4, 32, 2, true};
+        case Format::Q8:
+            return {8, 32, 2, false};
+        case Format::Q8_LEAST:
+            return {8, 32, 2, true};
+        case Format::Q4_NESTED:
+            return {4, 32, 1, true};
+        case Format::Q8_NESTED:
+            return {8, 32, 1, true};
+        case Format::Q8_FINE:
+            return {8, 16, 1, false};
+        default:
+            return {};  // not quantised
+    }
+}
+
+// Where the code of a column of a group lies behind the group's scales, for row `row` of a pair.
+struct Place {
+    int64_t byte;
+    int shift;
+};
+
+inline Place place(int bits, int64_t row, int64_t column) {
+    const int64_t step = column / 2, panel = row / PANEL, number = row % PANEL * 2 + column % 2;
+    if (bits == 8) return {(step * 2 + panel) * PAIR + number, 0};
+    const int64_t j = step % 2 * 4 + panel * 2 + number / 16;
+    return {step / 2 * 64 + number % 16 * 4 + j / 2, (int)(j % 2 * 4)};
+}
+
+}  // namespace nanovllm

@@ -1,0 +1,202 @@
+// Quantised weights: their codes become bfloat16 on the way to the products of gemm.h.
+//
+// A code has one bfloat16 whoever asks for it, and sums are the chains of gemm.h: for few rows codes are widened
+// in registers, for more a pair of panels is widened once for all of them, with the same bits.
+#pragma once
+
+#include "formats.h"
+#include "gemm.h"
+#include "vec.h"
+
+namespace {
+
+using namespace nanovllm;
+
+constexpr int64_t AHEAD = 5120;  // bytes that are fetched early: what is read is small for what is made of it
+constexpr int R = 2 * PANEL / WIDTH;  // vectors of a panel's step: columns [16][2]
+
+// Two panels' step as it is widened, before it is rounded.
+struct Widened {
+    V v[2][R];
+};
+
+// The numbers 0 to 15 at bit 4 j of each word.
+inline V numbers(U words, int j) {
+#if defined(__AVX512F__)
+    const __m512 all = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return (V)_mm512_permutexvar_ps((__m512i)(words >> (4 * j)), all);
+#else
+    return __builtin_convertvector((I)((words >> (4 * j)) & 15u), V);
+#endif
+}
+
+inline V numbers(const int8_t* codes) {
+#if defined(__AVX512F__)
+    return (V)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)codes)));
+#elif defined(__AVX2__)
+    return (V)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)codes)));
+#else
+    V v;
+    for (int l = 0; l < WIDTH; ++l) v[l] = codes[l];
+    return v;
+#endif
+}
+
+// 32 rows' numbers, each for the two columns of a step.
+// outer: the rows' half-precision numbers that nested ones are multiples of.
+template <int BYTES>
+inline void each_twice(const char* from, const char* outer, V (&to)[2][R]) {
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+        const V v = BYTES == 2 ? load_fp16(from + i * WIDTH * 2)
+                               : numbers((const int8_t*)from + i * WIDTH) * load_fp16(outer + i * WIDTH * 2);
+        to[2 * i / R][2 * i % R] = twice(v, 0);
+        to[(2 * i + 1) / R][(2 * i + 1) % R] = twice(v, WIDTH / 2);
+    }
+}
+
+template <Format F>
+struct Quantised {
+    static constexpr Layout FORM = layout(F);
+
+    // f(s, step) for each step of a pair.
+    template <class Each>
+    static inline void widen(const char* at, int64_t steps, Each f) {
+        constexpr int64_t IN_GROUP = FORM.group / 2;
+        const char* outer = nullptr;
+        for (int64_t s = 0; s < steps; s += IN_GROUP, at += FORM.group_bytes()) {
+            if (FORM.nested() && s % (OUTER / 2) == 0) outer = at, at += FORM.outer_bytes();
+            for (int i = 0; i < FORM.group_bytes(); i += 64) __builtin_prefetch(at + AHEAD + i);
+            group(at, outer, s, std::min(steps, s + IN_GROUP), f);
+        }
+    }
+
+private:
+    static inline Widened bytes(const char* codes) {
+        Widened w;
+#pragma GCC unroll 8
+        for (int i = 0; i < 2 * R; ++i) w.v[i / R][i % R] = numbers((const int8_t*)codes + i * WIDTH);
+        return w;
+    }
+
+    // Of the two steps of 16 words, step t.
+    static inline Widened nibbles(const U* words, int t) {
+        Widened w;
+#pragma GCC unroll 8
+        for (int i = 0; i < 2 * R; ++i)
+            w.v[i / R][i % R] = numbers(words[i % (16 / WIDTH)], 4 * t + i * WIDTH / 16);
+        return w;
+    }
+
+    template <class Each>
+    static inline void group(const char* at, const char* outer, int64_t first, int64_t end, Each f) {
+        V scale[2][R], least[2][R];
+        each_twice<FORM.scale_bytes>(at, outer, scale);
+        at += PAIR * FORM.scale_bytes;
+        if constexpr (FORM.least) {
+            each_twice<FORM.scale_bytes>(at, outer + PAIR * 2, least);
+            at += PAIR * FORM.scale_bytes;
+        }
+        auto scaled = [&](Widened w) {
+#pragma GCC unroll 8
+            for (int i = 0; i < 2 * R; ++i) {
+                V& v = w.v[i / R][i % R];
+                v *= scale[i / R][i % R];
+                if constexpr (FORM.least) v += least[i / R][i % R];  // the product is exact in all forms
+            }
+            return w;
+        };
+        if constexpr (FORM.bits == 8) {
+            for (int64_t s = first; s < end; ++s, at += 2 * PAIR) f(s, scaled(bytes(at)));
+        } else {
+            for (int64_t s = first; s < end; s += 2, at += 2 * PAIR) {
+                U words[16 / WIDTH];
+                memcpy(words, at, sizeof words);
+                f(s, scaled(nibbles(words, 0)));
+                if (s + 1 < end) f(s + 1, scaled(nibbles(words, 1)));
+            }
+        }
+    }
+};
+
+// A pair of panels in bfloat16, as if it had not been quantised.
+template <class Q>
+void widen_pair(const char* pair, int64_t steps, uint16_t* out) {
+    Q::widen(pair, steps, [out](int64_t s, const Widened& w) {
+#pragma GCC unroll 16
+        for (int i = 0; i < 2 * R; ++i) store_bf16(out + s * 2 * PAIR + i * WIDTH, w.v[i / R][i % R]);
+    });
+}
+
+#if defined(__AVX512BF16__)
+constexpr int FEW = 4;
+
+// As `tile` of gemm.h, over weights that are widened in registers.
+template <class Q, int ROWS>
+void quantised_tile(const uint32_t* x, const char* pair, int64_t steps, float* out) {
+    V acc[ROWS][2] = {};
+    Q::widen(pair, steps, [&](int64_t s, const Widened& w) {
+        V b[2];
+        for (int j = 0; j < 2; ++j) b[j] = (V)_mm512_cvtne2ps_pbh((__m512)w.v[j][1], (__m512)w.v[j][0]);
+        const uint32_t* at = x + s / BLOCK * ROWS * BLOCK + s % BLOCK;
+#pragma GCC unroll 4
+        for (int i = 0; i < ROWS; ++i) Bf16Weight::step<2>(acc[i], b, at + i * BLOCK);
+    });
+    memcpy(out, acc, sizeof acc);
+}
+
+template <class Q>
+void few_rows(int rows, const uint32_t* x, const char* pair, int64_t steps, float* out) {
+    switch (rows) {
+        case 1:
+            return quantised_tile<Q, 1>(x, pair, steps, out);
+        case 2:
+            return quantised_tile<Q, 2>(x, pair, steps, out);
+        case 3:
+            return quantised_tile<Q, 3>(x, pair, steps, out);
+        default:
+            return quantised_tile<Q, 4>(x, pair, steps, out);
+    }
+}
+#else
+constexpr int FEW = 0;
+
+template <class Q>
+void few_rows(int, const float*, const char*, int64_t, float*) {}
+#endif
+
+// A source of weights for `part`.
+template <Format F>
+class Codes {
+public:
+    using W = Bf16Weight;
+
+    Codes(const Linear& g, int64_t steps)
+        : pairs_((const char*)g.weight), pair_bytes_(layout(F).pair_bytes(g.k)), steps_(steps) {}
+
+    void open(int64_t pair, int64_t rows) {
+        pair_ = pairs_ + pair * pair_bytes_;
+        few_ = rows <= FEW;
+        if (few_) return;
+        static thread_local Scratch scratch;
+        wide_ = (const char*)scratch.get(steps_ * STEP_BYTES);
+        widen_pair<Quantised<F>>(pair_, steps_, (uint16_t*)wide_);
+    }
+
+    void sums(int rows, const W::Element* x, int64_t tile, int64_t tiles, float* out) const {
+        if (few_) {
+            few_rows<Quantised<F>>(rows, x, pair_, steps_, out);
+        } else {
+            const char* next = pair_ + pair_bytes_ + tile * pair_bytes_ / tiles;
+            two_panels<W>(rows, x, wide_, steps_, next, divide_up(pair_bytes_, tiles * steps_), out);
+        }
+    }
+
+private:
+    const char* pairs_;
+    int64_t pair_bytes_, steps_;
+    const char *pair_ = nullptr, *wide_ = nullptr;
+    bool few_ = false;
+};
+
+}  // namespace

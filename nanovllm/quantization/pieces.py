@@ -1,0 +1,27 @@
+"""Rows of a weight, some at a time: what is worked out of them is small, and stays in the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+GROUP = 32  # columns that share a scale in the schemes of our own
+_WEIGHTS = 1 << 16
+_PANELS = 32  # rows that kernels keep together
+
+
+def row_pieces(rows: int, cols: int) -> Iterator[slice]:
+    """Slices of whole pairs of panels, but for the last."""
+    step = max(1, _WEIGHTS // (cols * _PANELS)) * _PANELS
+    return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
+
+
+def in_groups(weight: torch.Tensor) -> torch.Tensor:
+    """[rows, cols] of any float dtype -> fp32 [rows, groups, 32]. The last group is filled up with its last number,
+    which widens no range."""
+    rows, cols = weight.shape
+    weight = weight.float()
+    if padding := -cols % GROUP:
+        weight = torch.cat([weight, weight[:, -1:].expand(-1, padding)], dim=1)
+    return weight.view(rows, -1, GROUP)

@@ -1,0 +1,47 @@
+"""Which LinearMethod a layer gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from nanovllm.build_context import BuildContext
+from nanovllm.ops.formats import Q4, Q8, Format
+from nanovllm.quantization.blocks import Blocks
+from nanovllm.quantization.gguf import GGUFLinearMethod
+from nanovllm.quantization.int4 import quantize_int4
+from nanovllm.quantization.int8 import quantize_int8
+from nanovllm.quantization.linear_method import LinearMethod, UnquantizedLinearMethod
+from nanovllm.quantization.quantized_method import DequantizedLinearMethod, QuantizedLinearMethod
+
+
+class Scheme(NamedTuple):
+    quantize: Callable[[torch.Tensor], Blocks]
+    form: Format
+
+
+_SCHEMES = {"int8": Scheme(quantize_int8, Q8), "int4": Scheme(quantize_int4, Q4)}
+
+
+def linear_method(ctx: BuildContext) -> LinearMethod:
+    """Of a projection."""
+    return _method(ctx, ctx.quantization)
+
+
+def head_method(ctx: BuildContext) -> LinearMethod:
+    """Of the head, which decides between tokens: not below 8 bits, but as a GGUF file has it."""
+    return _method(ctx, "int8" if ctx.quantization == "int4" else ctx.quantization)
+
+
+def _method(ctx: BuildContext, name: str | None) -> LinearMethod:
+    ops = ctx.ops
+    if name == "gguf" and ops.packs_quantized:
+        return GGUFLinearMethod(ops)
+    if name not in _SCHEMES:
+        return UnquantizedLinearMethod(ops)
+    quantize, form = _SCHEMES[name]
+    if ops.packs_quantized:
+        return QuantizedLinearMethod(ops, quantize, form)
+    return DequantizedLinearMethod(ops, quantize, form)
