@@ -10,35 +10,20 @@ from nanovllm.cache_spec import StateSpec
 from nanovllm.ops import triton_mamba2
 from nanovllm.ops.mamba2 import Mamba2Sizes, Mamba2Weights, SumOverRanks
 from nanovllm.ops.triton_ops import TritonOps
-from nanovllm.triton_kernels import moe
 from nanovllm.triton_kernels.linear import linear
 from nanovllm.triton_kernels.mamba2_plan import Mamba2Plan
-
-# Of a tile of one expert's tokens: as many as of a linear layer's, for the same reason.
-_ROWS = 64
 
 
 class InvariantTritonOps(TritonOps):
     """Tiles are chosen by weights, never by how many rows there are, and a token goes the same way in a prompt as when
     it is decoded. What is not overridden works row by row, in an order that the row's size decides."""
 
+    expert_rows = 64  # as many as of a linear layer's tile, for the same reason
+
     def plain_linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None = None
     ) -> torch.Tensor:
         return linear(x, weight, bias, residual)
-
-    def mixture(
-        self,
-        x: torch.Tensor,
-        weights: torch.Tensor,
-        chosen: torch.Tensor,
-        gate_up: torch.Tensor,
-        down: torch.Tensor,
-        inner: int,
-        act: str,
-        first: int = 0,
-    ) -> torch.Tensor:
-        return moe.mixture(x, weights, chosen, gate_up, down, act, first, _ROWS)
 
     def mamba2_states(self, sizes: Mamba2Sizes, dtype: torch.dtype) -> StateSpec:
         return dataclasses.replace(super().mamba2_states(sizes, dtype), grid=1)

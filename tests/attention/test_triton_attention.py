@@ -109,7 +109,9 @@ def test_a_query_has_the_same_bits_alone_as_in_any_chunk(monkeypatch, dtype, win
     for (context, new), table in zip(sequences, step.tables, strict=True):
         for i in {0, new // 2, new - 1}:
             row = slice(first + i, first + i + 1)
-            assert torch.equal(attend([(context + i, 1)], [table], q[row], k[row], v[row], kv, **options), together[row])
+            assert torch.equal(
+                attend([(context + i, 1)], [table], q[row], k[row], v[row], kv, **options), together[row]
+            )
         first += new
 
 
