@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import logging
 
 import pytest
 import torch
 
+from nanovllm.attention.base import select_backend
 from nanovllm.config import EngineConfig
 from nanovllm.errors import ConfigError
 from nanovllm.ops.base import select_ops
@@ -45,3 +47,26 @@ def test_where_triton_is_not_installed_torch_s_kernels_run(monkeypatch, caplog):
 def test_kernels_are_one_of_a_few():
     with pytest.raises(ConfigError, match="kernels='cuda' is not one of auto, native, triton, torch"):
         EngineConfig(model="m", kernels="cuda")
+
+
+@needs_triton
+def test_rows_of_their_own_are_asked_of_the_kernels_that_give_them(interpreter):
+    interpreter(False)
+    assert type(select_ops("auto", CUDA, torch.bfloat16, batch_invariant=True)).__name__ == "InvariantTritonOps"
+    for device, name, own in ((CUDA, "torch", "triton"), (CUDA, "native", "triton"), (CPU, "torch", "native")):
+        with pytest.raises(ConfigError, match=f"kernels='{name}' sums .*; set kernels='{own}'"):
+            select_ops(name, device, torch.bfloat16, batch_invariant=True)
+    with pytest.raises(ConfigError, match="kernels='triton': runs on CUDA devices, not on cpu"):
+        select_ops("triton", CPU, torch.float32, batch_invariant=True)
+    with pytest.raises(ConfigError, match=r"attention_backend='flash' computes .*; set attention_backend='triton'"):
+        select_backend("flash", CUDA, torch.bfloat16, batch_invariant=True)
+    assert type(select_backend("auto", CUDA, torch.bfloat16, batch_invariant=True)).__name__.startswith("Invariant")
+    assert select_backend("auto", CPU, torch.bfloat16, batch_invariant=True).name == "native"
+
+
+def test_between_gpus_the_order_of_sums_is_not_ours():
+    config = EngineConfig(model="m", device="cuda", batch_invariant=True, tensor_parallel_size=2)
+    with pytest.raises(ConfigError, match=r"batch_invariant=True: the order in which NCCL .* tensor_parallel_size=1"):
+        config.resolve(checkpoint_dtype="bfloat16", max_positions=64, cuda=True)
+    cpu = dataclasses.replace(config, device="cpu").resolve(checkpoint_dtype="bfloat16", max_positions=64, cuda=False)
+    assert cpu.batch_invariant
