@@ -54,7 +54,8 @@ NATIVE = Extension(
     # functions that levels share, such as those of the standard library, are taken from the first file that has them:
     # it must be one that runs everywhere
     sources=[
-        str(CSRC / f"{name}.cpp") for name in ("library", "pack", "level_generic", *(f"level_{level}" for level in LEVELS))
+        str(CSRC / f"{name}.cpp")
+        for name in ("library", "pack", "level_generic", *(f"level_{level}" for level in LEVELS))
     ],
     depends=sorted(str(path) for path in CSRC.glob("*.h")),
     optional=True,  # without a compiler torch's kernels run

@@ -30,7 +30,7 @@ _TILE_BYTES = 16384  # of keys
 def _tile(itemsize: int, head_dim: int, group: int) -> Tile:
     rows = max(16, triton.next_power_of_2(group))
     if itemsize == 4:  # multiplied in three parts, which takes many registers
-        return Tile(16, 32, 4, 3)
+        return Tile(16, 32, 4, 3) if head_dim <= 64 else Tile(16, 64, 8, 2)
     keys = _TILE_BYTES // (itemsize * max(64, triton.next_power_of_2(head_dim)))
     return Tile(min(64, rows), keys, 8 if head_dim > 128 else 4, 3)
 

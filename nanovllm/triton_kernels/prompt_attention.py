@@ -34,7 +34,7 @@ _TILES = {
     (False, 2, 128): Tile(128, 32, 8, 3),
     (False, 2, 256): Tile(64, 32, 8, 2),
     **{(hopper, 4, 64): Tile(32, 32, 8, 2) for hopper in (False, True)},
-    **{(hopper, 4, 128): Tile(16, 32, 4, 2) for hopper in (False, True)},
+    **{(hopper, 4, 128): Tile(16, 64, 8, 2) for hopper in (False, True)},
 }
 
 
