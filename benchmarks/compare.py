@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import models
 from benchmarks.engines import READS, Job
 from benchmarks.probe import probe_text
@@ -84,6 +86,9 @@ def _workers(
     """The probe, and the engines by label; who does not load is left out."""
     num_seqs, longest = max(p.num_seqs for p in presets.values()), max(p.longest for p in presets.values())
     pythons = dict(p.split("=", 1) for p in args.python)
+    ours = sum(c.engine == "nanovllm" for c in wanted)
+    # engines that take turns keep their part of a GPU's memory meanwhile
+    shared = {"gpu_memory_utilization": 0.8 / ours} if ours > 1 and torch.cuda.is_available() else {}
     with ExitStack() as stack:
         workers = {}
         plain = Job(model.paths, args.dtype, model.random, num_seqs, longest)
@@ -93,7 +98,7 @@ def _workers(
             if READS[c.engine] not in model.paths:
                 print(f"{c.label}: does not read {model.name}; left out")
                 continue
-            job = Job(model.paths, args.dtype, model.random, num_seqs, longest, c.options)
+            job = Job(model.paths, args.dtype, model.random, num_seqs, longest, shared | c.options)
             try:
                 workers[c.label] = Worker(c.engine, pythons.get(c.engine, sys.executable), job)
             except EngineEnded as error:

@@ -27,7 +27,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "
 _DEFAULT_BATCHED_TOKENS = 2048
 _SWITCHES = (
     *("skip_tokenizer_init", "trust_remote_code", "enable_expert_parallel"),
-    *("async_scheduling", "enforce_eager", "enable_prefix_caching"),
+    *("async_scheduling", "enforce_eager", "enable_prefix_caching", "batch_invariant"),
 )
 _OPTIONAL_COUNTS = (
     *("max_model_len", "max_num_batched_tokens", "num_kvcache_blocks"),
@@ -87,6 +87,9 @@ class EngineConfig:
         "torch_varlen" (torch's), then "reference" (slow). A name takes that one, or says why it cannot run.
     kernels: whose linear layers, norms, rotations and sampling: "native" this package's own for CPUs, "triton"
         those for GPUs (with torch's matrix products), "torch" torch's, "auto" the first two wherever they can run.
+    batch_invariant: a request's logits have the same bits alone, in any batch and order, however its prompt is cut,
+        after a prefix hit or a preemption. The native kernels of CPUs always give that, and are required then; on
+        GPUs it takes kernels and attention of "triton", in a slower way of theirs, and one rank.
     scheduling_policy: "fcfs", or "priority" (lower values first).
     generation_config: where sampling parameters come from if a request brings none: "auto" is
         the checkpoint's generation_config.json, "vllm" is SamplingParams(), else a folder that
@@ -123,6 +126,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     attention_backend: str = "auto"
     kernels: str = "auto"
+    batch_invariant: bool = False
     scheduling_policy: str = "fcfs"
     generation_config: str = "auto"
     override_generation_config: dict[str, Any] | None = None
@@ -220,6 +224,11 @@ class EngineConfig:
             )
         dtype = self._resolved_dtype(checkpoint_dtype, device)
         ranks = self._ranks(launched)
+        if self.batch_invariant and device == "cuda" and ranks > 1:
+            raise ConfigError(
+                "batch_invariant=True: the order in which NCCL sums over GPUs follows the batch; "
+                "set tensor_parallel_size=1"
+            )
         hidden = self.executor in ("mp", "ray") or (self.executor == "auto" and (ranks > 1 or device == "cuda"))
         return dataclasses.replace(
             self,

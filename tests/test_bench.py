@@ -206,12 +206,14 @@ def test_without_matplotlib(monkeypatch):
 
 def test_the_table_of_a_gpu_is_made_of_what_runs_write():
     row = {"seconds": 3.5, "input": 1000.4, "output": 2000.0, "load": 1.0, "of_roof": 0.756}
+    both = {"nanovllm": row, "batch_invariant=true": {**row, "seconds": 4.0}}
     lines = [
-        {"model": "a", "presets": {"nano": {"shape": "256 x ...", "results": {"nanovllm": row}}}},
+        {"model": "a", "presets": {"nano": {"shape": "256 x ...", "results": both}}},
         {"model": "a", "startup": 7.1234},
         {"device": "a GPU", "microseconds": {}},
     ]
     assert gpu.table([json.dumps(line) for line in lines])[4:] == [
         "| a | nano: 256 x ... | 3.50 | 1000, 2000 | 76% |",
+        "| a | nano: 256 x ..., batch_invariant=true | 4.00 | 1000, 2000 | 76% |",
         "| a | from `python` to the first token | 7.12 | | |",
     ]

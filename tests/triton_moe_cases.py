@@ -128,8 +128,8 @@ def check_groups(device: str, tokens: int, experts: int, k: int, here: slice) ->
     """Every pair of an expert that is here is in one of its tiles, in their order; tiles are no more than allowed."""
     chosen = routed(device, tokens, experts, k)[1]
     count = here.stop - here.start
-    pairs, tiles = (table.cpu() for table in group(chosen, count, here.start))
     rows = rows_of_tile(tokens * k, count)
+    pairs, tiles = (table.cpu() for table in group(chosen, count, here.start, rows))
     assert len(pairs) == len(tiles) * rows
     found: dict[int, list[int]] = {e: [] for e in range(count)}
     for i, (expert, filled) in enumerate(tiles.tolist()):

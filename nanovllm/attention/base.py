@@ -60,6 +60,7 @@ _BACKENDS = {
     "cpu": "nanovllm.attention.cpu:CPUAttention",
     "flash": "nanovllm.attention.flash:FlashAttention",
     "triton": "nanovllm.attention.triton:TritonAttention",
+    "triton, invariant": "nanovllm.attention.triton:InvariantTritonAttention",
     "torch_varlen": "nanovllm.attention.torch_varlen:TorchVarlenAttention",
     "reference": "nanovllm.attention.reference:ReferenceAttention",
 }
@@ -76,11 +77,16 @@ def load_backend(name: str) -> AttentionBackend:
     return getattr(importlib.import_module(module), cls)()
 
 
-def select_backend(name: str, device: torch.device, dtype: torch.dtype, block_size: int = 16) -> AttentionBackend:
+def select_backend(
+    name: str, device: torch.device, dtype: torch.dtype, block_size: int = 16, *, batch_invariant: bool = False
+) -> AttentionBackend:
     """The configured backend, or for "auto" the first that runs with this device, dtype and page size.
 
     Whether it serves a given layer is checked once the layer is known (`require_support`).
+    batch_invariant: a query's bits do not depend on the others; ConfigError if the configured one has no such way.
     """
+    if batch_invariant:
+        return _invariant_backend(name, device)
     if name != "auto":
         return load_backend(name)
     probe = PagedKVSpec(num_kv_heads=1, head_dim=64, dtype=dtype)
@@ -94,6 +100,18 @@ def select_backend(name: str, device: torch.device, dtype: torch.dtype, block_si
             return backend
         reasons.append(f"{candidate}: {reason}")
     raise AssertionError("the reference backend runs everywhere")
+
+
+def _invariant_backend(name: str, device: torch.device) -> AttentionBackend:
+    own = "native" if device.type == "cpu" else "triton"
+    if name == "triton" or (name, own) == ("auto", "triton"):
+        return load_backend("triton, invariant")
+    if name in ("auto", own):
+        return load_backend(own)
+    raise ConfigError(
+        f"batch_invariant=True: attention_backend={name!r} computes a token in an order that follows the others; "
+        f"set attention_backend={own!r}"
+    )
 
 
 def require_support(backend: AttentionBackend, device: torch.device, spec: PagedKVSpec, block_size: int) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from nanovllm.attention.alibi import Alibi
 from nanovllm.attention.gpu import gpu_reason, has_triton, paged_shape, side_by_side, store
 from nanovllm.batch import Batch
 from nanovllm.cache_spec import PagedKVSpec
+
+if TYPE_CHECKING:  # not every machine has triton
+    from nanovllm.triton_kernels.attention_tile import Scoring
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_HEAD = {4: 128, 2: 256}  # by the bytes of a number
@@ -62,8 +67,6 @@ class TritonAttention:
     ) -> torch.Tensor:
         # imported here, as not every machine has triton
         from nanovllm.triton_kernels.attention_tile import Scoring
-        from nanovllm.triton_kernels.decode_attention import decode_attention
-        from nanovllm.triton_kernels.prompt_attention import prompt_attention
 
         store(k, v, kv, batch)
         scoring = Scoring(scale, window)
@@ -71,11 +74,31 @@ class TritonAttention:
             scoring = Scoring(scale, window, alibi.slopes, "rounded" if alibi.rounded else "distance", alibi.factor)
         queries = side_by_side(q.to(kv.dtype))
         out = torch.empty(q.shape, dtype=kv.dtype, device=q.device)
-        if batch.attention is not None:
-            prompt_attention(queries, kv, out, batch, batch.attention, scoring)
-        if len(batch.seq_lens) > 1 or batch.max_query_len == 1:
-            decode_attention(queries, kv, out, batch, scoring)
+        self._attend(queries, kv, out, batch, scoring)
         return out.to(q.dtype)
+
+    def _attend(self, q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor, batch: Batch, scoring: Scoring) -> None:
+        from nanovllm.triton_kernels.decode_attention import decode_attention
+        from nanovllm.triton_kernels.prompt_attention import prompt_attention
+
+        if batch.attention is not None:
+            prompt_attention(q, kv, out, batch, batch.attention, scoring)
+        if len(batch.seq_lens) > 1 or batch.max_query_len == 1:
+            decode_attention(q, kv, out, batch, scoring)
+
+
+class InvariantTritonAttention(TritonAttention):
+    """A query's bits do not depend on the other ones: the kernel of prompt chunks has all sequences."""
+
+    def prepare(self, batch: Batch, block_size: int) -> object:
+        from nanovllm.triton_kernels.prompt_attention import QueryTiles
+
+        return QueryTiles(batch, invariant=True)
+
+    def _attend(self, q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor, batch: Batch, scoring: Scoring) -> None:
+        from nanovllm.triton_kernels.prompt_attention import prompt_attention
+
+        prompt_attention(q, kv, out, batch, batch.attention, scoring)
 
 
 def _interpreter_reason(dtype: torch.dtype) -> str | None:

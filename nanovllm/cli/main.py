@@ -31,6 +31,7 @@ _PLAN_OPTIONS = (
     "kernels",
     "enable_prefix_caching",
     "enable_expert_parallel",
+    "batch_invariant",
 )
 _PARITY_OPTIONS = (
     "revision",
@@ -42,7 +43,7 @@ _PARITY_OPTIONS = (
     "kvcache_block_size",
     "kvcache_memory",
 )
-_VERIFY_OPTIONS = (*_PARITY_OPTIONS, "dtype", "quantization")
+_VERIFY_OPTIONS = (*_PARITY_OPTIONS, "dtype", "quantization", "batch_invariant")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

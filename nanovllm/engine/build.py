@@ -81,6 +81,11 @@ def find_model(asked: EngineConfig, checkpoint: Checkpoint) -> tuple[type[Causal
     )
     if asked.model_impl == "transformers" and checkpoint.path.is_file():
         raise ConfigError(f"model_impl='transformers' reads Hugging Face directories, not {checkpoint.path.name}")
+    if asked.batch_invariant and not cls.row_by_row:
+        raise ConfigError(
+            f"batch_invariant=True: {checkpoint.path.name} runs through transformers' modules, "
+            "which do not promise it; leave it out"
+        )
     return cls, cls.read_config(checkpoint.config)
 
 

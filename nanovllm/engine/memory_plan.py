@@ -59,8 +59,11 @@ def footprint(
     All ranks have as much, or less where experts do not divide. ConfigError where heads or rows do not divide.
     """
     device, dtype = torch.device(config.device), getattr(torch, config.dtype)
-    backend = select_backend(config.attention_backend, device, dtype, config.kvcache_block_size)
-    ops = select_ops(config.kernels, device, dtype)
+    invariant = config.batch_invariant
+    backend = select_backend(
+        config.attention_backend, device, dtype, config.kvcache_block_size, batch_invariant=invariant
+    )
+    ops = select_ops(config.kernels, device, dtype, batch_invariant=invariant)
 
     def build(rank: int, size: int) -> CausalLM:
         assert config.max_model_len is not None

@@ -63,13 +63,14 @@ class ModelRunner:
         self._block_size = config.kvcache_block_size
         dtype: torch.dtype = getattr(torch, config.dtype)
         self._backend: AttentionBackend = select_backend(
-            config.attention_backend, self._device, dtype, self._block_size
+            *(config.attention_backend, self._device, dtype, self._block_size),
+            batch_invariant=config.batch_invariant,
         )
         memory = DeviceMemory(self._device) if self._device.type == "cuda" else None
         self._looks_up = memory is not None  # tokens that plans do not know, on the device
         if memory is None:
             set_threads(config.num_threads, host_rank, host_ranks)
-        self._ops = select_ops(config.kernels, self._device, dtype)
+        self._ops = select_ops(config.kernels, self._device, dtype, batch_invariant=config.batch_invariant)
         self._tp = tp or TPGroup()
         ctx = BuildContext(
             *(self._device, dtype, self._backend, config.max_model_len, self._tp, self._ops),

@@ -37,8 +37,11 @@ class CausalLM(nn.Module):
     """Base of every model: `config_class` reads its sizes, `weight_rules` map its tensors.
 
     Most models are a `model` that gives hidden states and an `lm_head`, and need no more than that.
+
+    row_by_row: whether a token's bits depend on the others through its layers alone, for `batch_invariant`.
     """
 
+    row_by_row: ClassVar[bool] = True
     config_class: ClassVar[type[ModelConfig]]
     weight_rules: Sequence[Rule]
     model: nn.Module

@@ -96,6 +96,7 @@ class TransformersForCausalLM(CausalLM):
     """body: transformers' module that gives hidden states. head: the model around it."""
 
     config_class = TransformersConfig
+    row_by_row = False
     weight_rules = ()
 
     def __init__(self, config: TransformersConfig, ctx: BuildContext) -> None:

@@ -55,7 +55,8 @@ class SamplingOps(Protocol):
 
 
 class Ops(Protocol):
-    """One object serves all layers. What each gives does not depend on the other rows."""
+    """One object serves all layers. What each gives does not depend on the other rows; its bits do not either, with
+    the native ones and with those that `batch_invariant` takes."""
 
     name: str
     embeds_packed: bool  # whether there is an `embed_packed`
@@ -219,12 +220,14 @@ class Ops(Protocol):
         ...
 
 
-def select_ops(name: str, device: torch.device, dtype: torch.dtype) -> Ops:
+def select_ops(name: str, device: torch.device, dtype: torch.dtype, *, batch_invariant: bool = False) -> Ops:
     """The configured maker, or for "auto" the native one on CPUs and the Triton one on GPUs, wherever they can run.
 
     ConfigError if the configured one cannot run. Where one only was not built or installed, the log tells what is
-    lost.
+    lost. batch_invariant: a row's bits do not depend on the others; ConfigError where this cannot be had.
     """
+    if batch_invariant:
+        return _invariant_ops(name, device, dtype)
     if name == "torch":
         return TorchOps()
     if name == "triton" or (name == "auto" and device.type == "cuda"):
@@ -240,6 +243,22 @@ def select_ops(name: str, device: torch.device, dtype: torch.dtype) -> Ops:
     if name == "native":
         raise ConfigError(f"kernels='native': {reason}")
     return TorchOps()
+
+
+def _invariant_ops(name: str, device: torch.device, dtype: torch.dtype) -> Ops:
+    own = "native" if device.type == "cpu" else "triton"
+    taken = own if name == "auto" else name
+    if taken not in (own, "triton"):
+        raise ConfigError(
+            f"batch_invariant=True: kernels={name!r} sums a row in an order that follows the others; "
+            f"set kernels={own!r}"
+        )
+    ops = select_ops(taken, device, dtype)
+    if taken == "native":
+        return ops
+    from nanovllm.ops.invariant_ops import InvariantTritonOps  # triton is an extra
+
+    return InvariantTritonOps()
 
 
 def _triton_ops(name: str, device: torch.device) -> Ops:

@@ -30,16 +30,21 @@ def mamba2(
     states: torch.Tensor,  # [slots, H, P, S], updated in place
     plan: Mamba2Plan,
     sum_squares: SumOverRanks | None = None,
+    *,
+    in_cells: bool = True,
 ) -> torch.Tensor:
-    """[T, H * P], in the dtype of `projected`, in which x, B and C are rounded behind the convolution too."""
+    """[T, H * P], in the dtype of `projected`, in which x, B and C are rounded behind the convolution too.
+
+    in_cells: else tokens of prompts go one after the other, as those of decoding sequences do.
+    """
     sizes = weights.sizes
     inner, groups, limits = sizes.inner_size, sizes.num_groups, sizes.time_step_limit
     mixed = convolve(projected, inner, weights.filters, weights.conv_bias, conv_states, plan)
     y = torch.empty(len(projected), inner, dtype=torch.float32, device=projected.device)
     recurrence = projected, mixed, weights.A, weights.D, weights.dt_bias, limits, groups, states, y, plan
-    if plan.prompts is not None:
+    if in_cells and plan.prompts is not None:
         scan(*recurrence, plan.prompts)
-    update(*recurrence)
+    update(*recurrence, every=not in_cells)
     gate = projected[:, :inner]
     if sum_squares is None:
         return gated_norm(y, gate, weights.norm, groups, sizes.rms_norm_eps)

@@ -29,6 +29,7 @@ class TritonOps(TorchOps):
     name = "triton"
     norms_and_rotates = True
     sampling = TritonSampling()
+    expert_rows: int | None = None  # of a tile of one expert's tokens; None: by how many tokens there are
 
     def packs(self, device: torch.device, dtype: torch.dtype) -> bool:
         return False
@@ -93,7 +94,7 @@ class TritonOps(TorchOps):
         first: int = 0,
     ) -> torch.Tensor:
         assert isinstance(gate_up, torch.Tensor) and isinstance(down, torch.Tensor)
-        return moe.mixture(x, weights, chosen, gate_up, down, act, first)
+        return moe.mixture(x, weights, chosen, gate_up, down, act, first, self.expert_rows)
 
     def mamba2_states(self, sizes: Mamba2Sizes, dtype: torch.dtype) -> StateSpec:
         return triton_mamba2.mamba2_states(sizes, dtype)

@@ -10,12 +10,16 @@ import torch
 from nanovllm.ops.torch_sampling import HIGHEST_TEMPERATURE, LARGEST_PENALTY, SMALLEST_PENALTY, TorchSampling, sizes_of
 from nanovllm.sample_row import SampleRow, TokenLogprobs
 from nanovllm.transfer import to_device
+from nanovllm.triton_kernels.log_softmax import log_softmax
 from nanovllm.triton_kernels.penalties import penalise
 from nanovllm.triton_kernels.sampling import draw
 
 
 class TritonSampling(TorchSampling):
-    """What torch gives up to rounding; argmax, log_softmax and the typical cut, which needs a sort, are torch's."""
+    """What torch gives up to rounding; argmax, and the typical cut, which needs a sort, are torch's."""
+
+    def log_softmax(self, logits: torch.Tensor) -> torch.Tensor:
+        return log_softmax(logits)
 
     def penalise(self, logits: torch.Tensor, rows: Mapping[int, SampleRow]) -> None:
         tokens = [part for row in rows.values() for part in (row.prompt, row.output)]
@@ -64,8 +68,6 @@ class TritonSampling(TorchSampling):
     def draw(self, logits: torch.Tensor, rows: Sequence[SampleRow], uniforms: np.ndarray) -> torch.Tensor:
         params = [row.params for row in rows]
         typical = [i for i, p in enumerate(params) if p.typical_p != 1.0]
-        if len(typical) == len(rows):
-            return super().draw(logits, rows, uniforms)
         settings = np.empty((len(rows), 5))
         settings[:, 0] = [0.0 if p.greedy else min(p.temperature, HIGHEST_TEMPERATURE) for p in params]
         settings[:, 1] = [p.top_k if p.top_k < logits.shape[1] else 0 for p in params]
@@ -74,8 +76,8 @@ class TritonSampling(TorchSampling):
         settings[:, 4] = uniforms
         cuts = any(p.min_p or p.top_k or p.top_p != 1.0 for p in params)
         token_ids = draw(logits, *to_device([settings], logits.device), cuts=cuts)
-        if typical:
-            token_ids[typical] = super().draw(logits[typical], [rows[i] for i in typical], uniforms[typical])
+        for i in typical:  # alone, as torch's sums of a row are in an order that follows their number
+            token_ids[i : i + 1] = super().draw(logits[[i]], rows[i : i + 1], uniforms[i : i + 1])
         return token_ids
 
 

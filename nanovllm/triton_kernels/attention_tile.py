@@ -173,8 +173,12 @@ def attend(
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    INVARIANT: tl.constexpr = False,
 ):
-    """Walk over keys first..end; without MASKED all queries see all of them, and end is a multiple too."""
+    """Walk over keys first..end; without MASKED all queries see all of them, and end is a multiple too.
+
+    INVARIANT: keys that are there for a row's company alone leave its state as it is, to the bit.
+    """
     sums, totals, peaks = state
     columns = tl.arange(0, WIDTH)[None, :]
     pages = _pages(table, first, last, BLOCK_SIZE, BLOCK_N)
@@ -217,7 +221,14 @@ def attend(
         else:
             v = tl.load(places + half_stride, mask=columns < HEAD_DIM, other=0.0)
         pages = following
-        sums = tl.dot(weights.to(q.dtype), v.to(q.dtype), sums * fade[:, None], input_precision="tf32x3")
+        more = tl.dot(weights.to(q.dtype), v.to(q.dtype), sums * fade[:, None], input_precision="tf32x3")
+        if INVARIANT:
+            met = start <= positions
+            if WINDOWED:
+                met &= start + BLOCK_N > positions - window + 1
+            sums = tl.where(met[:, None], more, sums)
+        else:
+            sums = more
     return sums, totals, peaks
 
 

@@ -10,7 +10,6 @@ import torch
 import triton
 import triton.language as tl
 
-from nanovllm.triton_kernels.grouped_linear import rows_of_tile
 from nanovllm.triton_kernels.variant import Variant, launch_options
 
 _ONE_HOT = 4096  # pairs by experts that a program compares at once
@@ -89,11 +88,10 @@ def place_kernel(
         free += tl.sum(one_hot, 0)
 
 
-def group(chosen: torch.Tensor, experts: int, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """chosen: int32 [T, k]. The pairs in tiles of one of `experts` experts, from `first` on, and the tiles, as
-    `experts_linear` takes them."""
+def group(chosen: torch.Tensor, experts: int, first: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """chosen: int32 [T, k]. The pairs in tiles of `rows` of one of `experts` experts, from `first` on, and the tiles,
+    as `experts_linear` takes them."""
     num_pairs = chosen.numel()
-    rows = rows_of_tile(num_pairs, experts)
     busy = min(experts, num_pairs)
     num_tiles = busy + (num_pairs - busy) // rows  # at most
     constants = _constants(experts, num_pairs)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from nanovllm.triton_kernels.activation import KINDS
 from nanovllm.triton_kernels.expert_tiles import group
-from nanovllm.triton_kernels.grouped_linear import experts_linear
+from nanovllm.triton_kernels.grouped_linear import experts_linear, rows_of_tile
 from nanovllm.triton_kernels.variant import AMPERE_ON, CHIPS, Variant, launch_options
 
 _TOKENS = 8  # of a program that routes
@@ -103,8 +103,11 @@ def mixture(
     down: torch.Tensor,
     act: str,
     first: int = 0,
+    rows: int | None = None,
 ) -> torch.Tensor:
     """As `Ops.mixture`; gate_up: [E, 2 * inner, H], down: [E, H, inner], in x's dtype.
+
+    rows: of a tile; default by the number of pairs, of which a token's bits then know.
 
     What an expert makes of a token is rounded to this dtype, the sum of them is in fp32.
     """
@@ -112,7 +115,7 @@ def mixture(
     out = x.new_empty(tokens, hidden)
     if not tokens:
         return out
-    pairs, tiles = group(chosen, experts, first)
+    pairs, tiles = group(chosen, experts, first, rows or rows_of_tile(tokens * k, experts))
     fed, results = x.new_empty(tokens * k, inner), x.new_empty(tokens * k, hidden)
     experts_linear(x, gate_up, pairs, tiles, fed, KINDS[act])
     experts_linear(fed, down, pairs, tiles, results)

@@ -6,6 +6,8 @@ tiles ahead of its use. Not measured yet.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -36,28 +38,40 @@ _TILES = {
     **{(hopper, 4, 64): Tile(32, 32, 8, 2) for hopper in (False, True)},
     **{(hopper, 4, 128): Tile(16, 64, 8, 2) for hopper in (False, True)},
 }
+# Those of prompts and decodes alike: 64 rows, as a decode fills few of them.
+_INVARIANT_TILES = {
+    **_TILES,
+    (True, 2, 64): Tile(64, 64, 4, 3),
+    (True, 2, 256): Tile(64, 32, 8, 2),
+    **{(hopper, 2, 128): Tile(64, 32, 4, 3) for hopper in (False, True)},
+}
 
 
-def _tile(hopper: bool, itemsize: int, head_dim: int) -> Tile:
-    return _TILES[hopper, itemsize, max(64, triton.next_power_of_2(head_dim))]
+def _tile(hopper: bool, itemsize: int, head_dim: int, invariant: bool) -> Tile:
+    return (_INVARIANT_TILES if invariant else _TILES)[hopper, itemsize, max(64, triton.next_power_of_2(head_dim))]
 
 
 class QueryTiles:
     """Which sequence each tile of queries is of; found on the device, once a step for each size of tile."""
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: Batch, *, invariant: bool = False) -> None:
+        """invariant: every query gets the same bits in any chunk and company, so that sequences with one query have
+        tiles too: one kernel, one size of tile, one order of keys, undivided."""
         self._batch = batch
+        self.invariant = invariant
         self._made: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def of(self, rows: int, group: int) -> tuple[torch.Tensor, torch.Tensor]:
         """int32 [N] sequences (B behind the last tile) and int32 [B + 1] first tiles, for tiles of so many rows.
 
-        N is what the host knows to be enough. Sequences with one query have no tiles.
+        N is what the host knows to be enough. Sequences with one query have no tiles, unless `invariant`.
         """
         if (rows, group) not in self._made:
             batch = self._batch
             counts = batch.query_start.diff()
-            tiles = torch.where(counts > 1, (counts * group + rows - 1) // rows, 0)
+            tiles = (counts * group + rows - 1) // rows
+            if not self.invariant:
+                tiles = torch.where(counts > 1, tiles, 0)
             starts = torch.zeros_like(batch.query_start)
             starts[1:] = tiles.cumsum(0)
             most = min(
@@ -98,8 +112,9 @@ def prompt_kernel(
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    INVARIANT: tl.constexpr,
 ):
-    """Grid: (KH, tiles)."""
+    """Grid: (KH, tiles). INVARIANT: keys are masked from the first on, as the chunk decides which ones all see."""
     kv_head, tile = tl.program_id(0), tl.program_id(1)
     sequence = tl.load(tile_sequences + tile)
     if sequence >= num_sequences:
@@ -125,6 +140,8 @@ def prompt_kernel(
     state = no_keys(BLOCK_M, WIDTH)
     if WINDOWED:
         masked_from = tl.maximum(lowest - window + 1, 0) // BLOCK_N * BLOCK_N
+    elif INVARIANT:
+        masked_from = 0
     else:
         masked_from = (lowest + 1) // BLOCK_N * BLOCK_N
         state = attend(
@@ -133,7 +150,7 @@ def prompt_kernel(
         )  # fmt: skip
     sums, totals, _ = attend(
         state, queried, positions, slope, here, half_stride, kv_heads * HEAD_DIM, table, masked_from, end, end,
-        window, scale, factor, True, WINDOWED, BIAS, BLOCK_SIZE, HEAD_DIM, WIDTH, BLOCK_N,
+        window, scale, factor, True, WINDOWED, BIAS, BLOCK_SIZE, HEAD_DIM, WIDTH, BLOCK_N, INVARIANT,
     )  # fmt: skip
     places = out + ((tokens * kv_heads * GROUP + heads) * HEAD_DIM)[:, None] + columns
     tl.store(places, (sums / tl.maximum(totals, 1e-30)[:, None]).to(out.dtype.element_ty), mask=there)
@@ -142,15 +159,16 @@ def prompt_kernel(
 def prompt_attention(
     q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor, batch: Batch, tiles: QueryTiles, scoring: Scoring
 ) -> None:
-    """Rows of `out` [T, H, D], contiguous, of the sequences with several queries. q, kv: as in `arguments`."""
+    """Rows of `out` [T, H, D], contiguous, of the sequences that have tiles. q, kv: as in `arguments`."""
     kv_heads, head_dim = kv.shape[3:]
-    tile = _tile(is_hopper(q.device), q.itemsize, head_dim)
+    tile = _tile(is_hopper(q.device), q.itemsize, head_dim, tiles.invariant)
     sequences, starts = tiles.of(tile.rows, q.shape[1] // kv_heads)
     prompt_kernel[(kv_heads, len(sequences))](
         out=out,
         tile_sequences=sequences,
         tile_starts=starts,
         num_sequences=len(batch.seq_lens),
+        INVARIANT=tiles.invariant,
         **arguments(q, kv, batch, scoring, tile),
         **launch_options(tile.num_warps, tile.num_stages),
     )
@@ -159,9 +177,9 @@ def prompt_attention(
 def variants() -> list[Variant]:
     found = []
     for case in cases():
-        for chip in AMPERE_ON:
-            tile = _tile(chip == 90, case.itemsize, case.head_dim)
+        for chip, invariant in itertools.product(AMPERE_ON, (False, True)):
+            tile = _tile(chip == 90, case.itemsize, case.head_dim, invariant)
             types = {"out": f"*{case.dtype}:16", "num_sequences": "i32"}
             types |= dict.fromkeys(("tile_sequences", "tile_starts"), "*i32:16")
-            found.append(case.variant(prompt_kernel, tile, (chip,), types, {}))
+            found.append(case.variant(prompt_kernel, tile, (chip,), types, {"INVARIANT": invariant}))
     return found

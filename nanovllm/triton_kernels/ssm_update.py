@@ -1,4 +1,4 @@
-"""One token through Mamba2's recurrence (ssm_scan.py) for each decoding sequence, in fp32."""
+"""Tokens one by one through Mamba2's recurrence (ssm_scan.py), in fp32: one of each decoding sequence, or all."""
 
 from __future__ import annotations
 
@@ -35,14 +35,16 @@ def update_kernel(
     CELL: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    ALL: tl.constexpr,
 ):
-    """Grid: (heads and blocks of P, B)."""
+    """Grid: (heads and blocks of P, B). ALL: tokens, also those that could go through cells."""
     INNER: tl.constexpr = HEADS * HEAD_DIM
     CHANNELS: tl.constexpr = INNER + 2 * GROUPS * STATE
     BLOCKS: tl.constexpr = (HEAD_DIM + BLOCK_P - 1) // BLOCK_P
     sequence = tl.program_id(1)
     begin, count, first = chunk(query_start, seq_lens, sequence, sequence >= 0)
-    if in_cells(count, first, CELL) == count:
+    start = 0 if ALL else in_cells(count, first, CELL)
+    if start == count:
         return
     head = tl.program_id(0) // BLOCKS
     p = tl.program_id(0) % BLOCKS * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -50,20 +52,22 @@ def update_kernel(
     slot = tl.load(slots + sequence).to(tl.int64)
     places = states + ((slot * HEADS + head) * HEAD_DIM + p[:, None]) * STATE + s[None, :]
     held = (p < HEAD_DIM)[:, None] & (s < STATE)[None, :]
-    known = tl.where(first + count > 1, HEAD_DIM, 0)  # what a new sequence finds in its slot is another's
+    known = tl.where(first + start > 0, HEAD_DIM, 0)  # what a new sequence finds in its slot is another's
     state = tl.load(places, held & (p < known)[:, None], 0.0)
-    row = (begin + count - 1).to(tl.int64)
-    xs = mixed + row * CHANNELS
-    Bs = xs + INNER + head // (HEADS // GROUPS) * STATE
-    x = tl.load(xs + head * HEAD_DIM + p, p < HEAD_DIM, 0.0).to(tl.float32)
-    B = tl.load(Bs + s, s < STATE, 0.0).to(tl.float32)
-    C = tl.load(Bs + GROUPS * STATE + s, s < STATE, 0.0).to(tl.float32)
-    raw = tl.load(projected + row * stride + head).to(tl.float32) + tl.load(dt_bias + head)
-    dt, decay = time_step(raw, tl.load(A + head), shortest, longest)
-    state = state * tl.exp2(decay) + (dt * x)[:, None] * B[None, :]
+    A, D, dt_bias = tl.load(A + head), tl.load(D + head), tl.load(dt_bias + head)
+    for token in range(start, count):
+        row = (begin + token).to(tl.int64)
+        xs = mixed + row * CHANNELS
+        Bs = xs + INNER + head // (HEADS // GROUPS) * STATE
+        x = tl.load(xs + head * HEAD_DIM + p, p < HEAD_DIM, 0.0).to(tl.float32)
+        B = tl.load(Bs + s, s < STATE, 0.0).to(tl.float32)
+        C = tl.load(Bs + GROUPS * STATE + s, s < STATE, 0.0).to(tl.float32)
+        raw = tl.load(projected + row * stride + head).to(tl.float32) + dt_bias
+        dt, decay = time_step(raw, A, shortest, longest)
+        state = state * tl.exp2(decay) + (dt * x)[:, None] * B[None, :]
+        out = tl.sum(state * C[None, :], 1) + D * x
+        tl.store(y + row * INNER + head * HEAD_DIM + p, out, p < HEAD_DIM)
     tl.store(places, state, held)
-    out = tl.sum(state * C[None, :], 1) + tl.load(D + head) * x
-    tl.store(y + row * INNER + head * HEAD_DIM + p, out, p < HEAD_DIM)
 
 
 def update(
@@ -77,14 +81,17 @@ def update(
     states: torch.Tensor,
     y: torch.Tensor,
     plan: Mamba2Plan,
+    *,
+    every: bool,
 ) -> None:
-    """The last token of every sequence whose last cell has but this one; arguments as of `scan`, which goes before.
+    """The last token of every sequence whose last cell has but this one; arguments as of `scan`, which goes before. Or
+    every token of every sequence, without a `scan`: a prompt takes as many turns as it has tokens.
 
     Reads and writes each state once, which is what bounds it: for Granite 4.0 H 1B 3 MiB a sequence and layer, so
     that 128 sequences take 84 us at an H200's 4.8 TB/s. Not measured yet.
     """
     _, heads, head_dim, size = states.shape
-    constants = _constants(heads, head_dim, groups, size)
+    constants = _constants(heads, head_dim, groups, size, every)
     update_kernel[(heads * triton.cdiv(head_dim, constants["BLOCK_P"]), len(plan.slots))](
         *(projected[:, projected.shape[1] - heads :], projected.stride(0), mixed, A, D, dt_bias),
         *(plan.query_start, plan.seq_lens, plan.slots, states, y, *limits),
@@ -93,11 +100,11 @@ def update(
     )
 
 
-def _constants(heads: int, head_dim: int, groups: int, size: int) -> dict[str, int]:
+def _constants(heads: int, head_dim: int, groups: int, size: int, every: bool) -> dict[str, int]:
     block_s = triton.next_power_of_2(size)
     block_p = min(triton.next_power_of_2(head_dim), max(1, _ELEMENTS // block_s))
     shape = {"HEADS": heads, "HEAD_DIM": head_dim, "GROUPS": groups, "STATE": size, "CELL": CELL}
-    return {**shape, "BLOCK_P": block_p, "BLOCK_S": block_s}
+    return {**shape, "BLOCK_P": block_p, "BLOCK_S": block_s, "ALL": every}
 
 
 def variants() -> list[Variant]:
@@ -113,9 +120,10 @@ def variants() -> list[Variant]:
                 **dict.fromkeys(("query_start", "seq_lens", "slots"), "*i32:16"),
                 **dict.fromkeys(("shortest", "longest"), "fp32"),
             },
-            _constants(*sizes),
+            _constants(*sizes, every),
             chips=AMPERE_ON if dtype == "bf16" else CHIPS,
         )
         for dtype in ("fp32", "bf16", "fp16")
         for sizes in ((128, 64, 8, 256), (48, 64, 1, 128), (48, 32, 1, 128))
+        for every in (True, False)
     ]

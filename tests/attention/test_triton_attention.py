@@ -13,12 +13,14 @@ from test_backends import CPU, SharedPages, Step, make_batch
 from nanovllm.attention.alibi import Alibi
 from nanovllm.attention.base import require_support, select_backend
 from nanovllm.attention.reference import ReferenceAttention
-from nanovllm.attention.triton import TritonAttention
+from nanovllm.attention.triton import InvariantTritonAttention, TritonAttention
 from nanovllm.batch import Batch
 from nanovllm.cache_spec import PagedKVSpec
 from nanovllm.errors import ConfigError
 
 pytest.importorskip("triton")
+from invariant_cases import dots_in_order
+
 from nanovllm.triton_kernels import decode_attention
 from nanovllm.triton_kernels.prompt_attention import QueryTiles
 from nanovllm.triton_kernels.store_kv import store_kv
@@ -92,6 +94,30 @@ def test_the_order_of_a_batch_does_not_change_its_rows():
         alibi=alibi,
     )
     assert torch.equal(shuffled, together[rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("window", [None, 9])
+def test_a_query_has_the_same_bits_alone_as_in_any_chunk(monkeypatch, dtype, window):
+    if DEVICE.type == "cpu":
+        dots_in_order(monkeypatch)
+    backend, sequences = InvariantTritonAttention(), [(17, 1), (0, 5), (40, 1), (16, 16), (5, 61), (0, 1)]
+    step, (q, k, v), kv = random_step(sequences, dtype)
+    options = {"backend": backend, "window": window, "alibi": Alibi(torch.linspace(0.05, 1.0, 4).to(DEVICE))}
+    together = attend(sequences, step.tables, q, k, v, kv, **options)
+    first = 0
+    for (context, new), table in zip(sequences, step.tables, strict=True):
+        for i in {0, new // 2, new - 1}:
+            row = slice(first + i, first + i + 1)
+            assert torch.equal(
+                attend([(context + i, 1)], [table], q[row], k[row], v[row], kv, **options), together[row]
+            )
+        first += new
+
+
+@pytest.mark.parametrize("case", [CASES["GQA"], CASES["71 heads of one"], CASES["window of pages"]], ids=str)
+def test_invariant_steps(case):
+    case.check(InvariantTritonAttention(), torch.float32)
 
 
 @pytest.mark.parametrize("window", [None, 300])
