@@ -65,6 +65,6 @@ _NOTED = {
     "attention": ("attention", _attention),
     "mamba2": ("other", lambda args: "Mamba2"),
     "route": ("other", lambda args: "route"),
-    "mixture": ("other", lambda args: f"mixture of {_ACTS[args[15]]} experts"),
+    "mixture": ("other", lambda args: f"mixture of {_ACTS[args[16]]} experts"),
     "elementwise": ("other", lambda args: _MAPS[args[0]]),
 }

@@ -41,6 +41,11 @@ class _Hit:
         return len(self.table)
 
 
+Places = tuple[np.ndarray, int, int, int]
+"""Of a sequence in a step: its pages (int32, a view), its state slot, and the slots to copy the state from before the
+step and to after it, or 0."""
+
+
 class CacheManager:
     """The host side of every cache: the page pool, the state slots, and who holds what.
 
@@ -82,15 +87,8 @@ class CacheManager:
         self._held: dict[int, _Holding] = {}
         self._hashes: dict[int, list[bytes]] = {}  # of a sequence's full pages, as far as needed
 
-    def block_table(self, seq: Sequence) -> np.ndarray:
-        """Pages of a running sequence, int32, a view."""
-        return self._held[seq.seq_id].table.pages
-
     def holds(self, seq: Sequence) -> bool:
         return seq.seq_id in self._held
-
-    def state_slot(self, seq: Sequence) -> int:
-        return self._held[seq.seq_id].slot
 
     def admit(self, seq: Sequence, limit: int, spare: int = 0) -> int | None:
         """Give a waiting sequence the pages of its longest cached prefix and pages for up to
@@ -129,7 +127,7 @@ class CacheManager:
         held = self._held[seq.seq_id]
         if self.window is not None:
             self._release_behind_window(held, seq.num_computed)
-        needed = self._pages(seq.num_computed + count) - len(held.table)
+        needed = -(-(seq.num_computed + count) // self.block_size) - len(held.table)
         if needed <= 0:
             return True
         if needed > self.blocks.num_free:
@@ -137,13 +135,27 @@ class CacheManager:
         held.table.extend(self.blocks.allocate(needed))
         return True
 
-    def commit(self, seq: Sequence) -> None:
-        """Name the pages that planned steps fill with tokens that are known, so that later sequences find them.
+    def advance(self, seq: Sequence, count: int) -> Places:
+        """A step that computes the sequence's next `count` tokens is planned.
 
-        Done when the step is planned: sequences of the same step may already share them,
+        The pages that it fills are named at once: sequences of the same step may already share them,
         because a layer stores all keys and values before any row attends.
         """
         held = self._held[seq.seq_id]
+        resume_from = capture_to = 0
+        if self.states is not None:
+            resume_from, held.resume_from = held.resume_from, 0  # told once
+            capture_to = self._capture(seq, held, count)
+        seq.num_computed += count
+        self._name_pages(seq, held)
+        return held.table.pages, held.slot, resume_from, capture_to
+
+    def commit(self, seq: Sequence) -> None:
+        """Name the pages whose last token has become known since they were planned."""
+        self._name_pages(seq, self._held[seq.seq_id])
+
+    def _name_pages(self, seq: Sequence, held: _Holding) -> None:
+        """So that later sequences find them."""
         first, last = held.num_named, min(seq.num_computed, seq.num_known) // self.block_size
         if first >= last or self._hash_key(seq) is None:
             return
@@ -151,23 +163,6 @@ class CacheManager:
         for page, digest in zip(held.table.pages[first:last].tolist(), hashes[first:last], strict=True):
             self.blocks.register(page, digest)
         held.num_named = last
-
-    def resume(self, seq: Sequence) -> int:
-        """The slot to copy the sequence's state from before this step, or 0; told once."""
-        if self.states is None:
-            return 0
-        held = self._held[seq.seq_id]
-        slot, held.resume_from = held.resume_from, 0
-        return slot
-
-    def capture(self, seq: Sequence, count: int) -> int:
-        """The slot to copy the sequence's state to after this step's `count` tokens, or 0."""
-        if self.states is None:
-            return 0
-        end = seq.num_computed + count
-        if self._next_stop(seq, seq.num_computed, self._held[seq.seq_id].junction) != end:
-            return 0
-        return self.states.capture(self._digest(seq, end))
 
     def begin_step(self) -> None:
         """What the last step captured is there now."""
@@ -193,6 +188,13 @@ class CacheManager:
         self.blocks.forget_prefixes()
         if self.states is not None:
             self.states.forget()
+
+    def _capture(self, seq: Sequence, held: _Holding, count: int) -> int:
+        assert self.states is not None
+        end = seq.num_computed + count
+        if self._next_stop(seq, seq.num_computed, held.junction) != end:
+            return 0
+        return self.states.capture(self._digest(seq, end))
 
     def _pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -296,7 +298,7 @@ class CacheManager:
         for seq in live:
             if not self.holds(seq):
                 continue
-            table, pages = self.block_table(seq), self._held[seq.seq_id].table.held()
+            table, pages = self._held[seq.seq_id].table.pages, self._held[seq.seq_id].table.held()
             assert len(set(pages)) == len(pages), "a page twice in one table"
             assert seq.num_cached <= seq.num_tokens and seq.num_computed <= len(table) * self.block_size
             visible = self._first_visible(seq.num_computed)

@@ -183,6 +183,6 @@ class LLMEngine:
         stats.steps += 1
         stats.preemptions = self.scheduler.num_preemptions
         stats.generation_tokens += sum([update.token_id is not None for update in updates])
-        for seq, start, end, *_ in updates:
-            if start < seq.num_prompt_tokens:
-                stats.prompt_tokens += min(end, seq.num_prompt_tokens) - start
+        for update in updates:
+            if update.start < update.seq.num_prompt_tokens:
+                stats.prompt_tokens += min(update.end, update.seq.num_prompt_tokens) - update.start

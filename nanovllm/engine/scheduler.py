@@ -145,12 +145,9 @@ class Scheduler:
         i = 0
         while i < len(self.running):
             seq = self.running[i]
-            if seq.num_pending and self._reaches_limit(seq):
+            if seq.num_uncomputed == 1:
                 decodes_left -= 1
-                count = 0
-            elif seq.num_uncomputed == 1:
-                decodes_left -= 1
-                count = 1
+                count = 0 if seq.num_pending and self._reaches_limit(seq) else 1
             else:  # a long prompt leaves one token for each decode behind it
                 count = self.cache.cut(seq, budget - decodes_left)
             if count > 0:
@@ -204,40 +201,26 @@ class Scheduler:
 
     def _plan(self, seq: Sequence, count: int) -> PlannedSequence:
         start, end = seq.num_computed, seq.num_computed + count
-        samples, follows = end == seq.num_tokens, seq.row if seq.num_pending else -1
-        planned = PlannedSequence(  # by position: names would take as long as all the rest
-            seq.seq_id,
-            seq.token_ids[start:end],
-            start,
-            self.cache.block_table(seq),
-            self.cache.state_slot(seq),
-            self._sample_row(seq) if samples else None,
-            self.cache.resume(seq),
-            self.cache.capture(seq, count),
-            None,
-            None,
-            follows,
-        )
-        seq.num_computed = end
-        self.cache.commit(seq)
-        self._planned[-1].append(seq)
-        if samples:
+        tokens, follows = seq.token_ids[start:end], seq.row if seq.num_pending else -1
+        pages, slot, resume_from, capture_to = self.cache.advance(seq, count)
+        sample = None
+        if end == seq.num_tokens:
+            sample = self._sample_row(seq)
             seq.expect(self._num_sampling)
             self._num_sampling += 1
-        if seq.params.prompt_logprobs is None or start >= seq.num_prompt_tokens - 1:
-            return planned
-        return planned._replace(
-            num_prompt_logprobs=seq.params.prompt_logprobs,
-            prompt_targets=seq.prompt_token_ids[start + 1 : end + 1],
+        self._planned[-1].append(seq)
+        logprobs = targets = None
+        if seq.params.prompt_logprobs is not None and start < seq.num_prompt_tokens - 1:
+            logprobs, targets = seq.params.prompt_logprobs, seq.prompt_token_ids[start + 1 : end + 1]
+        return PlannedSequence(  # by position: names would take as long as all the rest
+            *(seq.seq_id, tokens, start, pages, slot, sample, resume_from, capture_to, logprobs, targets, follows)
         )
 
     @staticmethod
     def _sample_row(seq: Sequence) -> SampleRow:
-        index = seq.num_output_tokens
-        stop_ids = seq.stop_ids if index < seq.params.min_tokens else ()
-        return SampleRow(
-            seq.params, seq.seed, index, seq.prompt_token_ids, seq.output_token_ids, stop_ids, seq.bad_words
-        )
+        index, params = seq.num_output_tokens, seq.params
+        stop_ids = seq.stop_ids if index < params.min_tokens else ()
+        return SampleRow(params, seq.seed, index, seq.prompt_token_ids, seq.output_token_ids, stop_ids, seq.bad_words)
 
     def _finish_if_ended(self, seq: Sequence, token_id: int) -> None:
         params = seq.params
