@@ -44,6 +44,7 @@ _INVARIANT_TILES = {
     (True, 2, 64): Tile(64, 64, 4, 3),
     (True, 2, 256): Tile(64, 32, 8, 2),
     **{(hopper, 2, 128): Tile(64, 32, 4, 3) for hopper in (False, True)},
+    **{(hopper, 4, 64): Tile(16, 32, 4, 2) for hopper in (False, True)},
 }
 
 
