@@ -22,7 +22,6 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "scheduling_policy": ("fcfs", "priority"),
     "executor": ("auto", "mp", "ray", "torchrun"),
 }
-_OPTIONAL_CHOICES = ("quantization",)  # which may be None
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _DEFAULT_BATCHED_TOKENS = 2048
 _SWITCHES = (
@@ -80,7 +79,8 @@ class EngineConfig:
         cores that this process may use, and where these belong to several NUMA nodes, each rank is bound to
         one node. It is torch's number, for a whole process.
     enforce_eager: compute every step op by op. Otherwise, where the kernels are native, a step is
-        recorded and run as a whole, and those that decode are recorded once for each number of sequences.
+        recorded and run as a whole, and those that decode are recorded once for each number of sequences; on
+        GPUs these are CUDA graphs, for a few numbers that others are padded to.
     enable_prefix_caching: reuse the pages of equal prefixes.
     attention_backend: "auto" takes the first that can: on CPUs "native" (this package's kernels), then "cpu"
         (torch's); on GPUs "flash" (flash-attn, if it is installed), "triton" (this package's kernels),
@@ -145,18 +145,16 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
             raise ConfigError(f"model must be a path, a repository id or an alias, got {self.model!r}")
+        left = {f.name for f in dataclasses.fields(self) if f.default is None and getattr(self, f.name) is None}
         for name, allowed in _CHOICES.items():
-            is_left = name in _OPTIONAL_CHOICES and getattr(self, name) is None
-            if not is_left and getattr(self, name) not in allowed:
+            if name not in left and getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
         for name in _SWITCHES:
-            if name == "async_scheduling" and self.async_scheduling is None:
-                continue
-            if not isinstance(getattr(self, name), bool):
+            if name not in left and not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         _require_count("max_num_seqs", self.max_num_seqs)
         for name in _OPTIONAL_COUNTS:
-            if getattr(self, name) is not None:
+            if name not in left:
                 _require_count(name, getattr(self, name))
         if self.seed is not None:
             _require_count("seed", self.seed, least=0)

@@ -90,6 +90,8 @@ class ModelRunner:
             budget = host_cache_memory(config, host_ranks)
         else:
             budget = memory.left(config, lambda: self._try_largest_step(config))
+            self._graphs = None  # of other caches: their memory is for those that are recorded below
+            torch.cuda.empty_cache()
         plan = size_caches([layer.cache_spec for layer in self._layers], budget, config)
         self.cache_plan = plan if agree is None else agree(plan)
         self._bind_caches(self.cache_plan)
