@@ -5,7 +5,8 @@ one thread each.
     python bench.py --preset ranks --shape qwen3-0.6b
 
 Bytes of the plan that each rank reads (new: when all sequences are), of rank 0's answer, and of what each rank
-gives to sums and gathers. Numbers of ranks that the model does not divide by are left out.
+gives to sums and gathers, the tokens of the step before among them. Numbers of ranks that the model does not divide by
+are left out.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from benchmarks import models
 from benchmarks.report import finish
 from nanovllm import LLM, ConfigError, SamplingParams
 from nanovllm.distributed.shared_memory import SharedMemoryCommunicator
+from nanovllm.engine.worker import Answer
 
 SIZES, BATCHES = (1, 2, 3, 4), (1, 32, 256)
 PROMPT, STEPS = 64, 20  # tokens of each prompt, steps measured
@@ -40,9 +42,9 @@ def watch(model: nn.Module) -> None:
 
 
 def _noting(plain: Any) -> Any:
-    def noting(self: SharedMemoryCommunicator, x: torch.Tensor, *args: Any) -> torch.Tensor:
+    def noting(self: SharedMemoryCommunicator, x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         _given.append(x.nbytes)
-        return plain(self, x, *args)
+        return plain(self, x, *args, **options)
 
     return noting
 
@@ -95,19 +97,19 @@ def _bytes(llm: LLM, batch: int) -> dict[str, int]:
     new_plan, _ = _step(llm)
     llm.apply_model(take)
     plan, answer = _step(llm)
-    given = llm.apply_model(take)[0]
+    given = llm.apply_model(take)[-1]  # rank 0 keeps its logits
+    while llm.engine.has_unfinished:
+        llm.engine.step()
     return {"new_plan": new_plan, "plan": plan, "answer": answer, "sums": len(given), "given": sum(given)}
 
 
 def _step(llm: LLM) -> tuple[int, int]:
-    """Bytes of the plan, for each rank, and of the answer."""
+    """Bytes of the plan, for each rank, and of the answer. The step goes on after the engine's returns."""
     pool: Any = llm.engine._executor._pool  # type: ignore[union-attr]
-    with (
-        mock.patch.object(pool, "ask", wraps=pool.ask) as ask,
-        mock.patch.object(pool, "_book", wraps=pool._book) as book,
-    ):
+    with mock.patch.object(pool, "ask", wraps=pool.ask) as ask:
         llm.engine.step()
-    return len(ask.call_args.args[0][0]), len(pickle.dumps(book.call_args.args[1]))
+    result = llm.engine._running[-1].result.result()
+    return len(ask.call_args.args[0][0]), len(pickle.dumps(Answer(result)))
 
 
 def _milliseconds(llm: LLM, batch: int) -> float:
