@@ -28,11 +28,11 @@ from nanovllm.batch import Batch
 from nanovllm.build_context import BuildContext
 from nanovllm.cache_spec import PagedKVSpec
 from nanovllm.config import EngineConfig
-from nanovllm.engine import model_runner
 from nanovllm.engine.build import fit_model_len
-from nanovllm.engine.decode_batch import DecodeBatch
-from nanovllm.engine.executor import InProcessExecutor
+from nanovllm.engine.executors.base import InProcessExecutor
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.runner import model_runner
+from nanovllm.engine.runner.decode_batch import DecodeBatch
 from nanovllm.layers.attention import CachedLayer
 from nanovllm.models.base import CausalLM
 from nanovllm.tokenizer.tokenizer import Tokenizer

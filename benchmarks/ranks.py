@@ -27,7 +27,7 @@ from benchmarks import models
 from benchmarks.report import finish
 from nanovllm import LLM, ConfigError, SamplingParams
 from nanovllm.distributed.shared_memory import SharedMemoryCommunicator
-from nanovllm.engine.worker import Answer
+from nanovllm.engine.executors.worker import Answer
 
 SIZES, BATCHES = (1, 2, 3, 4), (1, 32, 256)
 PROMPT, STEPS = 64, 20  # tokens of each prompt, steps measured

@@ -23,7 +23,7 @@ from published_sizes import PUBLISHED  # noqa: E402
 from tiny_models import TINY, make_tiny_model  # noqa: E402
 
 from nanovllm.config import EngineConfig  # noqa: E402
-from nanovllm.engine.memory_plan import footprint  # noqa: E402
+from nanovllm.engine.runner.memory_plan import footprint  # noqa: E402
 from nanovllm.models.registry import model_class, supported_architectures  # noqa: E402
 
 PARITY = "tests/models/test_parity.py"

@@ -18,8 +18,8 @@ from typing import Any
 
 from nanovllm.cli.batch_engine import Answer, BatchEngine, Server
 from nanovllm.cli.batch_input import Work, read_lines
-from nanovllm.engine.memory import free_host_memory
-from nanovllm.engine.threads import usable_cores
+from nanovllm.engine.runner.memory import free_host_memory
+from nanovllm.engine.runner.threads import usable_cores
 from nanovllm.errors import ConfigError, NanoVLLMError, WorkerDied
 
 _CHUNK = 32  # lines that go to a replica and come back together

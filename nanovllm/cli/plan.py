@@ -14,8 +14,8 @@ from nanovllm.cli.options import engine_options
 from nanovllm.cli.units import size_text
 from nanovllm.config import EngineConfig, parse_bytes
 from nanovllm.engine.build import find_model, fit_model_len
-from nanovllm.engine.memory import free_host_memory
-from nanovllm.engine.memory_plan import Footprint, footprint, plan_memory
+from nanovllm.engine.runner.memory import free_host_memory
+from nanovllm.engine.runner.memory_plan import Footprint, footprint, plan_memory
 from nanovllm.errors import ConfigError
 from nanovllm.weights.checkpoint import Checkpoint, open_checkpoint
 from nanovllm.weights.hub import resolve_model

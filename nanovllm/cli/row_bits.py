@@ -11,7 +11,7 @@ import torch
 
 from nanovllm.batch import Batch
 from nanovllm.cli.trace import Divergence, first_divergence, token_rows, watching
-from nanovllm.engine import model_runner
+from nanovllm.engine.runner import model_runner
 from nanovllm.models.base import CausalLM
 from nanovllm.ops.base import SamplingOps
 from nanovllm.sample_row import SampleRow, TokenLogprobs

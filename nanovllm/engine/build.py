@@ -10,10 +10,10 @@ import torch
 
 from nanovllm.cache_spec import CachePlan
 from nanovllm.config import EngineConfig
-from nanovllm.engine.executor import Executor, InProcessExecutor
-from nanovllm.engine.executor_mp import MultiprocessExecutor
-from nanovllm.engine.executor_ray import RayExecutor
-from nanovllm.engine.executor_torchrun import TorchrunExecutor, launched_processes
+from nanovllm.engine.executors.base import Executor, InProcessExecutor
+from nanovllm.engine.executors.mp import MultiprocessExecutor
+from nanovllm.engine.executors.ray import RayExecutor
+from nanovllm.engine.executors.torchrun import TorchrunExecutor, launched_processes
 from nanovllm.engine.generation_config import generation_defaults
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import ConfigError

@@ -14,7 +14,7 @@ import numpy as np
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.cache_manager import CacheManager
-from nanovllm.engine.executor import Executor
+from nanovllm.engine.executors.base import Executor
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.request import Prompt, Request, RequestPreparer
 from nanovllm.engine.scheduler import Scheduler, SequenceUpdate

@@ -17,7 +17,7 @@ from nanovllm.attention.cpu import CPUAttention
 from nanovllm.attention.reference import ReferenceAttention
 from nanovllm.batch import Batch
 from nanovllm.cache_spec import PagedKVSpec
-from nanovllm.engine.batch_builder import build_batch
+from nanovllm.engine.runner.batch_builder import build_batch
 from nanovllm.engine.step import PlannedSequence, StepPlan
 from nanovllm.errors import ConfigError
 

@@ -83,11 +83,11 @@ def test_a_rank_of_a_replica_that_is_killed_changes_nothing(run, tmp_path):
     write(tmp_path / "in", *mixed(16, tokens=150))
     ranks = ("--tensor-parallel-size", "2")
     assert run("here", *ranks) == 0
-    assassin = Assassin(tmp_path / "out.partial", 4, "nanovllm.engine.worker")
+    assassin = Assassin(tmp_path / "out.partial", 4, "nanovllm.engine.executors.worker")
     assert run("out", "--ray", "--replicas", "1", "--max-num-seqs", "2", *ranks) == 0
     assert 4 <= assassin.seen < 16
     assert contents(tmp_path / "out") == contents(tmp_path / "here")
-    assert processes("nanovllm.engine.worker") == []
+    assert processes("nanovllm.engine.executors.worker") == []
 
 
 def test_a_job_that_was_interrupted_goes_on(run, tmp_path):

@@ -11,7 +11,7 @@ from kernels import native_library
 from nanovllm.attention.base import select_backend
 from nanovllm.cli.main import main
 from nanovllm.cli.row_bits import first_module, same_bits
-from nanovllm.engine import model_runner
+from nanovllm.engine.runner import model_runner
 from nanovllm.layers.embed_head import ParallelLMHead
 from nanovllm.layers.mlp import GatedMLP
 from nanovllm.models.base import CausalLM

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine.batch_builder import build_batch
+from nanovllm.engine.runner.batch_builder import build_batch
 from nanovllm.engine.step import PlannedSequence, StepPlan
 from nanovllm.ops.library import Library, library_or_reason
 

@@ -15,9 +15,9 @@ from tiny_models import TINY
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.distributed.group import TPGroup
-from nanovllm.engine import executor
-from nanovllm.engine.cuda_graph import DecodeGraphs
-from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.executors import base
+from nanovllm.engine.runner.cuda_graph import DecodeGraphs
+from nanovllm.engine.runner.model_runner import ModelRunner
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # numpy's
@@ -110,7 +110,7 @@ def test_ranks_sum_by_nccl_within_graphs(tiny_model, monkeypatch):
         x = torch.randn(5, 7, device="cuda")
         assert torch.equal(comm.all_reduce(x), x)
         assert torch.equal(comm.gather(x, 4, root=0), x[:, :4])
-        monkeypatch.setattr(executor, "ModelRunner", functools.partial(ModelRunner, tp=TPGroup(0, 1, comm)))
+        monkeypatch.setattr(base, "ModelRunner", functools.partial(ModelRunner, tp=TPGroup(0, 1, comm)))
         summed, _ = generated(model, **ON_GPU)
         agree(summed, plain, 1e-3)
     finally:

@@ -6,7 +6,7 @@ import torch
 from tiny_models import TINY
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine.batch_builder import build_batch
+from nanovllm.engine.runner.batch_builder import build_batch
 from nanovllm.engine.step import PlannedSequence, StepPlan
 
 # Largest difference of any logit. Both sides compute in fp32 and sum in different orders.

@@ -22,7 +22,7 @@ from nanovllm.build_context import BuildContext
 from nanovllm.cache_spec import PagedKVSpec
 from nanovllm.config import EngineConfig
 from nanovllm.distributed.group import TPGroup
-from nanovllm.engine.memory_plan import footprint
+from nanovllm.engine.runner.memory_plan import footprint
 from nanovllm.models import transformers_attention as seam
 from nanovllm.models.transformers_model import TransformersConfig, TransformersForCausalLM
 

@@ -21,7 +21,7 @@ from nanovllm.cli.main import main
 from nanovllm.cli.parity import all_logits, kl_divergence
 from nanovllm.config import EngineConfig
 from nanovllm.engine.build import find_model
-from nanovllm.engine.memory_plan import footprint
+from nanovllm.engine.runner.memory_plan import footprint
 from nanovllm.errors import WeightError
 from nanovllm.ops.native import NativeOps
 from nanovllm.quantization.blocks import KINDS as BLOCKS

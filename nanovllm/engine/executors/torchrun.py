@@ -14,9 +14,9 @@ import xxhash
 from nanovllm.cache_spec import CachePlan
 from nanovllm.config import EngineConfig
 from nanovllm.distributed.join import join_group
-from nanovllm.engine.executor_mp import require_devices
-from nanovllm.engine.executor_workers import smallest
-from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.executors.mp import require_devices
+from nanovllm.engine.executors.workers import smallest
+from nanovllm.engine.runner.model_runner import ModelRunner
 from nanovllm.engine.step import StepPlan, StepResult
 from nanovllm.errors import RanksDiffer
 from nanovllm.models.base import CausalLM, ModelConfig

@@ -9,9 +9,9 @@ from tiny_models import TINY, make_tiny_model
 
 from nanovllm import LLM, ConfigError
 from nanovllm.config import EngineConfig
-from nanovllm.engine import caches as engine_caches
 from nanovllm.engine.build import find_model
-from nanovllm.engine.memory_plan import footprint, plan_memory
+from nanovllm.engine.runner import caches as engine_caches
+from nanovllm.engine.runner.memory_plan import footprint, plan_memory
 from nanovllm.weights.checkpoint import open_checkpoint
 
 CACHES = 8 * 2**20

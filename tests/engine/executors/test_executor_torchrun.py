@@ -9,7 +9,7 @@ from distributed.ranks import ROOT, torchrun
 from rank_models import KILL, OPTIONS, RAISE, sum_model
 
 from nanovllm import LLM, ConfigError, SamplingParams
-from nanovllm.engine.executor_torchrun import digest
+from nanovllm.engine.executors.torchrun import digest
 from nanovllm.engine.step import PlannedSequence, StepPlan
 from nanovllm.sample_row import SampleRow
 

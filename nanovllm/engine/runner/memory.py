@@ -9,7 +9,7 @@ import torch
 
 from nanovllm.cache_spec import CachePlan, CacheSpec, plan_cache
 from nanovllm.config import EngineConfig, parse_bytes
-from nanovllm.engine.control_group import memory_left
+from nanovllm.engine.runner.control_group import memory_left
 from nanovllm.errors import ConfigError
 
 _DEFAULT_SHARE = 0.4  # of what is free on the host; pages that are never used cost nothing

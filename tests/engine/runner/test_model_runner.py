@@ -10,10 +10,10 @@ from torch import nn
 from nanovllm import ConfigError, SamplingParams
 from nanovllm.cache_spec import StateSpec
 from nanovllm.config import EngineConfig
-from nanovllm.engine import control_group, memory
 from nanovllm.engine.build import fit_model_len
-from nanovllm.engine.executor import InProcessExecutor
+from nanovllm.engine.executors.base import InProcessExecutor
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.runner import control_group, memory
 from nanovllm.layers.attention import CachedLayer
 from nanovllm.models.base import CausalLM
 

@@ -12,9 +12,9 @@ from multiprocessing.connection import Pipe
 import torch
 
 from nanovllm.config import EngineConfig
-from nanovllm.engine.executor_workers import WorkersExecutor, worker_tasks
-from nanovllm.engine.worker import Place
-from nanovllm.engine.worker_pool import WorkerPool
+from nanovllm.engine.executors.worker import Place
+from nanovllm.engine.executors.worker_pool import WorkerPool
+from nanovllm.engine.executors.workers import WorkersExecutor, worker_tasks
 from nanovllm.errors import ConfigError, WorkerDied
 from nanovllm.models.base import CausalLM
 from nanovllm.weights.checkpoint import Checkpoint
@@ -23,7 +23,7 @@ from nanovllm.weights.checkpoint import Checkpoint
 _START = """
 import sys
 _, link, lifeline, *sys.path[:] = sys.argv
-from nanovllm.engine.worker import main
+from nanovllm.engine.executors.worker import main
 main(int(link), int(lifeline))
 """
 _LAST_WORDS = 3.0  # seconds for a process to end whose link is closed

@@ -19,15 +19,15 @@ from rank_models import EXIT, HANG, KILL, OPTIONS, RAISE, STOP, sum_model
 from nanovllm import LLM, ConfigError, EngineClosed, RequestError, SamplingParams, WeightError, WorkerDied
 from nanovllm.cache_spec import CachePlan
 from nanovllm.config import EngineConfig
-from nanovllm.engine import executor_mp
-from nanovllm.engine.executor_mp import MultiprocessExecutor, require_devices
-from nanovllm.engine.executor_workers import smallest
-from nanovllm.engine.plan_wire import PlanWriter
-from nanovllm.engine.threads import usable_cores
-from nanovllm.engine.worker_pool import suspect
+from nanovllm.engine.executors import mp
+from nanovllm.engine.executors.mp import MultiprocessExecutor, require_devices
+from nanovllm.engine.executors.plan_wire import PlanWriter
+from nanovllm.engine.executors.worker_pool import suspect
+from nanovllm.engine.executors.workers import smallest
+from nanovllm.engine.runner.threads import usable_cores
 from nanovllm.weights.checkpoint import open_checkpoint
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 EXECUTORS = {
     "in-process": {},
     "mp, one rank": {"executor": "mp"},
@@ -64,7 +64,9 @@ def two_ranks(model):
 
 def workers_of(pid):
     return [
-        p for p in psutil.Process(pid).children(recursive=True) if "nanovllm.engine.worker" in " ".join(p.cmdline())
+        p
+        for p in psutil.Process(pid).children(recursive=True)
+        if "nanovllm.engine.executors.worker" in " ".join(p.cmdline())
     ]
 
 
@@ -300,13 +302,13 @@ def test_a_model_that_workers_cannot_import(model, monkeypatch):
 
 
 def test_systems_without_nameless_files(model, monkeypatch):
-    monkeypatch.setattr(executor_mp.sys, "platform", "darwin")
+    monkeypatch.setattr(mp.sys, "platform", "darwin")
     with pytest.raises(ConfigError, match="needs Linux"):
         LLM(model, **OPTIONS, executor="mp")
 
 
 def test_more_gpus_than_there_are(monkeypatch):
-    monkeypatch.setattr(executor_mp.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(mp.torch.cuda, "device_count", lambda: 1)
     config = EngineConfig("m", device="cuda", tensor_parallel_size=2)
     with pytest.raises(ConfigError, match="needs 2 GPUs here, and torch sees 1"):
         require_devices(config, 2)

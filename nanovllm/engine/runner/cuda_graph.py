@@ -12,7 +12,7 @@ import torch
 
 from nanovllm.attention.base import AttentionBackend
 from nanovllm.batch import Batch
-from nanovllm.engine.decode_batch import DeviceDecodeBatch, decodes
+from nanovllm.engine.runner.decode_batch import DeviceDecodeBatch, decodes
 from nanovllm.engine.step import StepPlan
 from nanovllm.ops.graph import CannotRecord, Graph, Recorder
 

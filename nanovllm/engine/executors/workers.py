@@ -12,10 +12,10 @@ from typing import TypeVar
 
 from nanovllm.cache_spec import CachePlan
 from nanovllm.config import EngineConfig
-from nanovllm.engine.plan_wire import PlanWriter
+from nanovllm.engine.executors.plan_wire import PlanWriter
+from nanovllm.engine.executors.worker import Call, Place, WorkerTask
+from nanovllm.engine.executors.worker_pool import WorkerPool
 from nanovllm.engine.step import StepPlan, StepResult
-from nanovllm.engine.worker import Call, Place, WorkerTask
-from nanovllm.engine.worker_pool import WorkerPool
 from nanovllm.errors import ConfigError, RequestError
 from nanovllm.models.base import CausalLM
 from nanovllm.weights.checkpoint import Checkpoint

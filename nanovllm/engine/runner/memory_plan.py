@@ -12,7 +12,7 @@ from nanovllm.build_context import BuildContext
 from nanovllm.cache_spec import CachePlan, CacheSpec, PagedKVSpec, StateSpec
 from nanovllm.config import EngineConfig
 from nanovllm.distributed.group import TPGroup
-from nanovllm.engine.memory import size_caches
+from nanovllm.engine.runner.memory import size_caches
 from nanovllm.errors import ConfigError
 from nanovllm.layers.attention import CachedLayer
 from nanovllm.models.base import CausalLM, ModelConfig

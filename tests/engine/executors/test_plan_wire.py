@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm import SamplingParams
-from nanovllm.engine.plan_wire import PlanReader, PlanWriter
+from nanovllm.engine.executors.plan_wire import PlanReader, PlanWriter
 from nanovllm.engine.step import fill_in
 
 

@@ -18,11 +18,12 @@ from tiny_models import make_tiny_model
 
 from nanovllm import LLM, ConfigError, SamplingParams, WeightError, WorkerDied
 from nanovllm.config import EngineConfig
-from nanovllm.engine import executor_ray, ray_cluster
-from nanovllm.engine.worker import Place, WorkerTask, find_files
+from nanovllm.engine.executors import ray as executor_ray
+from nanovllm.engine.executors import ray_cluster
+from nanovllm.engine.executors.worker import Place, WorkerTask, find_files
 from nanovllm.ops.library import Library, library_or_reason
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 NODE = {"num_cpus": 2, "num_gpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
 LLAMA = {"device": "cpu", "skip_tokenizer_init": True, "kvcache_memory": "8MiB"}
 PROMPTS = [[5, 6, 7], list(range(2, 60)), [9]]

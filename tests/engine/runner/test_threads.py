@@ -5,9 +5,9 @@ import os
 import pytest
 import torch
 
-from nanovllm.engine import control_group
-from nanovllm.engine import threads as module
-from nanovllm.engine.threads import numa_nodes, set_threads, usable_cores
+from nanovllm.engine.runner import control_group
+from nanovllm.engine.runner import threads as module
+from nanovllm.engine.runner.threads import numa_nodes, set_threads, usable_cores
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Executor: where steps are carried out. In-process here; executor_mp and executor_torchrun keep the protocol."""
+"""Executor: where steps are carried out. In-process here; the other files keep the protocol with processes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 
 from nanovllm.cache_spec import CachePlan
 from nanovllm.config import EngineConfig
-from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.runner.model_runner import ModelRunner
 from nanovllm.engine.step import StepPlan, StepResult
 from nanovllm.models.base import CausalLM, ModelConfig
 from nanovllm.weights.checkpoint import Checkpoint

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from nanovllm.batch import Batch
-from nanovllm.engine.decode_batch import DecodeBatch, decodes
+from nanovllm.engine.runner.decode_batch import DecodeBatch, decodes
 from nanovllm.engine.step import StepPlan
 from nanovllm.ops.graph import Graph, Recorder
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from nanovllm.engine.control_group import cpu_quota
+from nanovllm.engine.runner.control_group import cpu_quota
 
 logger = logging.getLogger(__name__)
 

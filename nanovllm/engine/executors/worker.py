@@ -23,8 +23,8 @@ from nanovllm.cache_spec import CachePlan
 from nanovllm.config import EngineConfig
 from nanovllm.distributed.group import TPGroup
 from nanovllm.distributed.join import join_group
-from nanovllm.engine.model_runner import ModelRunner
-from nanovllm.engine.plan_wire import PlanReader, WirePlan
+from nanovllm.engine.executors.plan_wire import PlanReader, WirePlan
+from nanovllm.engine.runner.model_runner import ModelRunner
 from nanovllm.engine.step import StepResult
 from nanovllm.errors import NanoVLLMError, PeerLost
 from nanovllm.models.base import CausalLM

@@ -15,15 +15,15 @@ from nanovllm.build_context import BuildContext
 from nanovllm.cache_spec import CachePlan, PagedKVSpec
 from nanovllm.config import EngineConfig
 from nanovllm.distributed.group import TPGroup
-from nanovllm.engine.batch_builder import build_batch
-from nanovllm.engine.caches import bind_caches
-from nanovllm.engine.cuda_graph import CUDARecorder, DecodeGraphs
-from nanovllm.engine.decode_batch import DecodeBatch, DeviceDecodeBatch
-from nanovllm.engine.largest_step import largest_step
-from nanovllm.engine.memory import DeviceMemory, host_cache_memory, size_caches
+from nanovllm.engine.runner.batch_builder import build_batch
+from nanovllm.engine.runner.caches import bind_caches
+from nanovllm.engine.runner.cuda_graph import CUDARecorder, DecodeGraphs
+from nanovllm.engine.runner.decode_batch import DecodeBatch, DeviceDecodeBatch
+from nanovllm.engine.runner.largest_step import largest_step
+from nanovllm.engine.runner.memory import DeviceMemory, host_cache_memory, size_caches
+from nanovllm.engine.runner.step_graphs import StepGraphs
+from nanovllm.engine.runner.threads import set_threads
 from nanovllm.engine.step import StepPlan, StepResult, fill_in
-from nanovllm.engine.step_graphs import StepGraphs
-from nanovllm.engine.threads import set_threads
 from nanovllm.errors import ConfigError
 from nanovllm.layers.attention import CachedLayer
 from nanovllm.layers.moe import SparseMoE

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 from nanovllm.config import EngineConfig
-from nanovllm.engine.executor_workers import WorkersExecutor, worker_tasks
-from nanovllm.engine.ray_cluster import CONNECTION, Placement, require_ray
-from nanovllm.engine.threads import usable_cores
-from nanovllm.engine.worker import Place, serve
-from nanovllm.engine.worker_pool import WorkerPool
+from nanovllm.engine.executors.ray_cluster import CONNECTION, Placement, require_ray
+from nanovllm.engine.executors.worker import Place, serve
+from nanovllm.engine.executors.worker_pool import WorkerPool
+from nanovllm.engine.executors.workers import WorkersExecutor, worker_tasks
+from nanovllm.engine.runner.threads import usable_cores
 from nanovllm.errors import ConfigError, WorkerDied
 from nanovllm.models.base import CausalLM
 from nanovllm.weights.checkpoint import Checkpoint

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
-from nanovllm.engine.worker import Answer, Failed, Raised
+from nanovllm.engine.executors.worker import Answer, Failed, Raised
 from nanovllm.errors import EngineClosed, RequestError, WorkerDied
 
 _TICK = 1.0  # seconds between looks at the clock

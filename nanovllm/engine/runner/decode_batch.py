@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from nanovllm.batch import Batch
-from nanovllm.engine.batch_builder import fill_tables
+from nanovllm.engine.runner.batch_builder import fill_tables
 from nanovllm.engine.step import PlannedSequence, StepPlan
 from nanovllm.transfer import to_device
 

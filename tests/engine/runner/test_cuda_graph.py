@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine.cuda_graph import DecodeGraphs, early_sizes, graph_sizes
-from nanovllm.engine.decode_batch import DeviceDecodeBatch
-from nanovllm.engine.largest_step import largest_step
+from nanovllm.engine.runner.cuda_graph import DecodeGraphs, early_sizes, graph_sizes
+from nanovllm.engine.runner.decode_batch import DeviceDecodeBatch
+from nanovllm.engine.runner.largest_step import largest_step
 from nanovllm.engine.step import PlannedSequence
 from nanovllm.ops.graph import CannotRecord
 from nanovllm.sample_row import SampleRow

@@ -1,0 +1,1 @@
+"""One rank: its model, its caches, its steps."""
