@@ -61,7 +61,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--preset", type=_list, default=["custom"], help=f"one or several of {presets}. Or {others}")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--shape", choices=SHAPES, help="instead of --model: its published sizes, random weights")
-    parser.add_argument("--load-format", default="auto", help="dummy: random weights for a config.json")
+    parser.add_argument("--load-format", default="auto", help="dummy: random weights for a config.json; gguf: a --shape as such a file")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--engine", type=_list, default=["nanovllm"], help=f"one or several of {', '.join(NAMES)}")
     parser.add_argument("--ab", action="append", default=[], metavar="OPTION=VALUE", help="another nanovllm with it")
@@ -83,6 +83,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             parser.error(f"unknown {what} {', '.join(unknown)}; choose from {', '.join(known)}")
     if len(args.preset) > 1 and set(args.preset) & set(OTHERS):
         parser.error(f"{', '.join(OTHERS)} run alone")
+    if args.load_format == "gguf" and not args.shape:
+        parser.error("--load-format gguf writes a --shape; a GGUF file is a --model")
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
     if wrong := [change for change in args.ab if "=" not in change]:

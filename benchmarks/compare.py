@@ -74,7 +74,7 @@ class Round:
 
 def _model(args: argparse.Namespace, wanted: Sequence[Contender], folder: Path) -> models.Model:
     if args.shape:
-        return models.shape(args.shape, folder)
+        return (models.quantized_shape if args.load_format == "gguf" else models.shape)(args.shape, folder)
     export = any(READS[c.engine] == "hf" for c in wanted)
     return models.find(args.model, args.dtype, folder, export=export, random=args.load_format == "dummy")
 

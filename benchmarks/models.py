@@ -100,6 +100,14 @@ def shape(name: str, folder: Path) -> Model:
     return Model(f"{name}, random weights", {"own": str(folder), "hf": str(folder)}, SHAPES[name], random=True)
 
 
+def quantized_shape(name: str, folder: Path) -> Model:
+    """The same as a GGUF file in `folder`, of random blocks."""
+    from benchmarks import gguf_shape  # which not every peer's interpreter can import
+
+    path = gguf_shape.write(SHAPES[name], folder / "model.gguf")
+    return Model(f"{name}, random Q4_K_M", {"own": str(path), "gguf": str(path)}, SHAPES[name], random=False)
+
+
 def find(name: str, dtype: str, folder: Path, *, export: bool, random: bool) -> Model:
     """A directory, a file or what nanovllm knows by a name.
 

@@ -5,24 +5,37 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from nanovllm.ops.formats import Q4, Q4_NESTED, Q8, Q8_FINE, Q8_LEAST, Q8_NESTED, Codes, Format, Packed, Segment
+from nanovllm.ops.formats import (
+    Q4,
+    Q4_NESTED,
+    Q5,
+    Q5_NESTED,
+    Q6_FINE,
+    Q8,
+    Q8_FINE,
+    Codes,
+    Format,
+    Packed,
+    Segment,
+)
 
 FORMS = {
     "q4": Q4,
     "q8": Q8,
-    "q8_least": Q8_LEAST,
+    "q5": Q5,
     "q4_nested": Q4_NESTED,
-    "q8_nested": Q8_NESTED,
+    "q5_nested": Q5_NESTED,
+    "q6_fine": Q6_FINE,
     "q8_fine": Q8_FINE,
 }
-_WIDEST = {8: 127, 4: 15}
+_RANGES = {8: (-128, 127), 6: (-32, 31), 5: (0, 31), 4: (0, 15)}
 
 
 def random_codes(form: Format, rows: int, cols: int, seed: int = 0) -> Codes:
     """Scales have as many digits as files have: products with codes are exact in fp32."""
     random = np.random.default_rng(seed)
-    most = 31 if form.group == 16 else _WIDEST[form.bits]
-    codes = torch.from_numpy(random.integers(0 if form.bits == 4 else -most, most + 1, (rows, cols), dtype=np.int8))
+    lowest, highest = _RANGES[form.bits]
+    codes = torch.from_numpy(random.integers(lowest, highest, (rows, cols), dtype=np.int8, endpoint=True))
     groups = -(-cols // form.group)
 
     def uniform(low: float, high: float, count: int) -> torch.Tensor:

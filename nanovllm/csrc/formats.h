@@ -4,9 +4,13 @@
 // of two panels. Unquantised: [k / 2][2][16][2] bfloat16 or [k][2][16] float, a step being what lies side by side.
 // Quantised: for each group of columns the 32 rows' scales, then (in some forms) their least values, then their
 // codes; weight = code * scale + least, rounded to bfloat16. Nested forms have integers for scales and least
-// values: multiples of the two numbers that each 256 columns of a row begin with. Codes of 8 bits are signed and lie as the bfloat16 do. Codes of 4 bits: two
-// steps are 16 words of 8 codes, of which the one at bit 4 j of word l is that of step j / 4, panel j / 2 % 2,
-// and number l + j % 2 * 16 of the panel's [16][2]: shifting a vector by 4 j brings neighbours into its lanes.
+// values: multiples of the two numbers that each 256 columns of a row begin with.
+//
+// Codes of 8 bits are signed and lie as the bfloat16 do. Codes of 4 bits: two steps are 16 words of 8 codes, of which the
+// one at bit 4 j of word l is that of step j / 4, panel j / 2 % 2, and number l + j % 2 * 16 of the panel's [16][2]:
+// shifting a vector by 4 j brings neighbours into its lanes. Codes of 5 and 6 bits: byte n of 64 has the lower four bits
+// of two steps' nth number; behind those of the group, that of 64 others has the upper bits of 8 steps' or of 4. Codes of
+// 6 bits are 32 more than what they stand for.
 // There are zeros wherever the weight has nothing.
 #pragma once
 
@@ -19,8 +23,8 @@ constexpr int PAIR = 2 * PANEL;
 constexpr int OUTER = 256;  // columns that share the numbers whose multiples nested scales are
 
 // ops/formats.py has the same numbers.
-enum class Format : int { F32, BF16, Q4, Q8, Q8_LEAST, Q4_NESTED, Q8_NESTED, Q8_FINE };
-constexpr int FORMATS = 8;
+enum class Format : int { F32, BF16, Q4, Q8, Q5, Q4_NESTED, Q5_NESTED, Q8_FINE, Q6_FINE };
+constexpr int FORMATS = 9;
 
 struct Layout {
     int bits, group;  // group: columns that share a scale
@@ -28,6 +32,8 @@ struct Layout {
     bool least;
 
     constexpr bool nested() const { return scale_bytes == 1; }
+    constexpr int upper_bits() const { return bits == 8 ? 0 : bits - 4; }
+    constexpr int bias() const { return bits == 6 ? 32 : 0; }
     constexpr int64_t group_bytes() const { return PAIR * (scale_bytes * (1 + least) + group * bits / 8); }
     constexpr int64_t outer_bytes() const { return nested() ? PAIR * 2 * (1 + least) : 0; }
     constexpr int64_t pair_bytes(int64_t k) const {
@@ -41,30 +47,59 @@ constexpr Layout layout(Format format) {
             return {4, 32, 2, true};
         case Format::Q8:
             return {8, 32, 2, false};
-        case Format::Q8_LEAST:
-            return {8, 32, 2, true};
+        case Format::Q5:
+            return {5, 32, 2, true};
         case Format::Q4_NESTED:
             return {4, 32, 1, true};
-        case Format::Q8_NESTED:
-            return {8, 32, 1, true};
+        case Format::Q5_NESTED:
+            return {5, 32, 1, true};
         case Format::Q8_FINE:
             return {8, 16, 1, false};
+        case Format::Q6_FINE:
+            return {6, 16, 1, false};
         default:
             return {};  // not quantised
     }
 }
 
-// Where the code of a column of a group lies behind the group's scales, for row `row` of a pair.
-struct Place {
-    int64_t byte;
-    int shift;
-};
+// Where the code of a column of a group lies, for row `row` of a pair. group: what is behind its scales.
+class Code {
+public:
+    Code(const Layout& form, int64_t row, int64_t column) : form_(form) {
+        const int64_t step = column / 2, number = row / PANEL * PAIR + row % PANEL * 2 + column % 2;
+        const int64_t j = step % 2 * 4 + number / 16;
+        lower_ = form.bits == 4 ? Place{step / 2 * 64 + number % 16 * 4 + j / 2, (int)(j % 2 * 4)}
+                                : place(form.bits == 8 ? 8 : 4, step, number);
+        if (const int bits = form.upper_bits()) upper_ = place(bits, step, number), upper_.byte += form.group * PANEL;
+    }
 
-inline Place place(int bits, int64_t row, int64_t column) {
-    const int64_t step = column / 2, panel = row / PANEL, number = row % PANEL * 2 + column % 2;
-    if (bits == 8) return {(step * 2 + panel) * PAIR + number, 0};
-    const int64_t j = step % 2 * 4 + panel * 2 + number / 16;
-    return {step / 2 * 64 + number % 16 * 4 + j / 2, (int)(j % 2 * 4)};
-}
+    int get(const char* group) const {
+        if (form_.bits == 8) return (int8_t)group[lower_.byte];
+        const int upper = (uint8_t)group[upper_.byte] >> upper_.shift & ((1 << form_.upper_bits()) - 1);
+        return ((uint8_t)group[lower_.byte] >> lower_.shift & 15) + upper * 16 - form_.bias();
+    }
+
+    // where there are zeros
+    void put(int8_t value, char* group) const {
+        const int code = value + form_.bias();
+        group[lower_.byte] |= (char)((form_.bits == 8 ? code : code & 15) << lower_.shift);
+        if (form_.upper_bits()) group[upper_.byte] |= (char)(code >> 4 << upper_.shift);
+    }
+
+private:
+    struct Place {
+        int64_t byte;
+        int shift;
+    };
+
+    // of some bits; number: of the step's 64
+    static Place place(int bits, int64_t step, int64_t number) {
+        const int64_t steps = 8 / bits;
+        return {step / steps * 64 + number, (int)(step % steps * bits)};
+    }
+
+    const Layout& form_;
+    Place lower_, upper_{};
+};
 
 }  // namespace nanovllm

@@ -12,8 +12,8 @@ using namespace nanovllm;
 // The `part` of each form, in the order of Format.
 constexpr void (*PARTS[FORMATS])(const Linear&, int64_t, int64_t, int64_t, int64_t) = {
     part<Plain<F32Weight>>,       part<Plain<Bf16Weight>>,       part<Codes<Format::Q4>>,
-    part<Codes<Format::Q8>>,      part<Codes<Format::Q8_LEAST>>, part<Codes<Format::Q4_NESTED>>,
-    part<Codes<Format::Q8_NESTED>>, part<Codes<Format::Q8_FINE>>,
+    part<Codes<Format::Q8>>,      part<Codes<Format::Q5>>,       part<Codes<Format::Q4_NESTED>>,
+    part<Codes<Format::Q5_NESTED>>, part<Codes<Format::Q8_FINE>>, part<Codes<Format::Q6_FINE>>,
 };
 
 // Rows [m0, m1) times pairs of panels [pair0, pair1).

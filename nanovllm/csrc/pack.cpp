@@ -34,10 +34,8 @@ void pack_row(const Layout& form, const int8_t* codes, const Values& values, int
             pair = put_values(pair, row, 2, values.outer + 2 * o, form.least ? values.outer_least + 2 * o : nullptr);
         char* behind = put_values(pair, row, bytes, values.scales + g * bytes,
                                   form.least ? values.least + g * bytes : nullptr);
-        for (int64_t c = g * group; c < std::min((g + 1) * group, k); ++c) {
-            const Place at = place(form.bits, row, c - g * group);
-            behind[at.byte] |= (char)((form.bits == 8 ? codes[c] : codes[c] & 15) << at.shift);
-        }
+        for (int64_t c = g * group; c < std::min((g + 1) * group, k); ++c)
+            Code(form, row, c - g * group).put(codes[c], behind);
         pair += form.group_bytes();
     }
 }

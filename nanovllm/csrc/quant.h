@@ -58,6 +58,7 @@ inline void each_twice(const char* from, const char* outer, V (&to)[2][R]) {
 template <Format F>
 struct Quantised {
     static constexpr Layout FORM = layout(F);
+    static constexpr int WORDS = 16 / WIDTH;  // vectors of 16 words
 
     // f(s, step) for each step of a pair.
     template <class Each>
@@ -80,12 +81,36 @@ private:
     }
 
     // Of the two steps of 16 words, step t.
-    static inline Widened nibbles(const U* words, int t) {
+    static inline Widened nibbles(const char* codes, int64_t t) {
+        U words[WORDS];
+        memcpy(words, codes, sizeof words);
         Widened w;
 #pragma GCC unroll 8
-        for (int i = 0; i < 2 * R; ++i)
-            w.v[i / R][i % R] = numbers(words[i % (16 / WIDTH)], 4 * t + i * WIDTH / 16);
+        for (int i = 0; i < 2 * R; ++i) w.v[i / R][i % R] = numbers(words[i % WORDS], 4 * t + i * WIDTH / 16);
         return w;
+    }
+
+    // Step `s` of a group whose codes have 5 or 6 bits, as if these were signed bytes.
+    static inline Widened parted(const char* codes, int64_t s) {
+        constexpr int UPPER = FORM.upper_bits(), STEPS = 8 / UPPER;
+        constexpr uint32_t LOWER_BITS = 0x0f0f0f0f, UPPER_BITS = ((1 << UPPER) - 1) * 0x10101010;
+        U lower[WORDS], upper[WORDS];
+        memcpy(lower, codes + s / 2 * 64, sizeof lower);
+        memcpy(upper, codes + FORM.group * PANEL + s / STEPS * 64, sizeof upper);
+        const int right = 4 * (s % 2), left = 4 - UPPER * (int)(s % STEPS);
+#pragma GCC unroll 4
+        for (int i = 0; i < WORDS; ++i) {
+            const U moved = left > 0 ? upper[i] << left : upper[i] >> -left;
+            lower[i] = (lower[i] >> right & LOWER_BITS) | (moved & UPPER_BITS);
+        }
+        return bytes((const char*)lower);
+    }
+
+    // Step `s` of a group whose codes begin there.
+    static inline Widened codes(const char* at, int64_t s) {
+        if constexpr (FORM.bits == 8) return bytes(at + s * 2 * PAIR);
+        else if constexpr (FORM.bits == 4) return nibbles(at + s / 2 * 64, s % 2);
+        else return parted(at, s);
     }
 
     template <class Each>
@@ -96,25 +121,25 @@ private:
         if constexpr (FORM.least) {
             each_twice<FORM.scale_bytes>(at, outer + PAIR * 2, least);
             at += PAIR * FORM.scale_bytes;
+        } else if constexpr (FORM.bias() > 0) {
+#pragma GCC unroll 8
+            for (int i = 0; i < 2 * R; ++i) least[i / R][i % R] = scale[i / R][i % R] * (float)-FORM.bias();
         }
-        auto scaled = [&](Widened w) {
+        auto step = [&](int64_t s) {
+            Widened w = codes(at, s);
 #pragma GCC unroll 8
             for (int i = 0; i < 2 * R; ++i) {
                 V& v = w.v[i / R][i % R];
                 v *= scale[i / R][i % R];
-                if constexpr (FORM.least) v += least[i / R][i % R];  // the product is exact in all forms
+                if constexpr (FORM.least || FORM.bias() > 0) v += least[i / R][i % R];  // the product is exact
             }
-            return w;
+            f(first + s, w);
         };
-        if constexpr (FORM.bits == 8) {
-            for (int64_t s = first; s < end; ++s, at += 2 * PAIR) f(s, scaled(bytes(at)));
+        if (end - first == FORM.group / 2) {
+#pragma GCC unroll 16
+            for (int64_t s = 0; s < FORM.group / 2; ++s) step(s);
         } else {
-            for (int64_t s = first; s < end; s += 2, at += 2 * PAIR) {
-                U words[16 / WIDTH];
-                memcpy(words, at, sizeof words);
-                f(s, scaled(nibbles(words, 0)));
-                if (s + 1 < end) f(s + 1, scaled(nibbles(words, 1)));
-            }
+            for (int64_t s = 0; s < end - first; ++s) step(s);
         }
     }
 };
@@ -135,7 +160,7 @@ constexpr int FEW = 4;
 template <class Q, int ROWS>
 void quantised_tile(const uint32_t* x, const char* pair, int64_t steps, float* out) {
     V acc[ROWS][2] = {};
-    Q::widen(pair, steps, [&](int64_t s, const Widened& w) {
+    Q::widen(pair, steps, [&](uint64_t s, const Widened& w) {
         V b[2];
         for (int j = 0; j < 2; ++j) b[j] = (V)_mm512_cvtne2ps_pbh((__m512)w.v[j][1], (__m512)w.v[j][0]);
         const uint32_t* at = x + s / BLOCK * ROWS * BLOCK + s % BLOCK;

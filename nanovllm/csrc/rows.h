@@ -136,11 +136,8 @@ inline void gather_quantised(const Gather& g, int64_t id, float* y) {
         const char *codes = at + values * (1 + form.least), *mine = at + row * form.scale_bytes;
         const float scale = number(form, mine, outer + row * 2);
         const float least = form.least ? number(form, mine + values, outer + (PAIR + row) * 2) : 0.0f;
-        for (int64_t c = first; c < std::min(first + group, g.width); ++c) {
-            const Place where = place(form.bits, row, c - first);
-            const int code = form.bits == 8 ? (int8_t)codes[where.byte] : (uint8_t)codes[where.byte] >> where.shift & 15;
-            y[c] = code * scale + least;
-        }
+        for (int64_t c = first; c < std::min(first + group, g.width); ++c)
+            y[c] = Code(form, row, c - first).get(codes) * scale + least;
     }
     for (int64_t c = 0; c < g.width; c += WIDTH) {
         const int64_t lanes = std::min<int64_t>(WIDTH, g.width - c);

@@ -15,7 +15,7 @@ _PAIR = 32  # rows that lie side by side once packed; csrc/formats.h
 class Format:
     """weight = code * scale + least, rounded to bfloat16.
 
-    bits: of a code: 8 are signed, 4 are 0 to 15. group: columns that share a scale. scale: dtype of scales and least
+    bits: of a code: 8 are signed, 6 are -32 to 31, 5 are 0 to 31, 4 are 0 to 15. group: columns that share a scale. scale: dtype of scales and least
     values; int8 are multiples of fp16 numbers that 256 columns share. least: whether there are least values, else
     they are 0.
     """
@@ -37,10 +37,11 @@ class Format:
 
 Q4 = Format(2, 4, 32, torch.float16, least=True)
 Q8 = Format(3, 8, 32, torch.float16, least=False)
-Q8_LEAST = Format(4, 8, 32, torch.float16, least=True)
+Q5 = Format(4, 5, 32, torch.float16, least=True)
 Q4_NESTED = Format(5, 4, 32, torch.int8, least=True)
-Q8_NESTED = Format(6, 8, 32, torch.int8, least=True)
+Q5_NESTED = Format(6, 5, 32, torch.int8, least=True)
 Q8_FINE = Format(7, 8, 16, torch.int8, least=False)
+Q6_FINE = Format(8, 6, 16, torch.int8, least=False)
 
 
 @dataclass(frozen=True, slots=True)

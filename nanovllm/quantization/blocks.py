@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from nanovllm.ops.formats import Q4, Q4_NESTED, Q8, Q8_FINE, Q8_LEAST, Q8_NESTED, Codes, Format
+from nanovllm.ops.formats import Q4, Q4_NESTED, Q5, Q5_NESTED, Q6_FINE, Q8, Codes, Format
 
 
 class Kind(NamedTuple):
@@ -122,9 +122,9 @@ def _q4_1(b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return _nibbles(b[:, 4:]), _half(b[:, :2]), _half(b[:, 2:4])
 
 
-def _q5_0(b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-    codes = _nibbles(b[:, 6:]) | _bits(b[:, 2:6]) << 4
-    return codes.view(torch.int8) - 16, _half(b[:, :2]), None
+def _q5_0(b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    scales = _half(b[:, :2])
+    return _nibbles(b[:, 6:]) | _bits(b[:, 2:6]) << 4, scales, scales * -16  # exact
 
 
 def _q5_1(b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -163,11 +163,11 @@ def _q6_k(b: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 KINDS = {
     "Q4_0": Kind(32, 18, Q4, _q4_0),
     "Q4_1": Kind(32, 20, Q4, _q4_1),
-    "Q5_0": Kind(32, 22, Q8, _q5_0),
-    "Q5_1": Kind(32, 24, Q8_LEAST, _q5_1),
+    "Q5_0": Kind(32, 22, Q5, _q5_0),
+    "Q5_1": Kind(32, 24, Q5, _q5_1),
     "Q8_0": Kind(32, 34, Q8, _q8_0),
     "Q4_K": Kind(256, 144, Q4_NESTED, _q4_k),
-    "Q5_K": Kind(256, 176, Q8_NESTED, _q5_k),
-    "Q6_K": Kind(256, 210, Q8_FINE, _q6_k),
+    "Q5_K": Kind(256, 176, Q5_NESTED, _q5_k),
+    "Q6_K": Kind(256, 210, Q6_FINE, _q6_k),
 }
 """Types that kernels compute with; values are exactly the type's own."""

@@ -94,7 +94,7 @@ def test_rows_of_several_forms_in_one_weight(level):
     assert torch.equal(OPS.linear(x, whole, 90, bias, residual=residual), torch.cat(expected, dim=1))
 
 
-@pytest.mark.parametrize("forms", [("q4", "q8"), ("q8_least", "q8_least"), ("q4_nested", "q8_fine")])
+@pytest.mark.parametrize("forms", [("q4", "q8"), ("q5", "q5"), ("q4_nested", "q6_fine")])
 @pytest.mark.parametrize("tokens", [1, 60])
 def test_a_mixture_gives_the_bits_of_its_experts(level, threads, forms, tokens):
     threads(2)
