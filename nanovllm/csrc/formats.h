@@ -62,44 +62,22 @@ constexpr Layout layout(Format format) {
     }
 }
 
-// Where the code of a column of a group lies, for row `row` of a pair. group: what is behind its scales.
-class Code {
-public:
-    Code(const Layout& form, int64_t row, int64_t column) : form_(form) {
-        const int64_t step = column / 2, number = row / PANEL * PAIR + row % PANEL * 2 + column % 2;
+// Some bits of the number of a step, of 64, where several steps share bytes.
+inline int bits_at(const char* bytes, int bits, int64_t step, int64_t number) {
+    const int64_t steps = 8 / bits;
+    return (uint8_t)bytes[step / steps * 64 + number] >> step % steps * bits & ((1 << bits) - 1);
+}
+
+// The code of a column of a group, for row `row` of a pair. group: what is behind its scales.
+inline int code_at(const Layout& form, const char* group, int64_t row, int64_t column) {
+    const int64_t step = column / 2, number = row / PANEL * PAIR + row % PANEL * 2 + column % 2;
+    if (form.bits == 8) return (int8_t)group[step * 2 * PAIR + number];
+    if (form.bits == 4) {
         const int64_t j = step % 2 * 4 + number / 16;
-        lower_ = form.bits == 4 ? Place{step / 2 * 64 + number % 16 * 4 + j / 2, (int)(j % 2 * 4)}
-                                : place(form.bits == 8 ? 8 : 4, step, number);
-        if (const int bits = form.upper_bits()) upper_ = place(bits, step, number), upper_.byte += form.group * PANEL;
+        return (uint8_t)group[step / 2 * 64 + number % 16 * 4 + j / 2] >> j % 2 * 4 & 15;
     }
-
-    int get(const char* group) const {
-        if (form_.bits == 8) return (int8_t)group[lower_.byte];
-        const int upper = (uint8_t)group[upper_.byte] >> upper_.shift & ((1 << form_.upper_bits()) - 1);
-        return ((uint8_t)group[lower_.byte] >> lower_.shift & 15) + upper * 16 - form_.bias();
-    }
-
-    // where there are zeros
-    void put(int8_t value, char* group) const {
-        const int code = value + form_.bias();
-        group[lower_.byte] |= (char)((form_.bits == 8 ? code : code & 15) << lower_.shift);
-        if (form_.upper_bits()) group[upper_.byte] |= (char)(code >> 4 << upper_.shift);
-    }
-
-private:
-    struct Place {
-        int64_t byte;
-        int shift;
-    };
-
-    // of some bits; number: of the step's 64
-    static Place place(int bits, int64_t step, int64_t number) {
-        const int64_t steps = 8 / bits;
-        return {step / steps * 64 + number, (int)(step % steps * bits)};
-    }
-
-    const Layout& form_;
-    Place lower_, upper_{};
-};
+    const int upper = bits_at(group + form.group * PANEL, form.upper_bits(), step, number);
+    return bits_at(group, 4, step, number) + upper * 16 - form.bias();
+}
 
 }  // namespace nanovllm

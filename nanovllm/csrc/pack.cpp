@@ -26,6 +26,51 @@ char* put_values(char* to, int64_t row, int64_t bytes, const char* scale, const 
     return to + (least == nullptr ? PAIR : 2 * PAIR) * bytes;
 }
 
+// Up to N codes at a time, as they lie in a word's bytes.
+template <int N, class Word, class Put>
+void each_word(const int8_t* codes, int64_t count, Put put) {
+    Word word;
+    int64_t c = 0;
+    for (; c + N <= count; c += N) {
+        std::memcpy(&word, codes + c, N);
+        put(c, word);
+    }
+    if (c == count) return;
+    word = 0;
+    std::memcpy(&word, codes + c, count - c);
+    put(c, word);
+}
+
+// A group's codes of row `row` of a pair, to the places that `place` tells. A step's two columns are neighbours.
+void put_bytes(const int8_t* codes, int64_t count, char* to, int64_t row) {
+    to += row / PANEL * PAIR + row % PANEL * 2;
+    each_word<2, uint16_t>(codes, count, [=](int64_t c, uint16_t two) { std::memcpy(to + c * PAIR, &two, 2); });
+}
+
+// Two steps are two neighbouring words, one for each column of a step, in whose halves the steps are.
+void put_nibbles(const int8_t* codes, int64_t count, char* to, int64_t row) {
+    const int64_t panel = row / PANEL, r = row % PANEL;
+    uint32_t* words = (uint32_t*)to + r % 8 * 2;
+    each_word<4, uint32_t>(codes, count, [=](int64_t c, uint32_t four) {
+        four = (four & 0x0f0f0f0f) << r / 8 * 4;
+        words[c * 4] |= (four & 0x00ff00ff) << 8 * panel;
+        words[c * 4 + 1] |= (four >> 8 & 0x00ff00ff) << 8 * panel;
+    });
+}
+
+// Codes of 5 or 6 bits: a step's two columns are neighbours, and steps share bytes.
+void put_parted(const Layout& form, const int8_t* codes, int64_t count, char* to, int64_t row) {
+    const int upper = form.upper_bits(), steps = 8 / upper;
+    const uint16_t bias = form.bias() * 0x0101, upper_bits = ((1 << upper) - 1) * 0x0101;
+    uint16_t *words = (uint16_t*)to + row, *uppers = words + form.group * PANEL / 2;
+    each_word<2, uint16_t>(codes, count, [=](int64_t c, uint16_t two) {
+        const int64_t s = c / 2;
+        two = (two & 0x7f7f) + bias & 0x3f3f;  // no carry from one to the other
+        words[s / 2 * PAIR] |= (two & 0x0f0f) << s % 2 * 4;
+        uppers[s / steps * PAIR] |= (two >> 4 & upper_bits) << s % steps * upper;
+    });
+}
+
 // Row `row` of a pair.
 void pack_row(const Layout& form, const int8_t* codes, const Values& values, int64_t k, char* pair, int64_t row) {
     const int64_t group = form.group, bytes = form.scale_bytes;
@@ -34,8 +79,11 @@ void pack_row(const Layout& form, const int8_t* codes, const Values& values, int
             pair = put_values(pair, row, 2, values.outer + 2 * o, form.least ? values.outer_least + 2 * o : nullptr);
         char* behind = put_values(pair, row, bytes, values.scales + g * bytes,
                                   form.least ? values.least + g * bytes : nullptr);
-        for (int64_t c = g * group; c < std::min((g + 1) * group, k); ++c)
-            Code(form, row, c - g * group).put(codes[c], behind);
+        const int64_t count = std::min(group, k - g * group);
+        const int8_t* mine = codes + g * group;
+        form.bits == 8 ? put_bytes(mine, count, behind, row)
+        : form.bits == 4 ? put_nibbles(mine, count, behind, row)
+                         : put_parted(form, mine, count, behind, row);
         pair += form.group_bytes();
     }
 }

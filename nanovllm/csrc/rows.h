@@ -137,7 +137,7 @@ inline void gather_quantised(const Gather& g, int64_t id, float* y) {
         const float scale = number(form, mine, outer + row * 2);
         const float least = form.least ? number(form, mine + values, outer + (PAIR + row) * 2) : 0.0f;
         for (int64_t c = first; c < std::min(first + group, g.width); ++c)
-            y[c] = Code(form, row, c - first).get(codes) * scale + least;
+            y[c] = code_at(form, codes, row, c - first) * scale + least;
     }
     for (int64_t c = 0; c < g.width; c += WIDTH) {
         const int64_t lanes = std::min<int64_t>(WIDTH, g.width - c);
