@@ -54,7 +54,8 @@ E4M3_128 = Format(14, 8, 128, torch.float32, least=False, e4m3=True)
 @dataclass(frozen=True, slots=True)
 class Codes:
     """A quantised weight [rows, cols] in plain sight. codes: int8 [rows, cols], of float8 numbers their bytes. scales,
-    least: [rows, groups]; where both are fp32, scales have at most 11 digits, as fp16 and bfloat16 have. outer, outer_least: fp16 [rows, ceil(cols / 256)], that nested ones are multiples of."""
+    least: [rows, groups]; where both are fp32, scales have at most 11 digits, as fp16 and bfloat16 have. outer,
+    outer_least: fp16 [rows, ceil(cols / 256)], that nested ones are multiples of."""
 
     form: Format
     codes: torch.Tensor

@@ -23,15 +23,15 @@ _FILES = {
 
 class Checkpoint(Protocol):
     """config, generation_config: as in Hugging Face's JSON files, either generation.
-    dtype: "float32", "float16" or "bfloat16", of the weights on disk. is_quantized: whether some of them are
-    quantised. load_format: as asked for."""
+    dtype: "float32", "float16" or "bfloat16", of the weights on disk. quantization: the method that some of them are
+    quantised by, one of config.STORED, or None. load_format: as asked for."""
 
     path: Path
     load_format: str
     config: dict[str, Any]
     generation_config: dict[str, Any]
     dtype: str
-    is_quantized: bool
+    quantization: str | None
 
     def tensors(self) -> Iterator[LazyTensor]: ...
 
@@ -59,7 +59,7 @@ class HFCheckpoint:
             raise ModelNotFound(f"{path} holds no config.json; give a model directory or a .gguf file")
         self.path = path
         self.load_format = load_format
-        self.is_quantized = False
+        self.quantization: str | None = None
         self._formats = {load_format: _FILES[load_format]} if load_format in _FILES else _FILES
         self.config = read_json(path / "config.json")
         generation = path / "generation_config.json"

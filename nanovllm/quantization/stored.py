@@ -1,4 +1,4 @@
-"""gguf: linear layers compute with the blocks of the file, whatever their type.
+"""Linear layers compute with the codes of the checkpoint, whatever their type.
 
 Projections that share a matrix may have different types: rows of one type follow each other in the packed weight,
 and each such segment is a product of its own.
@@ -14,7 +14,7 @@ from torch import nn
 
 from nanovllm.errors import WeightError
 from nanovllm.ops.formats import Format, Packed, Segment
-from nanovllm.quantization.blocks import KINDS, Blocks
+from nanovllm.quantization.blocks import Blocks
 from nanovllm.quantization.linear_method import LinearWeights, Loaded, Part, Stack, UnquantizedLinearMethod
 from nanovllm.quantization.quantized_method import fuses_gate, pack_blocks, packed_memory
 
@@ -27,11 +27,10 @@ class _Run(NamedTuple):
     size: int
 
 
-class GGUFLinearMethod(UnquantizedLinearMethod):
+class StoredLinearMethod(UnquantizedLinearMethod):
     """Keeps what it is given, blocks or floats, until a layer is complete; floats become bfloat16."""
 
-    def takes(self, kind: str) -> bool:
-        return kind in KINDS
+    takes_blocks = True
 
     def create(self, layer: LinearWeights, rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> None:
         assert dtype == torch.bfloat16
@@ -96,7 +95,7 @@ class GGUFLinearMethod(UnquantizedLinearMethod):
             memory = packed_memory(self._ops, loaded.layers * size, device)
             stack.weight = Packed(memory.view(loaded.layers, size), segments)
         if stack.weight.segments != segments:
-            raise WeightError("experts of one layer have different GGML types: set quantization='dequantize'")
+            raise WeightError("experts of one layer are quantised in different ways: set quantization='dequantize'")
         return stack.weight.data[loaded.index]
 
     def _pack(self, layer: LinearWeights, run: _Run, memory: torch.Tensor) -> None:
