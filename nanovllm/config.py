@@ -209,8 +209,9 @@ class EngineConfig:
     ) -> EngineConfig:
         """Return a copy with device, dtype, quantization, max_model_len, the token budget and the ranks filled in.
 
-        checkpoint_dtype: of the weights on disk. quantized: the method that these are quantised by. max_positions: the model's own limit.
-        cuda: whether this machine has a CUDA device. launched: processes that torchrun has started.
+        checkpoint_dtype: of the weights on disk. quantized: the method that these are quantised by.
+        max_positions: the model's own limit. cuda: whether this machine has a CUDA device. launched: processes that
+        torchrun has started.
         """
         device = self.device if self.device != "auto" else ("cuda" if cuda else "cpu")
         if device == "cuda" and not cuda and self.executor != "ray":  # whose nodes may have some

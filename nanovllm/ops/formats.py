@@ -87,7 +87,12 @@ class Segment(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Packed:
     """A quantised weight as kernels take it in the place of a packed tensor: bytes, of which some rows may be in
-    another form than others. data: uint8 [bytes], or [experts, bytes] where it is that of a mixture."""
+    another form than others. data: uint8 [bytes], or [experts, bytes] where it is that of a mixture.
+
+    columns: which of the input's columns meets each of the weight's, int32 [cols] or [experts, cols]; None for the one
+    in the same place. A weight that tokens are looked up in has none.
+    """
 
     data: torch.Tensor
     segments: tuple[Segment, ...]
+    columns: torch.Tensor | None = None
