@@ -71,7 +71,7 @@ class HFCheckpoint:
             raise ModelNotSupported(f"{path}/config.json: dtype {self.dtype!r} is not supported")
         quantized = self.config.get("quantization_config")
         self._scheme = read_scheme(quantized, str(path)) if quantized else None
-        self.quantization: str | None = self._scheme and self._scheme.method
+        self.quantization: str | None = None if self._scheme is None else self._scheme.method
 
     def load_tokenizer(self) -> Tokenizer:
         return Tokenizer.from_directory(self.path)
