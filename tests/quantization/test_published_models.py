@@ -12,32 +12,45 @@ import numpy as np
 import pytest
 import torch
 from distributed.families import GREEDY, PROMPTS, SCARCE
+from gguf_converter import FAMILIES as GGUF_FAMILIES
 from kernels import native_library
-from published import SCHEMES, awq, fp8, gptq, packed, publish
+from published import SCHEMES, awq, fp8, gptq, integers, packed, publish
 from test_quantized_models import PEAK, planned
 from tiny_models import make_tiny_model
 
 from nanovllm import LLM, ConfigError
 from nanovllm.cli.main import main
 from nanovllm.cli.parity import all_logits
+from nanovllm.errors import WeightError
 
 native_library()
 TOKENS = np.random.default_rng(1).integers(2, 128, 40).tolist()
 OPTIONS = {"skip_tokenizer_init": True, "kvcache_memory": "8MiB", "device": "cpu", "enforce_eager": True}
 SIZES = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4}
+ACT_ORDER = SCHEMES["gptq-4-act-order"]
 TORCH = {"kernels": "torch", "attention_backend": "cpu"}
-FAMILIES = {  # each with what is particular to it: a norm of heads, experts, a tied head, fused and regrouped rows
-    "qwen3": ("fp8-block", {"head_dim": 64}),
-    "qwen3-moe": ("awq-64", {"moe_intermediate_size": 128, "num_key_value_heads": 2, "head_dim": 64}),
-    "mixtral": ("gptq-4-act-order", {"num_key_value_heads": 2}),
-    "llama3": ("w8a8", {}),
-    "falcon-40b": ("w4a16-asymmetric", {"num_attention_heads": 8, "ffn_hidden_size": 384}),
-    "granite": ("w4a16", {"num_key_value_heads": 2}),
+FAMILIES = GGUF_FAMILIES | {  # whose sizes are whole groups of 32 columns
+    "qwen3-moe": {**SIZES, "moe_intermediate_size": 128, "num_key_value_heads": 2, "head_dim": 64},
+    "gpt-neox": {**SIZES, "hidden_size": 128},
+    "mpt": {"d_model": 64, "n_heads": 4},
+}
+METHODS = {
+    "awq": awq(32),
+    "gptq": gptq(4, 32, symmetric=False),
+    "compressed-tensors": integers(),
+    "fp8": fp8((128, 128)),
+}
+QUICK = {  # each with what is particular to it: norms of heads, experts, a tied head, fused and regrouped rows
+    ("qwen3", "fp8"),
+    ("qwen3-moe", "awq"),
+    ("llama3", "compressed-tensors"),
+    ("falcon-40b", "gptq"),
+    ("granite-hybrid", "awq"),
 }
 
 
 def logits(path: Path, **options) -> torch.Tensor:
-    with LLM(str(path), **{**OPTIONS, **options}) as llm:
+    with LLM(str(path), **{**OPTIONS, **options}, enable_prefix_caching=False) as llm:
         return all_logits(llm, TOKENS)
 
 
@@ -69,17 +82,38 @@ def test_logits_are_those_of_the_weights_that_it_stands_for(llama, tmp_path, sch
     assert torch.equal(logits(quantised, **TORCH), logits(plain, **TORCH))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_way_to_arrange_rows(tmp_path, level, family):
-    scheme, sizes = FAMILIES[family]
-    quantised, plain = publish(make_tiny_model(family, tmp_path, **SIZES | sizes), tmp_path, SCHEMES[scheme])
-    assert_same(logits(quantised), logits(plain), scheme)
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        pytest.param(*pair, marks=[] if pair in QUICK else pytest.mark.slow)
+        for pair in itertools.product(FAMILIES, METHODS)
+        if pair[0] != "gpt2"
+    ],
+)
+def test_every_family_by_every_method(tmp_path, family, method):
+    quantised, plain = publish(make_tiny_model(family, tmp_path, **FAMILIES[family]), tmp_path, METHODS[method])
+    assert torch.equal(logits(quantised), logits(plain))
+
+
+def test_experts_have_their_own_orders_of_columns(tmp_path, level):
+    quantised, plain = publish(
+        make_tiny_model("mixtral", tmp_path, **SIZES, num_key_value_heads=2), tmp_path, ACT_ORDER
+    )
+    assert_same(logits(quantised), logits(plain), "act-order")
+
+
+def test_gpt2s_layers_are_not_read(tmp_path):
+    """Their weights are [in, out] where they are not quantised."""
+    write = awq(32).write
+    how = awq(32)._replace(write=lambda module, weight: write(module, weight.T), modules=r".*c_\w+")
+    with pytest.raises(WeightError, match="misshapen"):
+        logits(publish(make_tiny_model("gpt2", tmp_path, **FAMILIES["gpt2"]), tmp_path, how)[0])
 
 
 def test_bits_are_the_requests_own(published, capsys):
     """With an order of columns, as an input is copied in another way then."""
     options = ("--max-tokens", "20", "--kernels", "native", "--attention-backend", "native")
-    status = main(["verify", str(published(SCHEMES["gptq-4-act-order"])), *options])
+    status = main(["verify", str(published(ACT_ORDER)), *options])
     out = capsys.readouterr().out
     assert status == 0, out
     assert " preempted)" in out
