@@ -44,6 +44,7 @@ def publish(model: Path, folder: Path, how: Published) -> tuple[Path, Path]:
         tensors, values = how.write(module, weight.numpy())
         meant[name] = values.contiguous()
         stored |= {f"{module}.{last}": tensor.contiguous() for last, tensor in tensors.items()}
+    assert stored.keys() != meant.keys()
     for path, tensors, extra in ((quantised, stored, {"quantization_config": how.config}), (plain, meant, {})):
         path.mkdir(parents=True)
         for file in model.glob("*.json"):
