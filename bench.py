@@ -61,7 +61,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--preset", type=_list, default=["custom"], help=f"one or several of {presets}. Or {others}")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--shape", choices=SHAPES, help="instead of --model: its published sizes, random weights")
-    parser.add_argument("--load-format", default="auto", help="dummy: random weights for a config.json; gguf: a --shape as such a file")
+    parser.add_argument(
+        "--load-format", default="auto", help="dummy: random weights for a config.json; gguf: a --shape as such a file"
+    )
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--engine", type=_list, default=["nanovllm"], help=f"one or several of {', '.join(NAMES)}")
     parser.add_argument("--ab", action="append", default=[], metavar="OPTION=VALUE", help="another nanovllm with it")

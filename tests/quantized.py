@@ -6,13 +6,20 @@ import numpy as np
 import torch
 
 from nanovllm.ops.formats import (
+    E4M3_128,
     Q4,
+    Q4_32,
+    Q4_64,
+    Q4_128,
     Q4_NESTED,
     Q5,
     Q5_NESTED,
     Q6_FINE,
     Q8,
+    Q8_128,
     Q8_FINE,
+    Q8_LEAST_32,
+    Q8_LEAST_128,
     Codes,
     Format,
     Packed,
@@ -27,6 +34,13 @@ FORMS = {
     "q5_nested": Q5_NESTED,
     "q6_fine": Q6_FINE,
     "q8_fine": Q8_FINE,
+    "q4_32": Q4_32,
+    "q4_64": Q4_64,
+    "q4_128": Q4_128,
+    "q8_128": Q8_128,
+    "q8_least_32": Q8_LEAST_32,
+    "q8_least_128": Q8_LEAST_128,
+    "e4m3_128": E4M3_128,
 }
 _RANGES = {8: (-128, 127), 6: (-32, 31), 5: (0, 31), 4: (0, 15)}
 
@@ -36,6 +50,8 @@ def random_codes(form: Format, rows: int, cols: int, seed: int = 0) -> Codes:
     random = np.random.default_rng(seed)
     lowest, highest = _RANGES[form.bits]
     codes = torch.from_numpy(random.integers(lowest, highest, (rows, cols), dtype=np.int8, endpoint=True))
+    if form.e4m3:
+        codes[(codes == 127) | (codes == -1)] = 0  # which are NaN
     groups = -(-cols // form.group)
 
     def uniform(low: float, high: float, count: int) -> torch.Tensor:
@@ -59,11 +75,21 @@ def dequantized(codes: Codes) -> np.ndarray:
         times = 1.0 if outer is None else outer[:, column // 256].double().numpy()
         return values[:, column // codes.form.group].double().numpy() * times
 
-    out = np.empty((rows, cols))
+    numbers, out = _numbers(codes), np.empty((rows, cols))
     for c in range(cols):
         scale, least = at(codes.scales, codes.outer, c), at(codes.least, codes.outer_least, c)
-        out[:, c] = codes.codes[:, c].numpy() * scale + least
+        out[:, c] = numbers[:, c] * scale + least
     return out
+
+
+def _numbers(codes: Codes) -> np.ndarray:
+    """What codes stand for; of e4m3: a sign, 4 bits of exponent, 3 of fraction (Micikevicius et al. 2022)."""
+    if not codes.form.e4m3:
+        return codes.codes.numpy()
+    bits = codes.codes.numpy().view(np.uint8).astype(int)
+    exponent, fraction = bits >> 3 & 15, bits & 7
+    sizes = np.where(exponent == 0, fraction * 2.0**-9, (8 + fraction) * 2.0 ** (exponent - 10))
+    return np.where(bits & 128, -sizes, sizes)
 
 
 def packed(ops, codes: Codes, *, gated: bool = False) -> Packed:

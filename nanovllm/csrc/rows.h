@@ -5,6 +5,7 @@
 
 #include "formats.h"
 #include "kernels.h"
+#include "quant.h"
 #include "vec.h"
 
 namespace {
@@ -123,7 +124,15 @@ inline float half_precision(const char* p) {
 
 // A row's scale or least value. outer: what it is a multiple of, if it is nested.
 inline float number(const Layout& form, const char* p, const char* outer) {
+    if (form.scale_bytes == 4) return load_part((const float*)p, 1)[0];
     return form.nested() ? *(const int8_t*)p * half_precision(outer) : half_precision(p);
+}
+
+// What a code stands for.
+inline float code_number(const Layout& form, int code) {
+    if (!form.e4m3) return code;
+    const int8_t codes[WIDTH] = {(int8_t)code};
+    return numbers_e4m3(codes)[0];
 }
 
 // The weights that a linear layer multiplies by.
@@ -137,7 +146,7 @@ inline void gather_quantised(const Gather& g, int64_t id, float* y) {
         const float scale = number(form, mine, outer + row * 2);
         const float least = form.least ? number(form, mine + values, outer + (PAIR + row) * 2) : 0.0f;
         for (int64_t c = first; c < std::min(first + group, g.width); ++c)
-            y[c] = code_at(form, codes, row, c - first) * scale + least;
+            y[c] = code_number(form, code_at(form, codes, row, c - first)) * scale + least;
     }
     for (int64_t c = 0; c < g.width; c += WIDTH) {
         const int64_t lanes = std::min<int64_t>(WIDTH, g.width - c);

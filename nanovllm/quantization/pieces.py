@@ -11,9 +11,9 @@ _WEIGHTS = 1 << 16
 _PANELS = 32  # rows that kernels keep together
 
 
-def row_pieces(rows: int, cols: int) -> Iterator[slice]:
+def row_pieces(rows: int, cols: int, weights: int = _WEIGHTS) -> Iterator[slice]:
     """Slices of whole pairs of panels, but for the last."""
-    step = max(1, _WEIGHTS // (cols * _PANELS)) * _PANELS
+    step = max(1, weights // (cols * _PANELS)) * _PANELS
     return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 
 

@@ -11,7 +11,6 @@ from nanovllm.ops.base import Ops
 from nanovllm.ops.formats import Format, Packed, Segment
 from nanovllm.quantization.blocks import Blocks
 from nanovllm.quantization.linear_method import LinearWeights, Stack, UnquantizedLinearMethod
-from nanovllm.quantization.pieces import row_pieces
 
 Quantize = Callable[[torch.Tensor], Blocks]
 
@@ -84,5 +83,5 @@ def pack_blocks(ops: Ops, layer: LinearWeights, blocks: Blocks, first: int, out:
     half = None
     if fuses_gate(layer, ops):
         half, first = 0 if first == 0 else 1, 0
-    for rows in row_pieces(*blocks.shape):
-        ops.pack_codes(blocks[rows].unpack(), first + rows.start, out, half=half)
+    for start, codes in blocks.pieces():
+        ops.pack_codes(codes, first + start, out, half=half)

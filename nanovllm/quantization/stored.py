@@ -1,4 +1,4 @@
-"""gguf: linear layers compute with the blocks of the file, whatever their type.
+"""Linear layers compute with the codes of the checkpoint, whatever their type.
 
 Projections that share a matrix may have different types: rows of one type follow each other in the packed weight,
 and each such segment is a product of its own.
@@ -14,7 +14,7 @@ from torch import nn
 
 from nanovllm.errors import WeightError
 from nanovllm.ops.formats import Format, Packed, Segment
-from nanovllm.quantization.blocks import KINDS, Blocks
+from nanovllm.quantization.blocks import Blocks
 from nanovllm.quantization.linear_method import LinearWeights, Loaded, Part, Stack, UnquantizedLinearMethod
 from nanovllm.quantization.quantized_method import fuses_gate, pack_blocks, packed_memory
 
@@ -27,11 +27,10 @@ class _Run(NamedTuple):
     size: int
 
 
-class GGUFLinearMethod(UnquantizedLinearMethod):
+class StoredLinearMethod(UnquantizedLinearMethod):
     """Keeps what it is given, blocks or floats, until a layer is complete; floats become bfloat16."""
 
-    def takes(self, kind: str) -> bool:
-        return kind in KINDS
+    takes_blocks = True
 
     def create(self, layer: LinearWeights, rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> None:
         assert dtype == torch.bfloat16
@@ -53,16 +52,18 @@ class GGUFLinearMethod(UnquantizedLinearMethod):
     def finalize(self, layer: LinearWeights) -> None:
         loaded = layer.loaded
         assert loaded is not None
-        runs = self._runs(layer, loaded.parts)
+        parts, order = _in_one_order(layer, loaded.parts)
+        runs = self._runs(layer, parts)
         segments, size = tuple(run.segment for run in runs), sum(run.size for run in runs)
+        columns = None if order is None else order.int()
         if loaded.stack is None:
-            memory = packed_memory(self._ops, size, layer.weight.device)
+            packed = Packed(packed_memory(self._ops, size, layer.weight.device), segments, columns)
         else:
-            memory = self._shared(loaded, segments, size, layer.weight.device)
+            packed = self._shared(loaded, segments, size, columns, layer.weight.device)
         for run in runs:
-            self._pack(layer, run, memory[run.segment.start : run.segment.start + run.size])
-        layer.weight = nn.Parameter(memory, requires_grad=False)
-        layer.quantized, layer.loaded = Packed(memory, segments), None
+            self._pack(layer, run, packed.data[run.segment.start : run.segment.start + run.size])
+        layer.weight = nn.Parameter(packed.data, requires_grad=False)
+        layer.quantized, layer.loaded = packed, None
 
     def num_bytes(self, layer: LinearWeights, device: torch.device) -> None:
         return None
@@ -88,16 +89,28 @@ class GGUFLinearMethod(UnquantizedLinearMethod):
     def _bytes(self, form: Format | None, rows: int, cols: int) -> int:
         return self._ops.packed_numel(rows, cols, torch.bfloat16) * 2 if form is None else form.packed_bytes(rows, cols)
 
-    def _shared(self, loaded: Loaded, segments: tuple[Segment, ...], size: int, device: torch.device) -> torch.Tensor:
+    def _shared(
+        self,
+        loaded: Loaded,
+        segments: tuple[Segment, ...],
+        size: int,
+        columns: torch.Tensor | None,
+        device: torch.device,
+    ) -> Packed:
         """This expert's part of the memory of all."""
         stack = loaded.stack
         assert stack is not None
         if isinstance(stack.weight, torch.Tensor):
             memory = packed_memory(self._ops, loaded.layers * size, device)
-            stack.weight = Packed(memory.view(loaded.layers, size), segments)
-        if stack.weight.segments != segments:
-            raise WeightError("experts of one layer have different GGML types: set quantization='dequantize'")
-        return stack.weight.data[loaded.index]
+            of_all = None if columns is None else columns.new_empty(loaded.layers, len(columns))
+            stack.weight = Packed(memory.view(loaded.layers, size), segments, of_all)
+        whole = stack.weight
+        if whole.segments != segments or (whole.columns is None) != (columns is None):
+            raise WeightError("experts of one layer are quantised in different ways: set quantization='dequantize'")
+        if whole.columns is None or columns is None:
+            return Packed(whole.data[loaded.index], segments)
+        whole.columns[loaded.index] = columns
+        return Packed(whole.data[loaded.index], segments, whole.columns[loaded.index])
 
     def _pack(self, layer: LinearWeights, run: _Run, memory: torch.Tensor) -> None:
         if memory.device.type == "meta":
@@ -109,6 +122,23 @@ class GGUFLinearMethod(UnquantizedLinearMethod):
         for rows, tensor in run.parts:
             assert isinstance(tensor, Blocks)
             pack_blocks(self._ops, layer, tensor, rows.start - run.segment.rows.start, memory)
+
+
+def _in_one_order(layer: LinearWeights, parts: list[Part]) -> tuple[list[Part], torch.Tensor | None]:
+    """Parts whose columns are all in the order that is returned, None for that of the matrix: of those that are not,
+    the floats are taken."""
+    orders = [part.tensor.order() if isinstance(part.tensor, Blocks) else None for part in parts]
+    order = next((found for found in orders if found is not None), None)
+    if order is None:
+        return parts, None
+    agree = [found is not None and torch.equal(found, order) for found in orders]
+    if layer.gated and not all(agree):  # its halves are side by side, and of one form
+        return [Part(rows, _floats(tensor)) for rows, tensor in parts], None
+    ordered = [
+        part if agrees else Part(part.rows, _floats(part.tensor)[:, order])
+        for part, agrees in zip(parts, agree, strict=True)
+    ]
+    return ordered, order
 
 
 def _form(part: Part) -> Format | None:
