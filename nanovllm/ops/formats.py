@@ -16,8 +16,9 @@ class Format:
     """weight = code * scale + least, rounded to bfloat16.
 
     bits: of a code: 8 are signed, 6 are -32 to 31, 5 are 0 to 31, 4 are 0 to 15. group: columns that share a scale.
-    scale: dtype of scales and least values; int8 are multiples of fp16 numbers that 256 columns share. least: whether there are least values, else
-    they are 0. e4m3: whether codes are float8 numbers (torch.float8_e4m3fn) without NaN instead.
+    scale: dtype of scales and least values; int8 are multiples of fp16 numbers that 256 columns share. least: whether
+    there are least values, else they are 0. e4m3: whether codes are float8 numbers (torch.float8_e4m3fn) without NaN
+    instead.
     """
 
     number: int

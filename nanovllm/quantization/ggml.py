@@ -70,13 +70,6 @@ def row_bytes(kind: str, cols: int) -> int:
     return -(-cols // KINDS[kind].cols) * KINDS[kind].bytes
 
 
-def q8_0_blocks(codes: torch.Tensor, scales: torch.Tensor) -> GGMLBlocks:
-    """codes: int8 [rows, groups, 32]. scales: fp16 [rows, groups]."""
-    rows, groups, cols = codes.shape
-    values = scales[..., None].view(torch.uint8)  # [rows, groups, 2]
-    return GGMLBlocks("Q8_0", torch.cat([values, codes.view(torch.uint8)], dim=-1).view(rows, -1), groups * cols)
-
-
 def q4_1_blocks(codes: torch.Tensor, scales: torch.Tensor, least: torch.Tensor) -> GGMLBlocks:
     """codes: uint8 [rows, groups, 32]. scales, least: fp16 [rows, groups]."""
     rows, groups, cols = codes.shape

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from nanovllm.ops.formats import Q4
 from nanovllm.quantization.ggml import GGMLBlocks, q4_1_blocks
 from nanovllm.quantization.pieces import in_groups, row_pieces
 
@@ -17,7 +18,7 @@ _CUTS = ((0.0, 0.0), (0.03, 0.0), (0.0, 0.03), (0.03, 0.03))
 
 def quantize_int4(weight: torch.Tensor) -> GGMLBlocks:
     """weight: [rows, cols] of any float dtype."""
-    found = [_quantize(in_groups(weight[rows])).data for rows in row_pieces(*weight.shape)]
+    found = [_quantize(in_groups(weight[rows], Q4.group)).data for rows in row_pieces(*weight.shape)]
     return GGMLBlocks("Q4_1", torch.cat(found), weight.shape[1])
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import torch
 
-GROUP = 32  # columns that share a scale in the schemes of our own
 _WEIGHTS = 1 << 16
 _PANELS = 32  # rows that kernels keep together
 
@@ -17,11 +16,11 @@ def row_pieces(rows: int, cols: int, weights: int = _WEIGHTS) -> Iterator[slice]
     return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 
 
-def in_groups(weight: torch.Tensor) -> torch.Tensor:
-    """[rows, cols] of any float dtype -> fp32 [rows, groups, 32]. The last group is filled up with its last number,
+def in_groups(weight: torch.Tensor, group: int) -> torch.Tensor:
+    """[rows, cols] of any float dtype -> fp32 [rows, groups, group]. The last group is filled up with its last number,
     which widens no range."""
     rows, cols = weight.shape
     weight = weight.float()
-    if padding := -cols % GROUP:
+    if padding := -cols % group:
         weight = torch.cat([weight, weight[:, -1:].expand(-1, padding)], dim=1)
-    return weight.view(rows, -1, GROUP)
+    return weight.view(rows, -1, group)

@@ -9,7 +9,7 @@ import torch
 
 from nanovllm.build_context import BuildContext
 from nanovllm.config import STORED
-from nanovllm.ops.formats import Q4, Q8, Format
+from nanovllm.ops.formats import Q4, Q8_FINE, Format
 from nanovllm.quantization.blocks import Blocks
 from nanovllm.quantization.int4 import quantize_int4
 from nanovllm.quantization.int8 import quantize_int8
@@ -23,7 +23,7 @@ class Scheme(NamedTuple):
     form: Format
 
 
-_SCHEMES = {"int8": Scheme(quantize_int8, Q8), "int4": Scheme(quantize_int4, Q4)}
+_SCHEMES = {"int8": Scheme(quantize_int8, Q8_FINE), "int4": Scheme(quantize_int4, Q4)}
 
 
 def linear_method(ctx: BuildContext) -> LinearMethod:
