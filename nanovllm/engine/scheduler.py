@@ -7,7 +7,7 @@ import heapq
 from collections import deque
 from typing import NamedTuple
 
-from nanovllm.engine.cache_manager import CacheManager
+from nanovllm.engine.cache_manager import CacheManager, Places
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.engine.step import PlannedSequence, StepPlan, StepResult
 from nanovllm.sample_row import SampleRow, TokenLogprobs
@@ -141,31 +141,35 @@ class Scheduler:
     def _schedule_running(self, planned: list[PlannedSequence]) -> int:
         """Plan what runs already; returns the budget that is left."""
         budget = self.max_num_batched_tokens
-        decodes_left = sum([seq.num_uncomputed == 1 for seq in self.running])
+        decodes_left = [seq.num_tokens - seq.num_computed for seq in self.running].count(1)
         i = 0
         while i < len(self.running):
             seq = self.running[i]
-            if seq.num_uncomputed == 1:
+            i += 1
+            if seq.num_tokens - seq.num_computed == 1:
                 decodes_left -= 1
-                count = 0 if seq.num_pending and self._reaches_limit(seq) else 1
+                if seq.num_pending and seq.num_tokens == seq.most_tokens:
+                    continue  # its last token is on its way
+                count = 1
             else:  # a long prompt leaves one token for each decode behind it
                 count = self.cache.cut(seq, budget - decodes_left)
-            if count > 0:
-                if not self._make_room(seq, count):
-                    break  # seq was the last one and has been preempted itself
-                planned.append(self._plan(seq, count))
-                budget -= count
-            i += 1
+                if count == 0:
+                    continue
+            places = self._find_places(seq, count)
+            if places is None:
+                break  # seq was the last one and has been preempted itself
+            planned.append(self._plan(seq, count, places))
+            budget -= count
         return budget
 
-    def _make_room(self, seq: Sequence, count: int) -> bool:
-        """Reserve pages for seq, preempting from the end of the running list."""
-        while not self.cache.reserve(seq, count):
+    def _find_places(self, seq: Sequence, count: int) -> Places | None:
+        """For seq's next tokens, preempting from the end of the running list."""
+        while (places := self.cache.advance(seq, count)) is None:
             victim = self.running.pop()
             self._preempt(victim)
             if victim is seq:
-                return False
-        return True
+                return None
+        return places
 
     def _preempt(self, seq: Sequence) -> None:
         self.cache.free(seq)
@@ -194,47 +198,48 @@ class Scheduler:
                 seq.num_cached = min(seq.num_computed, seq.num_prompt_tokens)
             seq.status = SequenceStatus.RUNNING
             bisect.insort(self.running, seq, key=self._order)
-            planned.append(self._plan(seq, count))
+            places = self.cache.advance(seq, count)
+            assert places is not None, "it was admitted without pages"
+            planned.append(self._plan(seq, count, places))
             budget -= count
         for entry in held_back:
             heapq.heappush(self._waiting, entry)
 
-    def _plan(self, seq: Sequence, count: int) -> PlannedSequence:
-        start, end = seq.num_computed, seq.num_computed + count
-        tokens, follows = seq.token_ids[start:end], seq.row if seq.num_pending else -1
-        pages, slot, resume_from, capture_to = self.cache.advance(seq, count)
-        sample = None
+    def _plan(self, seq: Sequence, count: int, places: Places) -> PlannedSequence:
+        """The sequence's next `count` tokens, which the cache takes as computed already."""
+        pages, slot, resume_from, capture_to = places
+        end, params = seq.num_computed, seq.params
+        start = end - count
+        tokens, follows = seq.tokens(start, end), seq.row if seq.num_pending else -1
+        sample = logprobs = targets = None
+        if params.prompt_logprobs is not None and start < seq.num_prompt_tokens - 1:
+            logprobs, targets = params.prompt_logprobs, seq.prompt_token_ids[start + 1 : end + 1]
         if end == seq.num_tokens:
             sample = self._sample_row(seq)
             seq.expect(self._num_sampling)
             self._num_sampling += 1
         self._planned[-1].append(seq)
-        logprobs = targets = None
-        if seq.params.prompt_logprobs is not None and start < seq.num_prompt_tokens - 1:
-            logprobs, targets = seq.params.prompt_logprobs, seq.prompt_token_ids[start + 1 : end + 1]
         return PlannedSequence(  # by position: names would take as long as all the rest
-            *(seq.seq_id, tokens, start, pages, slot, sample, resume_from, capture_to, logprobs, targets, follows)
+            seq.seq_id, tokens, start, pages, slot, sample, resume_from, capture_to, logprobs, targets, follows
         )
 
     @staticmethod
     def _sample_row(seq: Sequence) -> SampleRow:
-        index, params = seq.num_output_tokens, seq.params
+        prompt, params = seq.prompt_token_ids, seq.params
+        output = seq.tokens(seq.num_prompt_tokens, seq.num_tokens)
+        index = len(output)
         stop_ids = seq.stop_ids if index < params.min_tokens else ()
-        return SampleRow(params, seq.seed, index, seq.prompt_token_ids, seq.output_token_ids, stop_ids, seq.bad_words)
+        return SampleRow(params, seq.seed, index, prompt, output, stop_ids, seq.bad_words)
 
     def _finish_if_ended(self, seq: Sequence, token_id: int) -> None:
-        params = seq.params
-        if token_id in seq.stop_ids and seq.num_known - seq.num_prompt_tokens >= params.min_tokens:
-            assert params.stop_token_ids is not None
-            self.finish(seq, "stop", token_id if token_id in params.stop_token_ids else None)
-        elif not seq.num_pending and self._reaches_limit(seq):
-            self.finish(seq, "length")
-        elif seq.num_pending and seq.num_known % self.cache.block_size == 0:
+        if token_id in seq.stop_ids and seq.num_known - seq.num_prompt_tokens >= seq.params.min_tokens:
+            assert seq.params.stop_token_ids is not None
+            self.finish(seq, "stop", token_id if token_id in seq.params.stop_token_ids else None)
+        elif not seq.num_pending:
+            if seq.num_tokens == seq.most_tokens:
+                self.finish(seq, "length")
+        elif seq.num_known % self.cache.block_size == 0:
             self.cache.commit(seq)  # the token that its page lacked, when its computation was planned, is known
-
-    def _reaches_limit(self, seq: Sequence) -> bool:
-        """With the tokens that are pending."""
-        return seq.num_output_tokens == seq.params.max_tokens or seq.num_tokens >= self.max_model_len
 
     def check_invariants(self) -> None:
         waiting = [seq for _, seq in self._waiting if not seq.finished]

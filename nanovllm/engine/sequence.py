@@ -42,6 +42,7 @@ class Sequence:
         stop_ids: tuple[int, ...] = (),
         bad_words: tuple[tuple[int, ...], ...] = (),
         leader: Sequence | None = None,
+        max_model_len: int,
     ) -> None:
         self.seq_id = seq_id  # also the order of arrival
         self.request_id = request_id
@@ -56,6 +57,9 @@ class Sequence:
         self.status = SequenceStatus.WAITING
         self.num_prompt_tokens = len(prompt)
         self.num_tokens = len(prompt)
+        self.most_tokens = max_model_len  # it ends with so many
+        if params.max_tokens is not None:
+            self.most_tokens = min(len(prompt) + params.max_tokens, max_model_len)
         self.num_pending = 0
         self.row = 0  # of the last planned step's result that the last pending token comes in
         self.num_computed = 0
@@ -95,20 +99,25 @@ class Sequence:
     def finished(self) -> bool:
         return self.status is SequenceStatus.FINISHED
 
+    def tokens(self, start: int, end: int) -> np.ndarray:
+        """int32 [end - start], a view."""
+        return self._tokens[start:end]
+
     def expect(self, row: int) -> None:
         """Room for the token that a planned step will sample."""
-        if self.num_tokens == len(self._tokens):
-            grown = np.empty(2 * len(self._tokens) + 16, dtype=np.int32)
-            grown[: self.num_tokens] = self._tokens
+        place = self.num_tokens
+        if place == len(self._tokens):
+            grown = np.empty(2 * place + 16, dtype=np.int32)
+            grown[:place] = self._tokens
             self._tokens = grown
-        self._tokens[self.num_tokens] = PENDING
-        self.num_tokens += 1
+        self._tokens[place] = PENDING
+        self.num_tokens = place + 1
         self.num_pending += 1
         self.row = row
 
     def resolve(self, token_id: int) -> None:
         """The oldest pending token is known."""
-        self._tokens[self.num_known] = token_id
+        self._tokens[self.num_tokens - self.num_pending] = token_id
         self.num_pending -= 1
 
     def forget_pending(self) -> None:
