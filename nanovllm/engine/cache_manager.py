@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-import numpy as np
-
 from nanovllm.engine.block_manager import BlockManager, block_hash, root_hash
 from nanovllm.engine.page_table import PageTable
 from nanovllm.engine.sequence import Sequence
@@ -43,11 +41,6 @@ class _Hit:
     @property
     def num_blocks(self) -> int:
         return len(self.table)
-
-
-Places = tuple[np.ndarray, int, int, int]
-"""Of a sequence in a step: its pages (int32, a view), its state slot, and the slots to copy the state from before the
-step and to after it, or 0."""
 
 
 class CacheManager:
@@ -121,6 +114,7 @@ class CacheManager:
         room, named = len(table) * self.block_size, hit.num_blocks
         name_at = sys.maxsize if self._hash_key(seq) is None else (named + 1) * self.block_size
         self._held[seq.seq_id] = _Holding(table, room, named, name_at, slot, resume_from, junction, released)
+        seq.part.block_table, seq.part.state_slot = table.pages, slot
         seq.num_computed = num_cached
         return num_new
 
@@ -128,9 +122,9 @@ class CacheManager:
         """How many of a running sequence's tokens the next step computes: at most `limit`, maybe 0."""
         return self._cut(seq, seq.num_computed, limit, self._held[seq.seq_id].junction)
 
-    def advance(self, seq: Sequence, count: int) -> Places | None:
-        """Plan a running sequence's next `count` tokens, with pages for those that have none; None, and nothing has
-        changed, if there are too few.
+    def advance(self, seq: Sequence, count: int) -> bool:
+        """Find places for a running sequence's next `count` tokens, and write them into its part in the step; False,
+        and none is computed, if there are too few pages.
 
         The pages that it fills are named at once: sequences of the same step may already share them,
         because a layer stores all keys and values before any row attends.
@@ -138,17 +132,16 @@ class CacheManager:
         held = self._held[seq.seq_id]
         end = seq.num_computed + count
         if self.window is not None:
-            self._release_behind_window(held, seq.num_computed)
-        if end > held.room and not self._extend(held, end):
-            return None
-        resume_from = capture_to = 0
+            self._release_behind_window(seq, held)
+        if end > held.room and not self._extend(seq, held, end):
+            return False
         if self.states is not None:
-            resume_from, held.resume_from = held.resume_from, 0  # told once
-            capture_to = self._capture(seq, held, count)
+            seq.part.resume_from, held.resume_from = held.resume_from, 0  # told once
+            seq.part.capture_to = self._capture(seq, held, count)
         seq.num_computed = end
         if end >= held.name_at:
             self._name_pages(seq, held)
-        return held.table.pages, held.slot, resume_from, capture_to
+        return True
 
     def commit(self, seq: Sequence) -> None:
         """Name the pages whose last token has become known since they were planned."""
@@ -156,13 +149,14 @@ class CacheManager:
         if seq.num_computed >= held.name_at:
             self._name_pages(seq, held)
 
-    def _extend(self, held: _Holding, end: int) -> bool:
+    def _extend(self, seq: Sequence, held: _Holding, end: int) -> bool:
         """Find pages for the tokens up to `end`, if so many are free."""
         needed = self._pages(end) - len(held.table)
         if needed > self.blocks.num_free:
             return False
         held.table.extend(self.blocks.allocate(needed))
         held.room = len(held.table) * self.block_size
+        seq.part.block_table = held.table.pages
         return True
 
     def _name_pages(self, seq: Sequence, held: _Holding) -> None:
@@ -212,12 +206,13 @@ class CacheManager:
         """The first page that a token at position num_computed sees, or any token after it."""
         return 0 if self.window is None else max(0, num_computed - self.window + 1) // self.block_size
 
-    def _release_behind_window(self, held: _Holding, num_computed: int) -> None:
-        first = self._first_visible(num_computed)
+    def _release_behind_window(self, seq: Sequence, held: _Holding) -> None:
+        first = self._first_visible(seq.num_computed)
         if first > held.num_released:
             behind = held.table.release(held.num_released, first)
             held.num_released = first
             self.blocks.free(reversed(behind))
+            seq.part.block_table = held.table.pages
 
     def _hash_key(self, seq: Sequence) -> str | None:
         """Who may share with whom; None for sequences that share with nobody."""

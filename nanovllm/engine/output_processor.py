@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from nanovllm.engine.request import Request
-from nanovllm.engine.scheduler import SequenceUpdate
+from nanovllm.engine.scheduler import Chunk, StepUpdate
 from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from nanovllm.sample_row import TokenLogprobs
@@ -102,7 +102,7 @@ class OutputProcessor:
         return list(self._states)
 
     def process(
-        self, updates: list[SequenceUpdate], step_start: float
+        self, update: StepUpdate, step_start: float
     ) -> tuple[list[RequestOutput], list[tuple[Sequence, str]]]:
         """Outputs of the requests that got something, and the running sequences that a stop
         string ended (with the string): those the scheduler still has to finish.
@@ -110,26 +110,26 @@ class OutputProcessor:
         now = time.monotonic()
         touched: dict[str, RequestOutput] = {}
         stopped: list[tuple[Sequence, str]] = []
-        for update in updates:
-            seq, token_id = update.seq, update.token_id
+        for chunk in update.chunks:
+            touched[chunk.seq.request_id] = self._book_chunk(chunk, step_start)
+        for seq, token_id, logprobs in update.tokens:
             state = self._states[seq.request_id]
-            completion, output = state.completions[seq.index], state.output
-            touched[seq.request_id] = output
-            if output.metrics.first_token_time is None or seq.num_preemptions:
-                self._book_progress(state, update, step_start, now)
-            if token_id is not None:
-                output.metrics.last_token_time = now
-                if update.logprobs is not None:
-                    self._book_logprobs(completion.output, update.logprobs)
-                completion.append(token_id, ended_by_token=seq.finish_reason == "stop")
-            if seq.finish_reason is None and completion.output.finish_reason is None:
-                continue
-            if seq.finish_reason is not None and completion.output.finish_reason is None:
-                completion.finish(seq.finish_reason, seq.stop_reason)
-            elif seq.finish_reason is None:
+            output = touched[seq.request_id] = state.output
+            completion, metrics = state.completions[seq.index], output.metrics
+            metrics.last_token_time = now
+            if metrics.first_token_time is None:
+                metrics.first_token_time = now
+            if logprobs is not None:
+                self._book_logprobs(completion.output, logprobs)
+            completion.append(token_id, ended_by_token=seq.finish_reason == "stop")
+            if seq.finish_reason is not None:
+                if completion.output.finish_reason is None:
+                    completion.finish(seq.finish_reason, seq.stop_reason)
+                self._settle(state, now)
+            elif completion.output.finish_reason is not None:
                 assert isinstance(completion.output.stop_reason, str)
                 stopped.append((seq, completion.output.stop_reason))
-            self._settle(state, now)
+                self._settle(state, now)
         return list(touched.values()), stopped
 
     def abort(self, request_id: str) -> RequestOutput:
@@ -141,18 +141,17 @@ class OutputProcessor:
         self._settle(state, time.monotonic())
         return state.output
 
-    def _book_progress(self, state: _RequestState, update: SequenceUpdate, step_start: float, now: float) -> None:
-        """What changes before the first token, or by preemption."""
-        output, metrics = state.output, state.output.metrics
-        if metrics.first_scheduled_time is None:
-            metrics.first_scheduled_time = step_start
-        if metrics.first_token_time is None and update.token_id is not None:
-            metrics.first_token_time = now
-        if update.prompt_logprobs is not None:
+    def _book_chunk(self, chunk: Chunk, step_start: float) -> RequestOutput:
+        state = self._states[chunk.seq.request_id]
+        output = state.output
+        if output.metrics.first_scheduled_time is None:
+            output.metrics.first_scheduled_time = step_start
+        if chunk.prompt_logprobs is not None:
             assert output.prompt_logprobs is not None
-            for i, found in enumerate(update.prompt_logprobs, start=update.start + 1):
+            for i, found in enumerate(chunk.prompt_logprobs, start=chunk.start + 1):
                 output.prompt_logprobs[i] = self._logprob_dict(found)
         state.count()
+        return output
 
     def _book_logprobs(self, output: CompletionOutput, found: TokenLogprobs) -> None:
         assert output.logprobs is not None and output.cumulative_logprob is not None

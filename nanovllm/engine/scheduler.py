@@ -5,27 +5,40 @@ from __future__ import annotations
 import bisect
 import heapq
 from collections import deque
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from nanovllm.engine.cache_manager import CacheManager, Places
+from nanovllm.engine.cache_manager import CacheManager
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.engine.step import PlannedSequence, StepPlan, StepResult
-from nanovllm.sample_row import SampleRow, TokenLogprobs
+from nanovllm.sample_row import TokenLogprobs
 
 
-class SequenceUpdate(NamedTuple):
-    """What one step brought one sequence; token_id is None while its prompt is incomplete.
+class Chunk(NamedTuple):
+    """Tokens [start, end) of a sequence were computed at once: a prompt's, or again what a preempted one had.
 
-    start, end: positions of the tokens that the step computed; prompt_logprobs[i] belongs to
-        the prompt token at start + 1 + i.
+    prompt_logprobs[i] belongs to the prompt token at start + 1 + i.
     """
 
     seq: Sequence
     start: int
     end: int
-    token_id: int | None
-    logprobs: TokenLogprobs | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
+
+
+class StepUpdate(NamedTuple):
+    """What a step brought: the chunks that it computed, and who sampled which token."""
+
+    chunks: list[Chunk]
+    tokens: list[tuple[Sequence, int, TokenLogprobs | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """Of a step that is not done. sampling: in the order of its result's rows."""
+
+    sampling: list[Sequence] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
 
 
 class Scheduler:
@@ -46,20 +59,17 @@ class Scheduler:
         *,
         max_num_batched_tokens: int,
         max_num_seqs: int,
-        max_model_len: int,
         policy: str = "fcfs",
     ) -> None:
         assert max_num_seqs <= max_num_batched_tokens
         self.cache = cache
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_seqs = max_num_seqs
-        self.max_model_len = max_model_len
         self._by_priority = policy == "priority"
         self.running: list[Sequence] = []  # sorted by _order
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []  # heap; may hold finished ones
         self._num_waiting = 0
-        self._planned: deque[list[Sequence]] = deque()  # of the steps that are not done
-        self._num_sampling = 0  # in the step that is being planned
+        self._planned: deque[_Planned] = deque()  # the last one may be in the making
         self.num_preemptions = 0
 
     @property
@@ -71,7 +81,7 @@ class Scheduler:
         return bool(self.running) or self._num_waiting > 0
 
     def add(self, seq: Sequence) -> None:
-        assert seq.status is SequenceStatus.WAITING and seq.num_known < self.max_model_len
+        assert seq.status is SequenceStatus.WAITING and seq.num_known < seq.most_tokens
         self._num_waiting += 1
         heapq.heappush(self._waiting, (self._order(seq), seq))
 
@@ -90,36 +100,31 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """Plan one step; empty only when there is nothing to do before a planned step is done."""
-        planned: list[PlannedSequence] = []
-        self._num_sampling = 0
-        self._planned.append([])
+        parts: list[PlannedSequence] = []
+        self._planned.append(_Planned())
         self.cache.begin_step()
         preempted_before = self.num_preemptions
-        budget = self._schedule_running(planned)
+        budget = self._schedule_running(parts)
         if self.num_preemptions == preempted_before:  # else the victim would come straight back
-            self._admit_waiting(planned, budget)
-        if not planned:
+            self._admit_waiting(parts, budget)
+        if not parts:
             self._planned.pop()
-        return StepPlan(planned)
+        return StepPlan(parts)
 
-    def update(self, plan: StepPlan, result: StepResult) -> list[SequenceUpdate]:
+    def update(self, result: StepResult) -> StepUpdate:
         """Book the tokens of the oldest step that is not done, and finish what has come to its end. What it
         brought sequences that have ended since it was planned is dropped."""
-        sampled = zip(result.token_ids.tolist(), result.logprobs, strict=True)
-        updates = []
-        for item, seq in zip(plan.sequences, self._planned.popleft(), strict=True):
-            token_id, logprobs = None, None
-            if item.sample is not None:
-                token_id, logprobs = next(sampled)
-            if seq.finished:
-                continue
-            if token_id is not None:
+        step = self._planned.popleft()
+        found = result.prompt_logprobs
+        chunks = [c._replace(prompt_logprobs=found.get(c.seq.seq_id)) for c in step.chunks if not c.seq.finished]
+        tokens = []
+        for sampled in zip(step.sampling, result.token_ids.tolist(), result.logprobs, strict=True):
+            seq, token_id, _ = sampled
+            if seq.finish_reason is None:
                 seq.resolve(token_id)
                 self._finish_if_ended(seq, token_id)
-            prompt_logprobs = result.prompt_logprobs.get(seq.seq_id)
-            end = item.start + len(item.token_ids)
-            updates.append(SequenceUpdate(seq, item.start, end, token_id, logprobs, prompt_logprobs))
-        return updates
+                tokens.append(sampled)
+        return StepUpdate(chunks, tokens)
 
     def abandon_steps(self) -> None:
         """A step broke off half-way: pages may be half-written, so nothing in them is trusted.
@@ -128,7 +133,7 @@ class Scheduler:
         prefix is forgotten.
         """
         for planned in self._planned:
-            for seq in planned:
+            for seq in planned.sampling:
                 seq.forget_pending()
         self._planned.clear()
         self.cache.reset_prefix_cache()
@@ -138,13 +143,13 @@ class Scheduler:
     def _order(self, seq: Sequence) -> tuple[int, int]:
         return (seq.priority if self._by_priority else 0, seq.seq_id)
 
-    def _schedule_running(self, planned: list[PlannedSequence]) -> int:
+    def _schedule_running(self, parts: list[PlannedSequence]) -> int:
         """Plan what runs already; returns the budget that is left."""
-        budget = self.max_num_batched_tokens
-        decodes_left = [seq.num_tokens - seq.num_computed for seq in self.running].count(1)
+        budget, running = self.max_num_batched_tokens, self.running
+        decodes_left = [seq.num_tokens - seq.num_computed for seq in running].count(1)
         i = 0
-        while i < len(self.running):
-            seq = self.running[i]
+        while i < len(running):
+            seq = running[i]
             i += 1
             if seq.num_tokens - seq.num_computed == 1:
                 decodes_left -= 1
@@ -155,21 +160,30 @@ class Scheduler:
                 count = self.cache.cut(seq, budget - decodes_left)
                 if count == 0:
                     continue
-            places = self._find_places(seq, count)
-            if places is None:
+            if not self._find_places(seq, count):
                 break  # seq was the last one and has been preempted itself
-            planned.append(self._plan(seq, count, places))
+            parts.append(self._plan(seq, count))
             budget -= count
         return budget
 
-    def _find_places(self, seq: Sequence, count: int) -> Places | None:
+    def _find_places(self, seq: Sequence, count: int) -> bool:
         """For seq's next tokens, preempting from the end of the running list."""
-        while (places := self.cache.advance(seq, count)) is None:
+        while not self.cache.advance(seq, count):
             victim = self.running.pop()
             self._preempt(victim)
             if victim is seq:
-                return None
-        return places
+                return False
+        return True
+
+    def _plan(self, seq: Sequence, count: int) -> PlannedSequence:
+        """A part in the step for the `count` tokens that have found their places."""
+        step, start = self._planned[-1], seq.num_computed - count
+        part = seq.plan(start, len(step.sampling))
+        if part.sample is not None:
+            step.sampling.append(seq)
+        if count > 1 or start < seq.num_prompt_tokens:
+            step.chunks.append(Chunk(seq, start, start + count))
+        return part
 
     def _preempt(self, seq: Sequence) -> None:
         self.cache.free(seq)
@@ -179,7 +193,7 @@ class Scheduler:
         self.num_preemptions += 1
         self.add(seq)
 
-    def _admit_waiting(self, planned: list[PlannedSequence], budget: int) -> None:
+    def _admit_waiting(self, parts: list[PlannedSequence], budget: int) -> None:
         held_back = []
         while self._waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             entry = heapq.heappop(self._waiting)
@@ -198,38 +212,12 @@ class Scheduler:
                 seq.num_cached = min(seq.num_computed, seq.num_prompt_tokens)
             seq.status = SequenceStatus.RUNNING
             bisect.insort(self.running, seq, key=self._order)
-            places = self.cache.advance(seq, count)
-            assert places is not None, "it was admitted without pages"
-            planned.append(self._plan(seq, count, places))
+            found = self.cache.advance(seq, count)
+            assert found, "it was admitted without pages"
+            parts.append(self._plan(seq, count))
             budget -= count
         for entry in held_back:
             heapq.heappush(self._waiting, entry)
-
-    def _plan(self, seq: Sequence, count: int, places: Places) -> PlannedSequence:
-        """The sequence's next `count` tokens, which the cache takes as computed already."""
-        pages, slot, resume_from, capture_to = places
-        end, params = seq.num_computed, seq.params
-        start = end - count
-        tokens, follows = seq.tokens(start, end), seq.row if seq.num_pending else -1
-        sample = logprobs = targets = None
-        if params.prompt_logprobs is not None and start < seq.num_prompt_tokens - 1:
-            logprobs, targets = params.prompt_logprobs, seq.prompt_token_ids[start + 1 : end + 1]
-        if end == seq.num_tokens:
-            sample = self._sample_row(seq)
-            seq.expect(self._num_sampling)
-            self._num_sampling += 1
-        self._planned[-1].append(seq)
-        return PlannedSequence(  # by position: names would take as long as all the rest
-            seq.seq_id, tokens, start, pages, slot, sample, resume_from, capture_to, logprobs, targets, follows
-        )
-
-    @staticmethod
-    def _sample_row(seq: Sequence) -> SampleRow:
-        prompt, params = seq.prompt_token_ids, seq.params
-        output = seq.tokens(seq.num_prompt_tokens, seq.num_tokens)
-        index = len(output)
-        stop_ids = seq.stop_ids if index < params.min_tokens else ()
-        return SampleRow(params, seq.seed, index, prompt, output, stop_ids, seq.bad_words)
 
     def _finish_if_ended(self, seq: Sequence, token_id: int) -> None:
         if token_id in seq.stop_ids and seq.num_known - seq.num_prompt_tokens >= seq.params.min_tokens:

@@ -7,6 +7,8 @@ from collections.abc import Sequence as Tokens
 
 import numpy as np
 
+from nanovllm.engine.step import PlannedSequence
+from nanovllm.sample_row import SampleRow
 from nanovllm.sampling_params import SamplingParams
 
 PENDING = -1  # in place of a token that is not known
@@ -52,7 +54,6 @@ class Sequence:
         self.priority = priority
         self.cache_salt = cache_salt
         self.stop_ids = stop_ids
-        self.bad_words = bad_words
         self.leader = leader  # the sibling that computes the shared prompt first
         self.status = SequenceStatus.WAITING
         self.num_prompt_tokens = len(prompt)
@@ -69,6 +70,9 @@ class Sequence:
         self.stop_reason: str | int | None = None
         self._tokens = np.array(prompt, dtype=np.int32)
         self.prompt_token_ids = self._tokens  # outlives the array that grows
+        nothing = self._tokens[:0]
+        self.part = PlannedSequence(seq_id, nothing, 0, nothing, 0, None)  # in the last planned step
+        self.sample_row = SampleRow(params, seed, 0, self._tokens, nothing, (), bad_words)
 
     @property
     def token_ids(self) -> np.ndarray:
@@ -99,11 +103,32 @@ class Sequence:
     def finished(self) -> bool:
         return self.status is SequenceStatus.FINISHED
 
-    def tokens(self, start: int, end: int) -> np.ndarray:
-        """int32 [end - start], a view."""
-        return self._tokens[start:end]
+    def plan(self, start: int, row: int) -> PlannedSequence:
+        """Its part in the step that computes its tokens from `start` to num_computed. If there are no more, the step
+        samples the next one, in this row of its result."""
+        part, end = self.part, self.num_computed
+        part.token_ids = self._tokens[start:end]
+        part.start = start
+        part.sample = None
+        part.follows = self.row if self.num_pending else -1
+        if end == self.num_tokens:
+            sample = part.sample = self.sample_row
+            sample.index = end - self.num_prompt_tokens
+            sample.output = self._tokens[self.num_prompt_tokens : end]
+            sample.stop_ids = self.stop_ids if sample.index < self.params.min_tokens else ()
+            self._expect(row)
+        if self.params.prompt_logprobs is not None:
+            self._ask_about_prompt(start, end)
+        return part
 
-    def expect(self, row: int) -> None:
+    def _ask_about_prompt(self, start: int, end: int) -> None:
+        part = self.part
+        part.num_prompt_logprobs = part.prompt_targets = None
+        if start < self.num_prompt_tokens - 1:
+            part.num_prompt_logprobs = self.params.prompt_logprobs
+            part.prompt_targets = self.prompt_token_ids[start + 1 : end + 1]
+
+    def _expect(self, row: int) -> None:
         """Room for the token that a planned step will sample."""
         place = self.num_tokens
         if place == len(self._tokens):

@@ -148,10 +148,12 @@ class _WholeTexts(dict[int, "str | None"]):
         self._tokenizer = tokenizer
 
     def __missing__(self, token_id: int) -> str | None:
+        text: str | None
         try:
-            text = self[token_id] = self._tokenizer.token_bytes(token_id).decode()
+            text = self._tokenizer.token_bytes(token_id).decode()
         except UnicodeDecodeError:
-            text = self[token_id] = None
+            text = None
+        self[token_id] = text
         return text
 
 
