@@ -101,9 +101,7 @@ class OutputProcessor:
         """Of unfinished requests."""
         return list(self._states)
 
-    def process(
-        self, update: StepUpdate, step_start: float
-    ) -> tuple[list[RequestOutput], list[tuple[Sequence, str]]]:
+    def process(self, update: StepUpdate, step_start: float) -> tuple[list[RequestOutput], list[tuple[Sequence, str]]]:
         """Outputs of the requests that got something, and the running sequences that a stop
         string ended (with the string): those the scheduler still has to finish.
         """

@@ -160,20 +160,20 @@ class Scheduler:
                 count = self.cache.cut(seq, budget - decodes_left)
                 if count == 0:
                     continue
-            if not self._find_places(seq, count):
+            if not (self.cache.advance(seq, count) or self._make_room(seq, count)):
                 break  # seq was the last one and has been preempted itself
             parts.append(self._plan(seq, count))
             budget -= count
         return budget
 
-    def _find_places(self, seq: Sequence, count: int) -> bool:
-        """For seq's next tokens, preempting from the end of the running list."""
-        while not self.cache.advance(seq, count):
-            victim = self.running.pop()
+    def _make_room(self, seq: Sequence, count: int) -> bool:
+        """Advance seq by preempting from the end of the running list."""
+        while (victim := self.running.pop()) is not seq:
             self._preempt(victim)
-            if victim is seq:
-                return False
-        return True
+            if self.cache.advance(seq, count):
+                return True
+        self._preempt(seq)
+        return False
 
     def _plan(self, seq: Sequence, count: int) -> PlannedSequence:
         """A part in the step for the `count` tokens that have found their places."""

@@ -16,7 +16,7 @@ class PlannedSequence:
     A sequence has one such object, which is moved on from step to step rather than made anew: a plan holds
     until the next one is made.
 
-    block_table: the sequence's pages, 0 for those behind its window; a view, valid for this step.
+    block_table: the sequence's pages, 0 for those behind its window; another object once they change.
     state_slot: of the sequence's recurrent state, 0 for models without.
     resume_from: slot to copy the state from before the step, capture_to: slot to copy it to
         after the step; 0 for none.
