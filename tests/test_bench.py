@@ -151,6 +151,15 @@ def test_engines_that_do_not_start_are_left_out(tmp_path):
     assert "no engine is left" in done.stderr
 
 
+def test_an_option_that_is_refused_says_why(fake):
+    """It said that the engine ended with status -9."""
+    argv = command(fake[0], "--preset=single", "--engine=hf", "--rounds=1", "--ab=kvcache_block_size=7")
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "kvcache_block_size=7: left out: kvcache_block_size" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
 def test_wrong_usage():
     for argv in (["--engine=nano"], ["--preset=pool,single"], ["--ab=seed"], ["--rounds=0"]):
         done = subprocess.run(
