@@ -26,6 +26,38 @@ char* put_values(char* to, int64_t row, int64_t bytes, const char* scale, const 
     return to + (least == nullptr ? PAIR : 2 * PAIR) * bytes;
 }
 
+// Up to N codes at a time, as they lie in a word's bytes.
+template <int N, class Word, class Put>
+void each_word(const int8_t* codes, int64_t count, Put put) {
+    Word word;
+    int64_t c = 0;
+    for (; c + N <= count; c += N) {
+        std::memcpy(&word, codes + c, N);
+        put(c, word);
+    }
+    if (c == count) return;
+    word = 0;
+    std::memcpy(&word, codes + c, count - c);
+    put(c, word);
+}
+
+// A group's codes of row `row` of a pair, to the places that `place` tells. A step's two columns are neighbours.
+void put_bytes(const int8_t* codes, int64_t count, char* to, int64_t row) {
+    to += row / PANEL * PAIR + row % PANEL * 2;
+    each_word<2, uint16_t>(codes, count, [=](int64_t c, uint16_t two) { std::memcpy(to + c * PAIR, &two, 2); });
+}
+
+// Two steps are two neighbouring words, one for each column of a step, in whose halves the steps are.
+void put_nibbles(const int8_t* codes, int64_t count, char* to, int64_t row) {
+    const int64_t panel = row / PANEL, r = row % PANEL;
+    uint32_t* words = (uint32_t*)to + r % 8 * 2;
+    each_word<4, uint32_t>(codes, count, [=](int64_t c, uint32_t four) {
+        four = (four & 0x0f0f0f0f) << r / 8 * 4;
+        words[c * 4] |= (four & 0x00ff00ff) << 8 * panel;
+        words[c * 4 + 1] |= (four >> 8 & 0x00ff00ff) << 8 * panel;
+    });
+}
+
 // Row `row` of a pair.
 void pack_row(const Layout& form, const int8_t* codes, const Values& values, int64_t k, char* pair, int64_t row) {
     const int64_t group = form.group, bytes = form.scale_bytes;
@@ -34,10 +66,11 @@ void pack_row(const Layout& form, const int8_t* codes, const Values& values, int
             pair = put_values(pair, row, 2, values.outer + 2 * o, form.least ? values.outer_least + 2 * o : nullptr);
         char* behind = put_values(pair, row, bytes, values.scales + g * bytes,
                                   form.least ? values.least + g * bytes : nullptr);
-        for (int64_t c = g * group; c < std::min((g + 1) * group, k); ++c) {
-            const Place at = place(form.bits, row, c - g * group);
-            behind[at.byte] |= (char)((form.bits == 8 ? codes[c] : codes[c] & 15) << at.shift);
-        }
+        const int64_t count = std::min(group, k - g * group);
+        if (form.bits == 8)
+            put_bytes(codes + g * group, count, behind, row);
+        else
+            put_nibbles(codes + g * group, count, behind, row);
         pair += form.group_bytes();
     }
 }
