@@ -233,7 +233,7 @@ class Scheduler:
         waiting = [seq for _, seq in self._waiting if not seq.finished]
         assert len(waiting) == self._num_waiting
         assert all(s.status is SequenceStatus.WAITING and s.num_computed == 0 for s in waiting)
-        assert all(s.status is SequenceStatus.RUNNING and s.num_uncomputed > 0 for s in self.running)
+        assert all(s.status is SequenceStatus.RUNNING and s.num_computed < s.num_tokens for s in self.running)
         assert len(self.running) <= self.max_num_seqs
         assert [self._order(s) for s in self.running] == sorted(self._order(s) for s in self.running)
         assert not any(self.cache.holds(s) for s in waiting), "a waiting sequence holds pages"

@@ -58,7 +58,7 @@ class Sequence:
         self.status = SequenceStatus.WAITING
         self.num_prompt_tokens = len(prompt)
         self.num_tokens = len(prompt)
-        self.most_tokens = max_model_len  # it ends with so many
+        self.most_tokens = max_model_len  # it ends once it has so many
         if params.max_tokens is not None:
             self.most_tokens = min(len(prompt) + params.max_tokens, max_model_len)
         self.num_pending = 0
@@ -80,20 +80,8 @@ class Sequence:
         return self._tokens[: self.num_tokens]
 
     @property
-    def output_token_ids(self) -> np.ndarray:
-        return self._tokens[self.num_prompt_tokens : self.num_tokens]
-
-    @property
-    def num_output_tokens(self) -> int:
-        return self.num_tokens - self.num_prompt_tokens
-
-    @property
     def num_known(self) -> int:
         return self.num_tokens - self.num_pending
-
-    @property
-    def num_uncomputed(self) -> int:
-        return self.num_tokens - self.num_computed
 
     @property
     def prompt_computed(self) -> bool:
