@@ -18,7 +18,7 @@ def part(table: PageTable) -> PlannedSequence:
     return PlannedSequence(0, np.array([7], np.int32), 4 * len(table) - 1, table.pages, 0, row)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_rows_hold_the_tables_of_every_step(data):
     """Sequences that come, go, change places, get pages and give pages back, and padding in between."""
