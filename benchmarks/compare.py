@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from benchmarks import models
-from benchmarks.engines import READS, Job
+from benchmarks.engines import READS
 from benchmarks.probe import probe_text
 from benchmarks.report import finish, print_table, speed
 from benchmarks.roof import Work
 from benchmarks.worker import EngineEnded, Worker
-from benchmarks.workload import Preset, make_sequences
+from benchmarks.workload import Job, Preset, make_sequences
 
 _TORCH = {"kernels": "torch", "attention_backend": "cpu"}
 

@@ -4,29 +4,11 @@ every sequence to its full length."""
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from benchmarks.llamacpp import LlamaCpp
 from benchmarks.models import unquantized
-from benchmarks.workload import Sequences, shared_beginning
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What an engine is loaded for.
-
-    paths: {"own": for nanovllm, "hf": a Hugging Face directory, "gguf": a file}, as far as there are such.
-    random: no weights on disk, whatever the engine likes instead. num_seqs, longest: of any preset.
-    options: of nanovllm's engine.
-    """
-
-    paths: dict[str, str]
-    dtype: str
-    random: bool
-    num_seqs: int
-    longest: int
-    options: dict[str, Any] = field(default_factory=dict)
+from benchmarks.workload import Job, Refused, Sequences, shared_beginning
 
 
 class Engine(Protocol):
@@ -35,10 +17,13 @@ class Engine(Protocol):
 
 class NanoVLLM:
     def __init__(self, job: Job) -> None:
-        from nanovllm import LLM, SamplingParams
+        from nanovllm import LLM, ConfigError, SamplingParams
 
         options = unquantized(job.paths["own"]) | ({"load_format": "dummy"} if job.random else {})
-        self._llm = LLM(job.paths["own"], dtype=job.dtype, skip_tokenizer_init=True, **options | job.options)
+        try:
+            self._llm = LLM(job.paths["own"], dtype=job.dtype, skip_tokenizer_init=True, **options | job.options)
+        except ConfigError as error:
+            raise Refused(str(error)) from error
         self._params = SamplingParams
 
     def run(self, sequences: Sequences) -> None:

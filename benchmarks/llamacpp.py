@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from benchmarks.workload import Sequences, shared_beginning
-
-if TYPE_CHECKING:
-    from benchmarks.engines import Job
+from benchmarks.workload import Job, Sequences, shared_beginning
 
 _BATCH = 2048  # tokens a call
 _Row = tuple[int, int, int, bool]  # token, position, sequence, whether to go on from it

@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """paths: see benchmarks.engines.Job. config: of config.json. random: the files hold no weights."""
+    """paths: see benchmarks.workload.Job. config: of config.json. random: the files hold no weights."""
 
     name: str
     paths: dict[str, str]

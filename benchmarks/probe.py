@@ -9,11 +9,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from benchmarks.engines import Job
-    from benchmarks.workload import Sequences
+from benchmarks.workload import Job, Sequences
 
 _CSRC = Path(__file__).parents[1] / "nanovllm" / "csrc"
 _MEETINGS = """

@@ -126,4 +126,4 @@ def _add(llm: LLM, batch: int, max_tokens: int) -> None:
     llm.reset_prefix_cache()
     params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=max_tokens)
     for i in range(batch):
-        llm.engine.add(llm.engine.prepare([i, *range(1, PROMPT)], params))
+        llm.engine.add(llm.engine.prepare([*divmod(i, 16), *range(2, PROMPT)], params))

@@ -16,14 +16,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engines import ENGINES, Job
+from benchmarks.engines import ENGINES
 from benchmarks.probe import Probe
+from benchmarks.workload import Job, Refused
 
 ROOT = Path(__file__).parents[1]
+_LAST_WORDS = 10  # seconds to end in
 
 
 class EngineEnded(Exception):
-    """An engine's process is gone."""
+    """An engine's process is gone, and what it said at the end."""
 
 
 class Worker:
@@ -44,7 +46,7 @@ class Worker:
             raise
 
     def ask(self, question: object) -> dict[str, Any]:
-        """Its answer to a job or to sequences: at least the seconds that they took."""
+        """Its answer to a job or to sequences: at least the seconds that they took. EngineEnded if there is none."""
         process = self._process
         assert process.stdin is not None and process.stdout is not None
         answer = ""
@@ -54,12 +56,18 @@ class Worker:
             process.stdin.flush()
             answer = process.stdout.readline()
         if not answer:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_LAST_WORDS)  # for a status of its own
             self.close()
             raise EngineEnded(
                 f"{self.engine} ended with status {process.returncode}; is it installed for its --python?"
             )
+        found = json.loads(answer)
+        if "refused" in found:
+            self.close()
+            raise EngineEnded(found["refused"])
         os.killpg(process.pid, signal.SIGSTOP)
-        return json.loads(answer)
+        return found
 
     def close(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -73,7 +81,11 @@ def serve(name: str) -> None:
     os.dup2(2, 1)  # whatever libraries print is no answer
     start = time.perf_counter()
     job = Job(**json.loads(sys.stdin.readline()))
-    engine = Probe(job) if name == "probe" else ENGINES[name](job)
+    try:
+        engine = Probe(job) if name == "probe" else ENGINES[name](job)
+    except Refused as error:
+        print(json.dumps({"refused": str(error)}), file=answers, flush=True)
+        return
     print(json.dumps({"seconds": time.perf_counter() - start}), file=answers, flush=True)
     for line in sys.stdin:
         sequences = json.loads(line)

@@ -1,15 +1,37 @@
-"""What is asked of every engine: presets, and the token ids that they stand for."""
+"""What is asked of every engine: a job, then presets, and the token ids that they stand for."""
 
 from __future__ import annotations
 
 import itertools
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 Sequences = list[tuple[list[int], int]]
 """(prompt token ids, output length) of each sequence."""
 
 _WORTH_SHARING = 32  # tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What an engine is loaded for.
+
+    paths: {"own": for nanovllm, "hf": a Hugging Face directory, "gguf": a file}, as far as there are such.
+    random: no weights on disk, whatever the engine likes instead. num_seqs, longest: of any preset.
+    options: of nanovllm's engine.
+    """
+
+    paths: dict[str, str]
+    dtype: str
+    random: bool
+    num_seqs: int
+    longest: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class Refused(Exception):
+    """An engine does not take its job, and says why."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
 from nanovllm.sampling_params import SamplingParams
 
 
-class SampleRow(NamedTuple):
-    """How to draw one sequence's next token. A tuple, as hundreds of them are made for every step.
+@dataclass(slots=True, eq=False)
+class SampleRow:
+    """How to draw one sequence's next token. A sequence has one, which its plans move on.
 
     seed: of the sequence's random stream; index: the token's place in it, so that a draw
         depends on nothing else (not the batch, not a preemption).
@@ -22,7 +22,7 @@ class SampleRow(NamedTuple):
 
     params: SamplingParams
     seed: int
-    index: int  # type: ignore[assignment] # takes the place of tuple.index, which nobody asks for
+    index: int
     prompt: np.ndarray
     output: np.ndarray
     stop_ids: tuple[int, ...] = ()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import time
 import zlib
 from concurrent.futures import Future
@@ -91,7 +93,7 @@ class MockExecutor:
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:
         assert plan.sequences, "an empty step was submitted"
-        self.plans.append(plan)
+        self.plans.append(copied(plan))
         fill_in(plan, self.sampled)
         flat = self.pages.reshape(-1)
         self.begin_states(plan)
@@ -154,6 +156,11 @@ class MockExecutor:
 
     def close(self) -> None:
         self.closed = True
+
+
+def copied(plan: StepPlan) -> StepPlan:
+    """What it says now, as the next plan moves its parts on."""
+    return StepPlan([dataclasses.replace(s, sample=copy.copy(s.sample)) for s in plan.sequences])
 
 
 def mock_engine(

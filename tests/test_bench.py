@@ -151,6 +151,27 @@ def test_engines_that_do_not_start_are_left_out(tmp_path):
     assert "no engine is left" in done.stderr
 
 
+def test_an_option_that_is_refused_says_why(fake):
+    """It said that the engine ended with status -9."""
+    argv = command(fake[0], "--preset=single", "--engine=hf", "--rounds=1", "--ab=kvcache_block_size=7")
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "kvcache_block_size=7: left out: kvcache_block_size" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_ranks_and_what_they_say_to_each_other(tiny_model):
+    """It had broken unnoticed, when the engine came to plan ahead."""
+    argv = [sys.executable, str(ROOT / "bench.py"), "--preset=ranks", f"--model={tiny_model('llama')}"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])["results"]
+    assert {(1, 256), (2, 1)} <= {(row["ranks"], row["sequences"]) for row in results}
+    assert all(row["plan"] <= row["new_plan"] and row["ms"] > 0 for row in results)
+    assert all((row["sums"] > 0) == (row["ranks"] > 1) for row in results)
+
+
 def test_wrong_usage():
     for argv in (["--engine=nano"], ["--preset=pool,single"], ["--ab=seed"], ["--rounds=0"]):
         done = subprocess.run(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
-
-import numpy as np
 
 from nanovllm.engine.block_manager import BlockManager, block_hash, root_hash
 from nanovllm.engine.page_table import PageTable
@@ -14,15 +13,18 @@ from nanovllm.engine.state_slots import StateSlots
 
 @dataclass(slots=True)
 class _Holding:
-    """What a sequence holds. table: its pages; page 0 stands for those behind the window. The first num_named
-    of them can be found by their content, unless other pages with the same content are.
+    """What a sequence holds. table: its pages; page 0 stands for those behind the window. room: tokens that they
+    have places for. The first num_named of them can be found by their content, unless other pages with the same
+    content are; once name_at tokens are computed there are more to name (never, if nobody may share them).
 
     resume_from: slot of the snapshot that its state is copied from before its next step, or 0.
     junction: where its prompt leaves the pages that others computed, if a snapshot is missing there.
     """
 
     table: PageTable
+    room: int
     num_named: int
+    name_at: int
     slot: int = 0
     resume_from: int = 0
     junction: int | None = None
@@ -39,11 +41,6 @@ class _Hit:
     @property
     def num_blocks(self) -> int:
         return len(self.table)
-
-
-Places = tuple[np.ndarray, int, int, int]
-"""Of a sequence in a step: its pages (int32, a view), its state slot, and the slots to copy the state from before the
-step and to after it, or 0."""
 
 
 class CacheManager:
@@ -114,7 +111,10 @@ class CacheManager:
             self.blocks.share(block)
         table = PageTable(hit.table + self.blocks.allocate(needed))
         released = hit.num_blocks - len(shared)
-        self._held[seq.seq_id] = _Holding(table, hit.num_blocks, slot, resume_from, junction, released)
+        room, named = len(table) * self.block_size, hit.num_blocks
+        name_at = sys.maxsize if self._hash_key(seq) is None else (named + 1) * self.block_size
+        self._held[seq.seq_id] = _Holding(table, room, named, name_at, slot, resume_from, junction, released)
+        seq.part.block_table, seq.part.state_slot = table.pages, slot
         seq.num_computed = num_cached
         return num_new
 
@@ -122,47 +122,50 @@ class CacheManager:
         """How many of a running sequence's tokens the next step computes: at most `limit`, maybe 0."""
         return self._cut(seq, seq.num_computed, limit, self._held[seq.seq_id].junction)
 
-    def reserve(self, seq: Sequence, count: int) -> bool:
-        """Extend a running sequence's pages by `count` tokens beyond the computed ones."""
-        held = self._held[seq.seq_id]
-        if self.window is not None:
-            self._release_behind_window(held, seq.num_computed)
-        needed = -(-(seq.num_computed + count) // self.block_size) - len(held.table)
-        if needed <= 0:
-            return True
-        if needed > self.blocks.num_free:
-            return False
-        held.table.extend(self.blocks.allocate(needed))
-        return True
-
-    def advance(self, seq: Sequence, count: int) -> Places:
-        """A step that computes the sequence's next `count` tokens is planned.
+    def advance(self, seq: Sequence, count: int) -> bool:
+        """Find places for a running sequence's next `count` tokens, and write them into its part in the step; False,
+        and none is computed, if there are too few pages.
 
         The pages that it fills are named at once: sequences of the same step may already share them,
         because a layer stores all keys and values before any row attends.
         """
         held = self._held[seq.seq_id]
-        resume_from = capture_to = 0
+        end = seq.num_computed + count
+        if self.window is not None:
+            self._release_behind_window(seq, held)
+        if end > held.room and not self._extend(seq, held, end):
+            return False
         if self.states is not None:
-            resume_from, held.resume_from = held.resume_from, 0  # told once
-            capture_to = self._capture(seq, held, count)
-        seq.num_computed += count
-        self._name_pages(seq, held)
-        return held.table.pages, held.slot, resume_from, capture_to
+            seq.part.resume_from, held.resume_from = held.resume_from, 0  # told once
+            seq.part.capture_to = self._capture(seq, held, count)
+        seq.num_computed = end
+        if end >= held.name_at:
+            self._name_pages(seq, held)
+        return True
 
     def commit(self, seq: Sequence) -> None:
         """Name the pages whose last token has become known since they were planned."""
-        self._name_pages(seq, self._held[seq.seq_id])
+        held = self._held[seq.seq_id]
+        if seq.num_computed >= held.name_at:
+            self._name_pages(seq, held)
+
+    def _extend(self, seq: Sequence, held: _Holding, end: int) -> bool:
+        """Find pages for the tokens up to `end`, if so many are free."""
+        needed = self._pages(end) - len(held.table)
+        if needed > self.blocks.num_free:
+            return False
+        held.table.extend(self.blocks.allocate(needed))
+        held.room = len(held.table) * self.block_size
+        seq.part.block_table = held.table.pages
+        return True
 
     def _name_pages(self, seq: Sequence, held: _Holding) -> None:
         """So that later sequences find them."""
         first, last = held.num_named, min(seq.num_computed, seq.num_known) // self.block_size
-        if first >= last or self._hash_key(seq) is None:
-            return
         hashes = self._hash_chain(seq, last)
         for page, digest in zip(held.table.pages[first:last].tolist(), hashes[first:last], strict=True):
             self.blocks.register(page, digest)
-        held.num_named = last
+        held.num_named, held.name_at = last, (last + 1) * self.block_size
 
     def begin_step(self) -> None:
         """What the last step captured is there now."""
@@ -203,12 +206,13 @@ class CacheManager:
         """The first page that a token at position num_computed sees, or any token after it."""
         return 0 if self.window is None else max(0, num_computed - self.window + 1) // self.block_size
 
-    def _release_behind_window(self, held: _Holding, num_computed: int) -> None:
-        first = self._first_visible(num_computed)
+    def _release_behind_window(self, seq: Sequence, held: _Holding) -> None:
+        first = self._first_visible(seq.num_computed)
         if first > held.num_released:
             behind = held.table.release(held.num_released, first)
             held.num_released = first
             self.blocks.free(reversed(behind))
+            seq.part.block_table = held.table.pages
 
     def _hash_key(self, seq: Sequence) -> str | None:
         """Who may share with whom; None for sequences that share with nobody."""

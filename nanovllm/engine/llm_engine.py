@@ -17,8 +17,8 @@ from nanovllm.engine.cache_manager import CacheManager
 from nanovllm.engine.executors.base import Executor
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.request import Prompt, Request, RequestPreparer
-from nanovllm.engine.scheduler import Scheduler, SequenceUpdate
-from nanovllm.engine.step import StepPlan, StepResult
+from nanovllm.engine.scheduler import Scheduler, StepUpdate
+from nanovllm.engine.step import StepResult
 from nanovllm.errors import EngineClosed, RequestError, WorkerDied
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
@@ -38,7 +38,6 @@ class EngineStats:
 
 
 class _Step(NamedTuple):
-    plan: StepPlan
     result: Future[StepResult]
     start: float  # time.monotonic's
 
@@ -84,7 +83,6 @@ class LLMEngine:
             cache,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_num_seqs=config.max_num_seqs,
-            max_model_len=config.max_model_len,
             policy=config.scheduling_policy,
         )
         self._outputs = OutputProcessor(tokenizer)
@@ -140,7 +138,7 @@ class LLMEngine:
         plan, start = self.scheduler.schedule(), time.monotonic()
         try:
             if plan.sequences:
-                self._running.append(_Step(plan, executor.submit(plan), start))
+                self._running.append(_Step(executor.submit(plan), start))
             if not self._running or (plan.sequences and len(self._running) <= self._ahead):
                 return []
             step = self._running.popleft()
@@ -154,11 +152,11 @@ class LLMEngine:
             self._running.clear()
             self.scheduler.abandon_steps()
             raise
-        updates = self.scheduler.update(step.plan, result)
-        outputs, stopped = self._outputs.process(updates, step.start)
+        update = self.scheduler.update(result)
+        outputs, stopped = self._outputs.process(update, step.start)
         for seq, stop in stopped:
             self.scheduler.finish(seq, "stop", stop)
-        self._count(updates)
+        self._count(update)
         return outputs
 
     def apply_model(self, function: Callable[[Any], T]) -> list[T]:
@@ -178,11 +176,10 @@ class LLMEngine:
             raise self._died.with_traceback(None)
         return self._executor
 
-    def _count(self, updates: list[SequenceUpdate]) -> None:
+    def _count(self, update: StepUpdate) -> None:
         stats = self.stats
         stats.steps += 1
         stats.preemptions = self.scheduler.num_preemptions
-        stats.generation_tokens += sum([update.token_id is not None for update in updates])
-        for update in updates:
-            if update.start < update.seq.num_prompt_tokens:
-                stats.prompt_tokens += min(update.end, update.seq.num_prompt_tokens) - update.start
+        stats.generation_tokens += len(update.tokens)
+        for seq, start, end, _ in update.chunks:
+            stats.prompt_tokens += max(0, min(end, seq.num_prompt_tokens) - start)

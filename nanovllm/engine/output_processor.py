@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from nanovllm.engine.request import Request
-from nanovllm.engine.scheduler import SequenceUpdate
+from nanovllm.engine.scheduler import Chunk, StepUpdate
 from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from nanovllm.sample_row import TokenLogprobs
@@ -30,17 +30,18 @@ class _Completion:
 
     def append(self, token_id: int, ended_by_token: bool) -> None:
         """Take a token; the text of one that ends the sequence is shown only on request."""
-        self.output.token_ids.append(token_id)
+        output = self.output
+        output.token_ids.append(token_id)
         if self._detokenizer is None or (ended_by_token and not self.params.include_stop_str_in_output):
             return
-        text = self._detokenizer.append([token_id])
-        if len(self.output.token_ids) <= self.params.min_tokens:
-            self.output.text += text  # too early for any stop
+        text = self._detokenizer.append(token_id)
+        if not self.params.stop or len(output.token_ids) <= self.params.min_tokens:  # or too early for any stop
+            output.text += text
             return
         shown, stop = self._stop.push(text)
-        self.output.text += shown
+        output.text += shown
         if stop is not None:
-            self.output.finish_reason, self.output.stop_reason = "stop", stop
+            output.finish_reason, output.stop_reason = "stop", stop
 
     def finish(self, reason: str, stop_reason: str | int | None) -> None:
         """End it for another reason than a stop string: show what was held back."""
@@ -55,7 +56,7 @@ class _Completion:
 class _RequestState:
     def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
         self.request = request
-        self.completions = {seq.seq_id: _Completion(seq, tokenizer) for seq in request.sequences}
+        self.completions = [_Completion(seq, tokenizer) for seq in request.sequences]
         prompt_logprobs: list[dict[int, Logprob] | None] | None = None
         if request.params.prompt_logprobs is not None:
             prompt_logprobs = [None] * len(request.prompt_token_ids)
@@ -63,17 +64,24 @@ class _RequestState:
             request_id=request.request_id,
             prompt=request.prompt,
             prompt_token_ids=request.prompt_token_ids,
-            outputs=[c.output for c in self.completions.values()],
+            outputs=[c.output for c in self.completions],
             finished=False,
             metrics=RequestMetrics(request.arrival_time),
             prompt_logprobs=prompt_logprobs,
         )
 
+    def count(self) -> None:
+        """Tokens from the prefix cache, and preemptions."""
+        sequences = self.request.sequences
+        self.output.num_cached_tokens = sequences[0].num_cached
+        self.output.metrics.num_preemptions = sum(seq.num_preemptions for seq in sequences)
+
 
 class OutputProcessor:
     """Owns the state of every unfinished request's output.
 
-    A request has one RequestOutput, which later steps update in place.
+    A request has one RequestOutput, which later steps update in place. A token costs what has to be written
+    down for it; what changes seldom is looked at when it may have changed.
     """
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
@@ -93,67 +101,69 @@ class OutputProcessor:
         """Of unfinished requests."""
         return list(self._states)
 
-    def process(
-        self, updates: list[SequenceUpdate], step_start: float
-    ) -> tuple[list[RequestOutput], list[tuple[Sequence, str]]]:
+    def process(self, update: StepUpdate, step_start: float) -> tuple[list[RequestOutput], list[tuple[Sequence, str]]]:
         """Outputs of the requests that got something, and the running sequences that a stop
         string ended (with the string): those the scheduler still has to finish.
         """
         now = time.monotonic()
-        touched: dict[str, _RequestState] = {}
+        touched: dict[str, RequestOutput] = {}
         stopped: list[tuple[Sequence, str]] = []
-        for update in updates:
-            seq = update.seq
-            state = touched[seq.request_id] = self._states[seq.request_id]
-            completion = state.completions[seq.seq_id]
-            self._book(state, completion, update, step_start, now)
-            if seq.finished and not completion.output.finished:
-                assert seq.finish_reason is not None
-                completion.finish(seq.finish_reason, seq.stop_reason)
-            elif completion.output.finished and not seq.finished:
+        for chunk in update.chunks:
+            touched[chunk.seq.request_id] = self._book_chunk(chunk, step_start)
+        for seq, token_id, logprobs in update.tokens:
+            state = self._states[seq.request_id]
+            output = touched[seq.request_id] = state.output
+            completion, metrics = state.completions[seq.index], output.metrics
+            metrics.last_token_time = now
+            if metrics.first_token_time is None:
+                metrics.first_token_time = now
+            if logprobs is not None:
+                self._book_logprobs(completion.output, logprobs)
+            completion.append(token_id, ended_by_token=seq.finish_reason == "stop")
+            if seq.finish_reason is not None:
+                if completion.output.finish_reason is None:
+                    completion.finish(seq.finish_reason, seq.stop_reason)
+                self._settle(state, now)
+            elif completion.output.finish_reason is not None:
                 assert isinstance(completion.output.stop_reason, str)
                 stopped.append((seq, completion.output.stop_reason))
-        return [self._settle(state, now) for state in touched.values()], stopped
+                self._settle(state, now)
+        return list(touched.values()), stopped
 
     def abort(self, request_id: str) -> RequestOutput:
         """End a request's unfinished completions."""
         state = self._states[request_id]
-        for completion in state.completions.values():
+        for completion in state.completions:
             if not completion.output.finished:
                 completion.finish("abort", None)
-        return self._settle(state, time.monotonic())
+        self._settle(state, time.monotonic())
+        return state.output
 
-    def _book(
-        self, state: _RequestState, completion: _Completion, update: SequenceUpdate, start: float, now: float
-    ) -> None:
-        metrics = state.output.metrics
-        if metrics.first_scheduled_time is None:
-            metrics.first_scheduled_time = start
-        if update.prompt_logprobs is not None:
-            assert state.output.prompt_logprobs is not None
-            for i, found in enumerate(update.prompt_logprobs, start=update.start + 1):
-                state.output.prompt_logprobs[i] = self._logprob_dict(found)
-        if update.token_id is None:
-            return
-        if metrics.first_token_time is None:
-            metrics.first_token_time = now
-        metrics.last_token_time = now
-        if update.logprobs is not None:
-            output = completion.output
-            assert output.logprobs is not None and output.cumulative_logprob is not None
-            output.logprobs.append(self._logprob_dict(update.logprobs))
-            output.cumulative_logprob += float(update.logprobs.logprobs[0])
-        completion.append(update.token_id, ended_by_token=update.seq.finish_reason == "stop")
+    def _book_chunk(self, chunk: Chunk, step_start: float) -> RequestOutput:
+        state = self._states[chunk.seq.request_id]
+        output = state.output
+        if output.metrics.first_scheduled_time is None:
+            output.metrics.first_scheduled_time = step_start
+        if chunk.prompt_logprobs is not None:
+            assert output.prompt_logprobs is not None
+            for i, found in enumerate(chunk.prompt_logprobs, start=chunk.start + 1):
+                output.prompt_logprobs[i] = self._logprob_dict(found)
+        state.count()
+        return output
 
-    def _settle(self, state: _RequestState, now: float) -> RequestOutput:
-        output, sequences = state.output, state.request.sequences
-        output.num_cached_tokens = sequences[0].num_cached
-        output.metrics.num_preemptions = sum([seq.num_preemptions for seq in sequences])
-        output.finished = None not in [completion.finish_reason for completion in output.outputs]
+    def _book_logprobs(self, output: CompletionOutput, found: TokenLogprobs) -> None:
+        assert output.logprobs is not None and output.cumulative_logprob is not None
+        output.logprobs.append(self._logprob_dict(found))
+        output.cumulative_logprob += float(found.logprobs[0])
+
+    def _settle(self, state: _RequestState, now: float) -> None:
+        """One of its completions has ended."""
+        output = state.output
+        state.count()
+        output.finished = all(completion.finished for completion in output.outputs)
         if output.finished:
             output.metrics.finished_time = now
             del self._states[output.request_id]
-        return output
 
     def _logprob_dict(self, found: TokenLogprobs) -> dict[int, Logprob]:
         """The actual token first, with its own rank; then the likeliest, ranked from 1."""

@@ -6,33 +6,31 @@ import numpy as np
 
 
 class PageTable:
-    """int32 in the order of the sequence's tokens; 0 stands for pages that were given back."""
+    """int32 in the order of the sequence's tokens; 0 stands for pages that were given back.
+
+    pages: int32 [len(self)], a view: the same object until the table changes.
+    """
 
     def __init__(self, pages: list[int]) -> None:
-        self._pages = np.array(pages, dtype=np.int32)
-        self._count = len(pages)
+        self._room = self.pages = np.array(pages, dtype=np.int32)
 
     def __len__(self) -> int:
-        return self._count
-
-    @property
-    def pages(self) -> np.ndarray:
-        """int32 [len(self)], a view."""
-        return self._pages[: self._count]
+        return len(self.pages)
 
     def extend(self, pages: list[int]) -> None:
-        count = self._count + len(pages)
-        if count > len(self._pages):
+        first, count = len(self.pages), len(self.pages) + len(pages)
+        if count > len(self._room):
             grown = np.empty(2 * count, dtype=np.int32)
-            grown[: self._count] = self.pages
-            self._pages = grown
-        self._pages[self._count : count] = pages
-        self._count = count
+            grown[:first] = self.pages
+            self._room = grown
+        self._room[first:count] = pages
+        self.pages = self._room[:count]
 
     def release(self, first: int, last: int) -> list[int]:
         """Take out the pages [first, last), which are returned."""
-        released: list[int] = self._pages[first:last].tolist()
-        self._pages[first:last] = 0
+        released: list[int] = self.pages[first:last].tolist()
+        self.pages = self._room[: len(self.pages)]
+        self.pages[first:last] = 0
         return released
 
     def held(self) -> list[int]:

@@ -91,6 +91,7 @@ class RequestPreparer:
                     stop_ids=stop_ids,
                     bad_words=self._bad_words(params),
                     leader=sequences[0] if sequences else None,
+                    max_model_len=self._max_model_len,
                 )
             )
         return Request(request_id, text, token_ids, params, sequences)

@@ -5,27 +5,40 @@ from __future__ import annotations
 import bisect
 import heapq
 from collections import deque
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from nanovllm.engine.cache_manager import CacheManager
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.engine.step import PlannedSequence, StepPlan, StepResult
-from nanovllm.sample_row import SampleRow, TokenLogprobs
+from nanovllm.sample_row import TokenLogprobs
 
 
-class SequenceUpdate(NamedTuple):
-    """What one step brought one sequence; token_id is None while its prompt is incomplete.
+class Chunk(NamedTuple):
+    """Tokens [start, end) of a sequence were computed at once: a prompt's, or again what a preempted one had.
 
-    start, end: positions of the tokens that the step computed; prompt_logprobs[i] belongs to
-        the prompt token at start + 1 + i.
+    prompt_logprobs[i] belongs to the prompt token at start + 1 + i.
     """
 
     seq: Sequence
     start: int
     end: int
-    token_id: int | None
-    logprobs: TokenLogprobs | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
+
+
+class StepUpdate(NamedTuple):
+    """What a step brought: the chunks that it computed, and who sampled which token."""
+
+    chunks: list[Chunk]
+    tokens: list[tuple[Sequence, int, TokenLogprobs | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """Of a step that is not done. sampling: in the order of its result's rows."""
+
+    sampling: list[Sequence] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
 
 
 class Scheduler:
@@ -46,20 +59,17 @@ class Scheduler:
         *,
         max_num_batched_tokens: int,
         max_num_seqs: int,
-        max_model_len: int,
         policy: str = "fcfs",
     ) -> None:
         assert max_num_seqs <= max_num_batched_tokens
         self.cache = cache
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_seqs = max_num_seqs
-        self.max_model_len = max_model_len
         self._by_priority = policy == "priority"
         self.running: list[Sequence] = []  # sorted by _order
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []  # heap; may hold finished ones
         self._num_waiting = 0
-        self._planned: deque[list[Sequence]] = deque()  # of the steps that are not done
-        self._num_sampling = 0  # in the step that is being planned
+        self._planned: deque[_Planned] = deque()  # the last one may be in the making
         self.num_preemptions = 0
 
     @property
@@ -71,7 +81,7 @@ class Scheduler:
         return bool(self.running) or self._num_waiting > 0
 
     def add(self, seq: Sequence) -> None:
-        assert seq.status is SequenceStatus.WAITING and seq.num_known < self.max_model_len
+        assert seq.status is SequenceStatus.WAITING and seq.num_known < seq.most_tokens
         self._num_waiting += 1
         heapq.heappush(self._waiting, (self._order(seq), seq))
 
@@ -90,36 +100,31 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """Plan one step; empty only when there is nothing to do before a planned step is done."""
-        planned: list[PlannedSequence] = []
-        self._num_sampling = 0
-        self._planned.append([])
+        parts: list[PlannedSequence] = []
+        self._planned.append(_Planned())
         self.cache.begin_step()
         preempted_before = self.num_preemptions
-        budget = self._schedule_running(planned)
+        budget = self._schedule_running(parts)
         if self.num_preemptions == preempted_before:  # else the victim would come straight back
-            self._admit_waiting(planned, budget)
-        if not planned:
+            self._admit_waiting(parts, budget)
+        if not parts:
             self._planned.pop()
-        return StepPlan(planned)
+        return StepPlan(parts)
 
-    def update(self, plan: StepPlan, result: StepResult) -> list[SequenceUpdate]:
+    def update(self, result: StepResult) -> StepUpdate:
         """Book the tokens of the oldest step that is not done, and finish what has come to its end. What it
         brought sequences that have ended since it was planned is dropped."""
-        sampled = zip(result.token_ids.tolist(), result.logprobs, strict=True)
-        updates = []
-        for item, seq in zip(plan.sequences, self._planned.popleft(), strict=True):
-            token_id, logprobs = None, None
-            if item.sample is not None:
-                token_id, logprobs = next(sampled)
-            if seq.finished:
-                continue
-            if token_id is not None:
+        step = self._planned.popleft()
+        found = result.prompt_logprobs
+        chunks = [c._replace(prompt_logprobs=found.get(c.seq.seq_id)) for c in step.chunks if not c.seq.finished]
+        tokens = []
+        for sampled in zip(step.sampling, result.token_ids.tolist(), result.logprobs, strict=True):
+            seq, token_id, _ = sampled
+            if seq.finish_reason is None:
                 seq.resolve(token_id)
                 self._finish_if_ended(seq, token_id)
-            prompt_logprobs = result.prompt_logprobs.get(seq.seq_id)
-            end = item.start + len(item.token_ids)
-            updates.append(SequenceUpdate(seq, item.start, end, token_id, logprobs, prompt_logprobs))
-        return updates
+                tokens.append(sampled)
+        return StepUpdate(chunks, tokens)
 
     def abandon_steps(self) -> None:
         """A step broke off half-way: pages may be half-written, so nothing in them is trusted.
@@ -128,7 +133,7 @@ class Scheduler:
         prefix is forgotten.
         """
         for planned in self._planned:
-            for seq in planned:
+            for seq in planned.sampling:
                 seq.forget_pending()
         self._planned.clear()
         self.cache.reset_prefix_cache()
@@ -138,34 +143,47 @@ class Scheduler:
     def _order(self, seq: Sequence) -> tuple[int, int]:
         return (seq.priority if self._by_priority else 0, seq.seq_id)
 
-    def _schedule_running(self, planned: list[PlannedSequence]) -> int:
+    def _schedule_running(self, parts: list[PlannedSequence]) -> int:
         """Plan what runs already; returns the budget that is left."""
-        budget = self.max_num_batched_tokens
-        decodes_left = sum([seq.num_uncomputed == 1 for seq in self.running])
+        budget, running = self.max_num_batched_tokens, self.running
+        decodes_left = [seq.num_tokens - seq.num_computed for seq in running].count(1)
         i = 0
-        while i < len(self.running):
-            seq = self.running[i]
-            if seq.num_uncomputed == 1:
+        while i < len(running):
+            seq = running[i]
+            i += 1
+            if seq.num_tokens - seq.num_computed == 1:
                 decodes_left -= 1
-                count = 0 if seq.num_pending and self._reaches_limit(seq) else 1
+                if seq.num_pending and seq.num_tokens == seq.most_tokens:
+                    continue  # its last token is on its way
+                count = 1
             else:  # a long prompt leaves one token for each decode behind it
                 count = self.cache.cut(seq, budget - decodes_left)
-            if count > 0:
-                if not self._make_room(seq, count):
-                    break  # seq was the last one and has been preempted itself
-                planned.append(self._plan(seq, count))
-                budget -= count
-            i += 1
+                if count == 0:
+                    continue
+            if not (self.cache.advance(seq, count) or self._make_room(seq, count)):
+                break  # seq was the last one and has been preempted itself
+            parts.append(self._plan(seq, count))
+            budget -= count
         return budget
 
     def _make_room(self, seq: Sequence, count: int) -> bool:
-        """Reserve pages for seq, preempting from the end of the running list."""
-        while not self.cache.reserve(seq, count):
-            victim = self.running.pop()
+        """Advance seq by preempting from the end of the running list."""
+        while (victim := self.running.pop()) is not seq:
             self._preempt(victim)
-            if victim is seq:
-                return False
-        return True
+            if self.cache.advance(seq, count):
+                return True
+        self._preempt(seq)
+        return False
+
+    def _plan(self, seq: Sequence, count: int) -> PlannedSequence:
+        """A part in the step for the `count` tokens that have found their places."""
+        step, start = self._planned[-1], seq.num_computed - count
+        part = seq.plan(start, len(step.sampling))
+        if part.sample is not None:
+            step.sampling.append(seq)
+        if count > 1 or start < seq.num_prompt_tokens:
+            step.chunks.append(Chunk(seq, start, start + count))
+        return part
 
     def _preempt(self, seq: Sequence) -> None:
         self.cache.free(seq)
@@ -175,7 +193,7 @@ class Scheduler:
         self.num_preemptions += 1
         self.add(seq)
 
-    def _admit_waiting(self, planned: list[PlannedSequence], budget: int) -> None:
+    def _admit_waiting(self, parts: list[PlannedSequence], budget: int) -> None:
         held_back = []
         while self._waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             entry = heapq.heappop(self._waiting)
@@ -194,53 +212,28 @@ class Scheduler:
                 seq.num_cached = min(seq.num_computed, seq.num_prompt_tokens)
             seq.status = SequenceStatus.RUNNING
             bisect.insort(self.running, seq, key=self._order)
-            planned.append(self._plan(seq, count))
+            found = self.cache.advance(seq, count)
+            assert found, "it was admitted without pages"
+            parts.append(self._plan(seq, count))
             budget -= count
         for entry in held_back:
             heapq.heappush(self._waiting, entry)
 
-    def _plan(self, seq: Sequence, count: int) -> PlannedSequence:
-        start, end = seq.num_computed, seq.num_computed + count
-        tokens, follows = seq.token_ids[start:end], seq.row if seq.num_pending else -1
-        pages, slot, resume_from, capture_to = self.cache.advance(seq, count)
-        sample = None
-        if end == seq.num_tokens:
-            sample = self._sample_row(seq)
-            seq.expect(self._num_sampling)
-            self._num_sampling += 1
-        self._planned[-1].append(seq)
-        logprobs = targets = None
-        if seq.params.prompt_logprobs is not None and start < seq.num_prompt_tokens - 1:
-            logprobs, targets = seq.params.prompt_logprobs, seq.prompt_token_ids[start + 1 : end + 1]
-        return PlannedSequence(  # by position: names would take as long as all the rest
-            *(seq.seq_id, tokens, start, pages, slot, sample, resume_from, capture_to, logprobs, targets, follows)
-        )
-
-    @staticmethod
-    def _sample_row(seq: Sequence) -> SampleRow:
-        index, params = seq.num_output_tokens, seq.params
-        stop_ids = seq.stop_ids if index < params.min_tokens else ()
-        return SampleRow(params, seq.seed, index, seq.prompt_token_ids, seq.output_token_ids, stop_ids, seq.bad_words)
-
     def _finish_if_ended(self, seq: Sequence, token_id: int) -> None:
-        params = seq.params
-        if token_id in seq.stop_ids and seq.num_known - seq.num_prompt_tokens >= params.min_tokens:
-            assert params.stop_token_ids is not None
-            self.finish(seq, "stop", token_id if token_id in params.stop_token_ids else None)
-        elif not seq.num_pending and self._reaches_limit(seq):
-            self.finish(seq, "length")
-        elif seq.num_pending and seq.num_known % self.cache.block_size == 0:
+        if token_id in seq.stop_ids and seq.num_known - seq.num_prompt_tokens >= seq.params.min_tokens:
+            assert seq.params.stop_token_ids is not None
+            self.finish(seq, "stop", token_id if token_id in seq.params.stop_token_ids else None)
+        elif not seq.num_pending:
+            if seq.num_tokens == seq.most_tokens:
+                self.finish(seq, "length")
+        elif seq.num_known % self.cache.block_size == 0:
             self.cache.commit(seq)  # the token that its page lacked, when its computation was planned, is known
-
-    def _reaches_limit(self, seq: Sequence) -> bool:
-        """With the tokens that are pending."""
-        return seq.num_output_tokens == seq.params.max_tokens or seq.num_tokens >= self.max_model_len
 
     def check_invariants(self) -> None:
         waiting = [seq for _, seq in self._waiting if not seq.finished]
         assert len(waiting) == self._num_waiting
         assert all(s.status is SequenceStatus.WAITING and s.num_computed == 0 for s in waiting)
-        assert all(s.status is SequenceStatus.RUNNING and s.num_uncomputed > 0 for s in self.running)
+        assert all(s.status is SequenceStatus.RUNNING and s.num_computed < s.num_tokens for s in self.running)
         assert len(self.running) <= self.max_num_seqs
         assert [self._order(s) for s in self.running] == sorted(self._order(s) for s in self.running)
         assert not any(self.cache.holds(s) for s in waiting), "a waiting sequence holds pages"

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 
 from nanovllm.sample_row import SampleRow, TokenLogprobs
 
 
-class PlannedSequence(NamedTuple):
-    """One sequence's part in a step: tokens [start, start + num_tokens) are computed. A tuple, as
-    hundreds of them are made for every step.
+@dataclass(slots=True, eq=False)
+class PlannedSequence:
+    """One sequence's part in a step: tokens [start, start + num_tokens) are computed.
 
-    block_table: the sequence's pages, 0 for those behind its window; a view, valid for this step.
+    A sequence has one such object, which is moved on from step to step rather than made anew: a plan holds
+    until the next one is made.
+
+    block_table: the sequence's pages, 0 for those behind its window; another object once they change.
     state_slot: of the sequence's recurrent state, 0 for models without.
     resume_from: slot to copy the state from before the step, capture_to: slot to copy it to
         after the step; 0 for none.

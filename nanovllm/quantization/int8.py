@@ -1,7 +1,7 @@
 """int8: a signed byte for each weight; 16 columns of a row share a scale, a whole multiple of a number of the row's.
 
-A weight is rounded twice, to a code and then to bfloat16, which has fewer digits than code times scale. So each scale is
-searched for: of a few multiples that is kept whose weights, rounded both times, have the smallest squared error.
+A weight is rounded twice, to a code and then to bfloat16, which has fewer digits than code times scale. So each scale
+is searched for: of a few multiples that is kept whose weights, rounded both times, have the smallest squared error.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
 
 from nanovllm.tokenizer.tokenizer import Tokenizer
 
@@ -18,12 +17,23 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        self._texts = tokenizer.whole_texts
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._incomplete = False  # whether the decoder keeps bytes
 
-    def append(self, token_ids: Sequence[int]) -> str:
-        """The text that these tokens complete."""
-        return self._utf8.decode(b"".join([self._tokenizer.token_bytes(i) for i in token_ids if i not in self._skip]))
+    def append(self, token_id: int) -> str:
+        """The text that this token completes."""
+        if token_id in self._skip:
+            return ""
+        if not self._incomplete:
+            text = self._texts[token_id]
+            if text is not None:
+                return text
+        text = self._utf8.decode(self._tokenizer.token_bytes(token_id))
+        self._incomplete = self._utf8.getstate()[0] != b""
+        return text
 
     def flush(self) -> str:
         """What is left when no more tokens come: U+FFFD for an incomplete character, or nothing."""
+        self._incomplete = False
         return self._utf8.decode(b"", final=True)

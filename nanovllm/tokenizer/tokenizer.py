@@ -41,6 +41,7 @@ class Tokenizer:
         self.special_ids = frozenset(i for i, token in self._added.items() if token.special)
         self._to_bytes = _bytes_rule(backend.decoder)
         self._bytes: dict[int, bytes] = {}
+        self.whole_texts = _WholeTexts(self)
 
     @classmethod
     def from_directory(cls, path: Path) -> Tokenizer:
@@ -136,6 +137,24 @@ class Tokenizer:
             return b""
         token = self._backend.id_to_token(token_id)
         return b"" if token is None else self._to_bytes(token)
+
+
+class _WholeTexts(dict[int, "str | None"]):
+    """Of each token the text that it is by itself, None where its bytes are not whole characters; found when
+    it is first asked for."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+
+    def __missing__(self, token_id: int) -> str | None:
+        text: str | None
+        try:
+            text = self._tokenizer.token_bytes(token_id).decode()
+        except UnicodeDecodeError:
+            text = None
+        self[token_id] = text
+        return text
 
 
 def _byte_level_table() -> dict[str, int]:

@@ -171,7 +171,7 @@ def test_without_a_tokenizer_text_options_are_refused():
 def test_bad_words_are_tokenised_with_and_without_a_space():
     engine, _ = mock_engine(tokenizer=byte_tokenizer())
     request = engine.prepare([1], SamplingParams(bad_words=["no"]))
-    assert request.sequences[0].bad_words == (tuple(b"no"), tuple(b" no"))
+    assert request.sequences[0].sample_row.bad_words == (tuple(b"no"), tuple(b" no"))
 
 
 def test_an_oversized_request_does_not_harm_the_others():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from unittest import mock
@@ -307,7 +308,9 @@ def test_uniforms_lie_in_the_half_open_unit_interval_and_depend_on_seed_and_inde
     us = uniforms(rows)
     assert ((us >= 0) & (us < 1)).all()
     assert us[::-1].tolist() == uniforms(rows[::-1]).tolist()
-    other = [row._replace(params=SamplingParams(temperature=0.3), output=np.array([1], np.int32)) for row in rows]
+    other = [
+        dataclasses.replace(row, params=SamplingParams(temperature=0.3), output=np.array([1], np.int32)) for row in rows
+    ]
     assert us.tolist() == uniforms(other).tolist()
 
 

@@ -96,7 +96,7 @@ class PlanReader:
                 )
             )
         for i, (logprobs, targets) in wire.prompts.items():
-            planned[i] = planned[i]._replace(num_prompt_logprobs=logprobs, prompt_targets=targets)
+            planned[i].num_prompt_logprobs, planned[i].prompt_targets = logprobs, targets
         self._known, self._tokens = known, tokens
         return StepPlan(planned)
 

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from nanovllm.batch import Batch
-from nanovllm.engine.runner.batch_builder import fill_tables
 from nanovllm.engine.step import PlannedSequence, StepPlan
 from nanovllm.transfer import to_device
 
@@ -27,17 +26,25 @@ class DecodeBatch:
         self._ids, self._positions, self._slots = np.zeros((3, max_num_seqs), dtype=np.int64)
         self._seq_lens, self._state_slots = np.zeros((2, max_num_seqs), dtype=np.int32)
         self._tables = np.zeros((max_num_seqs, max_pages), dtype=np.int32)
+        self._written: list[np.ndarray | None] = [None] * max_num_seqs  # what the tables' rows were copied from
         self._rows = np.arange(max_num_seqs)
         self._starts = np.arange(max_num_seqs + 1, dtype=np.int32)
 
     def write(self, sequences: list[PlannedSequence]) -> None:
-        """Put the sequences in the first rows; tables keep what earlier steps left behind a sequence's pages."""
+        """Put the sequences in the first rows; tables keep what earlier steps left behind a sequence's pages.
+
+        A row of tables is written only for another block_table than the last: those that change are new objects.
+        """
         count = len(sequences)
         self._ids[:count] = np.concatenate([s.token_ids for s in sequences])
         positions = np.array([s.start for s in sequences])
         self._positions[:count] = positions
         self._seq_lens[:count] = positions + 1
-        fill_tables(self._tables[:count], [s.block_table for s in sequences])
+        tables = [s.block_table for s in sequences]
+        for i, (table, written) in enumerate(zip(tables, self._written, strict=False)):
+            if table is not written:
+                self._tables[i, : len(table)] = table
+        self._written[:count] = tables
         pages, offsets = np.divmod(positions, self._block_size)
         self._slots[:count] = self._tables[self._rows[:count], pages] * np.int64(self._block_size) + offsets
         self._state_slots[:count] = [s.state_slot for s in sequences]
@@ -62,6 +69,7 @@ class DecodeBatch:
         for array in (self._ids, self._positions, self._slots, self._state_slots, self._tables):
             array[first:end] = 0
         self._seq_lens[first:end] = 1
+        self._written[first:end] = [None] * (end - first)
 
     def arrays(self, count: int, pages: int) -> list[np.ndarray]:
         """What lies in the first `count` rows, of tables in the first columns: ids, positions, slots, sequences'

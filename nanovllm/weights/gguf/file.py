@@ -171,10 +171,24 @@ class GGUFFile:
         if item in _SCALARS:
             form = f"<{count}{_SCALARS[item]}"
             return list(self._unpack(form, at)), at + struct.calcsize(form)
+        if item == _STRING:
+            return self._strings(count, at)
         values = []
         for _ in range(count):
             value, at = self._value(item, at)
             values.append(value)
+        return values, at
+
+    def _strings(self, count: int, at: int) -> tuple[list[str], int]:
+        """A tokenizer has hundreds of thousands: one loop, without a call for each."""
+        data, size_at = self._map, struct.Struct("<Q").unpack_from
+        values = []
+        for _ in range(count):
+            start = at + 8
+            at = start + size_at(data, at)[0]
+            values.append(data[start:at].decode())
+        if at > len(data):
+            raise IndexError("a string ends beyond the file")
         return values, at
 
 

@@ -1,5 +1,6 @@
 """Plans that have crossed a pipe are what they were."""
 
+import dataclasses
 import pickle
 from collections.abc import Mapping
 
@@ -11,12 +12,15 @@ from hypothesis import strategies as st
 
 from nanovllm import SamplingParams
 from nanovllm.engine.executors.plan_wire import PlanReader, PlanWriter
-from nanovllm.engine.step import fill_in
+from nanovllm.engine.step import PlannedSequence, fill_in
+from nanovllm.sample_row import SampleRow
 
 
 def same(a, b):
     if isinstance(a, np.ndarray):
         return isinstance(b, np.ndarray) and a.dtype == b.dtype and np.array_equal(a, b)
+    if isinstance(a, (PlannedSequence, SampleRow)):
+        return type(a) is type(b) and all(same(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
     if isinstance(a, (tuple, list)):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
     return a == b and isinstance(b, Mapping) == isinstance(a, Mapping)
