@@ -41,7 +41,7 @@ void each_word(const int8_t* codes, int64_t count, Put put) {
     put(c, word);
 }
 
-// A group's codes of row `row` of a pair, to the places that `place` tells. A step's two columns are neighbours.
+// A group's codes of row `row` of a pair, to where `code_at` finds them. A step's two columns are neighbours.
 void put_bytes(const int8_t* codes, int64_t count, char* to, int64_t row) {
     to += row / PANEL * PAIR + row % PANEL * 2;
     each_word<2, uint16_t>(codes, count, [=](int64_t c, uint16_t two) { std::memcpy(to + c * PAIR, &two, 2); });
