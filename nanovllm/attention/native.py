@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from nanovllm.attention.alibi import Alibi
+from nanovllm.attention.codes import codes_reason
 from nanovllm.batch import Batch
 from nanovllm.cache_spec import PagedKVSpec
 from nanovllm.ops.library import Library, library_or_reason
@@ -30,6 +31,8 @@ class NativeAttention:
             return f"needs pages of {_TILE} tokens or a multiple, not {block_size}"
         if spec.head_dim % 2 or spec.head_dim > _MAX_HEAD:
             return f"takes even head sizes up to {_MAX_HEAD}, not {spec.head_dim}; set attention_backend='cpu'"
+        if reason := codes_reason(spec.codes):
+            return reason
         library = library_or_reason()
         return None if isinstance(library, Library) else library
 
