@@ -27,6 +27,7 @@ struct PlainKV : Weight {
 
     static V vector(const char* p) { return load(p); }
     static V vector_part(const char* p, int64_t lanes) { return load_part((const float*)p, lanes); }
+    static V score(V sums, const char* /* scales */) { return sums; }
     static V value(V sums, float /* unit */) { return sums; }
 
     // Returns what the copy is to be multiplied by.
@@ -104,6 +105,7 @@ struct Int8KV {
         }
     }
 
+    static V score(I sums, const char* scales) { return __builtin_convertvector(sums, V) * load(scales); }
     static V value(I sums, float unit) { return __builtin_convertvector(sums, V) * unit; }
 
     // The nearest, ties to even. No sum that the compiler would fuse with the product that x is: every level has the
