@@ -57,7 +57,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "nv_attention": (
         None,
         [
-            *(_POINTER, _LONG, _POINTER, _POINTER, _POINTER, _INT),  # q, its stride, out, keys, values, bfloat16?
+            *(_POINTER, _LONG, _POINTER, _POINTER, _POINTER, _INT),  # q, its stride, out, keys, values, their format
             *(_LONG, _LONG, _LONG, _LONG),  # page size, heads, key/value heads, head size
             *(_LONG, _POINTER, _POINTER, _POINTER, _LONG),  # batch, query_start, seq_lens, tables, their stride
             *(_FLOAT, _LONG, _POINTER, _INT, _FLOAT, _INT),  # scale, window, slopes, rounded?, factor, threads

@@ -12,13 +12,14 @@ from test_backends import CPU, MIXED, make_batch, pages_needed, plain_attention
 
 from nanovllm.attention.alibi import Alibi, alibi_slopes
 from nanovllm.attention.base import require_support, select_backend
+from nanovllm.attention.codes import encode
 from nanovllm.attention.native import NativeAttention
 from nanovllm.cache_spec import PagedKVSpec
 from nanovllm.errors import ConfigError
 from nanovllm.ops import library
 
 native_library()
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.int8: 2e-4}  # by what pages hold
 
 
 class Case:
@@ -31,9 +32,13 @@ class Case:
         counts = [pages_needed(sum(s), block_size) for s in sequences]
         pages = iter((random.permutation(sum(counts)) + 1).tolist())
         self.tables = [[next(pages) for _ in range(count)] for count in counts]
-        self.spec = PagedKVSpec(kv_heads, head_dim, dtype)
+        codes = torch.int8 if dtype == torch.int8 else None
+        self.spec = PagedKVSpec(kv_heads, head_dim, torch.bfloat16 if codes else dtype, codes=codes)
         shape = NativeAttention().kv_shape(self.spec, sum(counts) + 1, block_size)
-        self.garbage = torch.from_numpy(random.standard_normal(shape) * 3).to(dtype)
+        if codes:  # scales may be anything
+            self.garbage = torch.from_numpy(random.integers(-128, 128, shape, dtype=np.int8))
+        else:
+            self.garbage = torch.from_numpy(random.standard_normal(shape) * 3).to(dtype)
 
         def rows(count, heads):
             return torch.from_numpy(random.standard_normal((count, heads, head_dim))).float()
@@ -68,9 +73,16 @@ class Case:
                     at[i] += n
         return [torch.cat(outs[i])[-self.sequences[i][1] :] for i in which]
 
+    def rounded(self, qkv: torch.Tensor) -> torch.Tensor:
+        """What is left of q, k and v, but for q beside int8 pages."""
+        if self.dtype != torch.int8:
+            return qkv.to(self.dtype)
+        codes, scales = encode(qkv[:, self.heads :], torch.int8)
+        return torch.cat([qkv[:, : self.heads], codes * scales[..., None]], dim=1)
+
     def check(self, *, window=None, alibi=None) -> None:
         found = self.run(range(len(self.sequences)), window=window, alibi=alibi)
-        rounded = [x.to(self.dtype).double().numpy() for x in self.qkv]
+        rounded = [self.rounded(x).double().numpy() for x in self.qkv]
         for i, (context, new) in enumerate(self.sequences):
             q, k, v = np.split(rounded[i], [self.heads, self.heads + self.kv_heads], axis=1)
             expected = np.empty((new, self.heads, self.head_dim))
@@ -171,3 +183,19 @@ def test_without_the_library_torch_attends(monkeypatch, tmp_path):
         assert select_backend("auto", CPU, torch.bfloat16).name == "cpu"
     finally:
         library.library_or_reason.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_only_the_slots_of_a_step_are_written(level, dtype):
+    """By bytes: those of its tokens, and in bfloat16 perhaps what shares a word with the last one's values."""
+    case, backend = Case([(0, 21)], dtype=dtype, block_size=32), NativeAttention()
+    kv, written = case.garbage.clone(), torch.zeros(case.garbage.nbytes, dtype=torch.bool)
+    for seed in range(3):  # a byte may be what it was by chance
+        torch.manual_seed(seed)
+        k, v = torch.randn(2, 21, case.kv_heads, case.head_dim)
+        batch = make_batch([(0, 21)], case.tables, 32, backend)
+        backend.forward(torch.randn(21, case.heads, case.head_dim), k, v, kv, batch, scale=1.0)
+        written |= (kv.view(torch.uint8) != case.garbage.view(torch.uint8)).flatten()
+    words = 21 * 2 * case.kv_heads * case.spec.row * case.spec.stored.itemsize
+    beside = case.kv_heads * case.head_dim * 2 if dtype == torch.bfloat16 else 0
+    assert 0.9 * words < written.sum() <= words + beside
