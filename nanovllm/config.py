@@ -49,9 +49,9 @@ class EngineConfig:
     load_format: "auto" by the files, safetensors before PyTorch's pickles ("pt"); "dummy" fills
         seeded random weights (benchmarks).
     dtype: "auto" is the checkpoint's own; quantised GGUF and float16 run as bfloat16 on CPU.
-    quantization: CPU only, in bfloat16: of linear layers' weights, while they are loaded (docs/quantization.md):
-        "int8" a byte each, "int4" four bits and an int8 head; "gguf", the default of a quantised GGUF file, computes
-        with the file's own blocks, and "dequantize" widens them to dtype instead.
+    quantization: in bfloat16, on GPUs also in float16: of linear layers' weights, while they are loaded
+        (docs/quantization.md): "int8" a byte each, "int4" four bits and an int8 head; "gguf", the default of a
+        quantised GGUF file, computes with the file's own blocks, and "dequantize" widens them to dtype instead.
     device: "auto" is cuda where torch sees one.
     seed: of the engine's own stream, from which requests without a seed draw theirs;
         None takes it from the operating system.
@@ -256,8 +256,8 @@ class EngineConfig:
     def _resolved_dtype(self, checkpoint_dtype: str, device: str) -> str:
         if self.dtype != "auto":
             return self.dtype
-        if checkpoint_dtype == "float32" and self.quantization not in ("int8", "int4"):
-            return "float32"
+        if checkpoint_dtype == "float32":
+            return "bfloat16" if self.quantization in ("int8", "int4") else "float32"
         # CPUs multiply bfloat16 natively far more often than float16
         return "bfloat16" if device == "cpu" else checkpoint_dtype
 
@@ -265,12 +265,15 @@ class EngineConfig:
         asked = self.quantization
         if asked in ("gguf", "dequantize") and not quantized:
             raise ConfigError(f"quantization={asked!r} is for quantised GGUF files, which this is not; leave it out")
-        computes = device == "cpu" and dtype == "bfloat16"
+        gpus = device == "cuda" or self.kernels == "triton"  # whose kernels can be interpreted elsewhere
+        dtypes = ("bfloat16", "float16") if gpus else ("bfloat16",)
         if asked is None:
-            return "gguf" if quantized and computes else None
-        if asked != "dequantize" and not computes:
-            what = "device='cpu', GPUs not yet" if device != "cpu" else f"dtype='bfloat16', not {dtype!r}"
-            raise ConfigError(f"quantization={asked!r} runs with {what}; set that or leave quantization out")
+            return "gguf" if quantized and dtype in dtypes else None
+        if asked != "dequantize" and dtype not in dtypes:
+            what = " or ".join(map(repr, dtypes))
+            raise ConfigError(
+                f"quantization={asked!r} runs with dtype={what}, not {dtype!r}; set that or leave quantization out"
+            )
         return asked
 
 

@@ -12,7 +12,7 @@ import torch
 from nanovllm.batch import Batch
 from nanovllm.cache_spec import StateSpec
 from nanovllm.errors import ConfigError
-from nanovllm.ops.formats import Codes, Packed
+from nanovllm.ops.formats import Codes, Format, Packed
 from nanovllm.ops.graph import Recorder
 from nanovllm.ops.library import Library, library_or_reason
 from nanovllm.ops.mamba2 import Mamba2Sizes, Mamba2Weights, SumOverRanks
@@ -59,7 +59,7 @@ class Ops(Protocol):
     the native ones and with those that `batch_invariant` takes."""
 
     name: str
-    embeds_packed: bool  # whether there is an `embed_packed`
+    embeds_packed: bool  # whether `embed_packed` takes weights that `pack` packed
     packs_quantized: bool  # whether there is a `pack_codes`, and packed weights may be quantised
     norms_and_rotates: bool  # whether `norm_and_rotate` is better than one after the other
 
@@ -87,8 +87,12 @@ class Ops(Protocol):
         [packed_numel] that the result goes to, where there is a `mixture`."""
         ...
 
-    def zeros(self, num_bytes: int) -> torch.Tensor:
+    def zeros(self, num_bytes: int, device: torch.device) -> torch.Tensor:
         """Memory of the weights' kind, uint8 [num_bytes], for `pack_codes`."""
+        ...
+
+    def codes_bytes(self, form: Format, rows: int, cols: int) -> int:
+        """Of a weight [rows, cols] that `pack_codes` fills."""
         ...
 
     def pack_codes(self, codes: Codes, first: int, out: torch.Tensor, *, half: int | None = None) -> None:

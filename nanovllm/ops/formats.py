@@ -13,7 +13,7 @@ _PAIR = 32  # rows that lie side by side once packed; csrc/formats.h
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """weight = code * scale + least, rounded to bfloat16.
+    """weight = code * scale + least, rounded to bfloat16, or to the dtype that GPUs compute in.
 
     bits: of a code: 8 are signed, 4 are 0 to 15. group: columns that share a scale. scale: dtype of scales and least
     values; int8 are multiples of fp16 numbers that 256 columns share. least: whether there are least values, else
@@ -27,7 +27,7 @@ class Format:
     least: bool
 
     def packed_bytes(self, rows: int, cols: int) -> int:
-        """Of a weight [rows, cols]."""
+        """Of a weight [rows, cols] as csrc/formats.h has it."""
         values = self.scale.itemsize * (1 + self.least)
         pair = -(-cols // self.group) * _PAIR * (values + self.group * self.bits // 8)
         if self.scale == torch.int8:
@@ -67,7 +67,7 @@ class Codes:
 
 
 class Segment(NamedTuple):
-    """Rows of a weight that have one form. form: None for bfloat16. start: their first byte."""
+    """Rows of a weight that have one form. form: None for floats. start: their first byte."""
 
     rows: slice
     form: Format | None
@@ -77,7 +77,11 @@ class Segment(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Packed:
     """A quantised weight as kernels take it in the place of a packed tensor: bytes, of which some rows may be in
-    another form than others. data: uint8 [bytes], or [experts, bytes] where it is that of a mixture."""
+    another form than others.
+
+    data: uint8 [bytes], or [experts, bytes] where it is that of a mixture. dtype: of rows that are floats, and what
+    others are rounded to."""
 
     data: torch.Tensor
     segments: tuple[Segment, ...]
+    dtype: torch.dtype = torch.bfloat16

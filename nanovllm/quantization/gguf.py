@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from nanovllm.errors import WeightError
+from nanovllm.ops.base import Ops
 from nanovllm.ops.formats import Format, Packed, Segment
 from nanovllm.quantization.blocks import KINDS, Blocks
 from nanovllm.quantization.linear_method import LinearWeights, Loaded, Part, Stack, UnquantizedLinearMethod
@@ -28,22 +29,26 @@ class _Run(NamedTuple):
 
 
 class GGUFLinearMethod(UnquantizedLinearMethod):
-    """Keeps what it is given, blocks or floats, until a layer is complete; floats become bfloat16."""
+    """Keeps what it is given, blocks or floats, until a layer is complete."""
+
+    def __init__(self, ops: Ops) -> None:
+        super().__init__(ops)
+        self.embeds = True
 
     def takes(self, kind: str) -> bool:
         return kind in KINDS
 
     def create(self, layer: LinearWeights, rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> None:
-        assert dtype == torch.bfloat16
         layer.rows, layer.cols, layer.packed = rows, cols, True
         layer.weight = nn.Parameter(torch.empty(0, dtype=torch.uint8, device=device), requires_grad=False)
-        layer.loaded = Loaded()
+        layer.loaded = Loaded(dtype)
 
     def stack(self, layers: Sequence[LinearWeights]) -> Stack:
         """Its memory is made with the first expert that is finalized: the type is known by then."""
         shared = Stack(torch.empty(0))
         for index, layer in enumerate(layers):
-            layer.loaded = Loaded(stack=shared, index=index, layers=len(layers))
+            assert layer.loaded is not None
+            layer.loaded = Loaded(layer.loaded.dtype, stack=shared, index=index, layers=len(layers))
         return shared
 
     def load(self, layer: LinearWeights, tensor: torch.Tensor | Blocks, rows: slice) -> None:
@@ -53,22 +58,22 @@ class GGUFLinearMethod(UnquantizedLinearMethod):
     def finalize(self, layer: LinearWeights) -> None:
         loaded = layer.loaded
         assert loaded is not None
-        runs = self._runs(layer, loaded.parts)
+        runs = self._runs(layer, loaded)
         segments, size = tuple(run.segment for run in runs), sum(run.size for run in runs)
         if loaded.stack is None:
             memory = packed_memory(self._ops, size, layer.weight.device)
         else:
             memory = self._shared(loaded, segments, size, layer.weight.device)
         for run in runs:
-            self._pack(layer, run, memory[run.segment.start : run.segment.start + run.size])
+            self._pack(layer, run, memory[run.segment.start : run.segment.start + run.size], loaded.dtype)
         layer.weight = nn.Parameter(memory, requires_grad=False)
-        layer.quantized, layer.loaded = Packed(memory, segments), None
+        layer.quantized, layer.loaded = Packed(memory, segments, loaded.dtype), None
 
     def num_bytes(self, layer: LinearWeights, device: torch.device) -> None:
         return None
 
-    def _runs(self, layer: LinearWeights, parts: list[Part]) -> list[_Run]:
-        parts = sorted(parts, key=lambda part: part.rows.start)
+    def _runs(self, layer: LinearWeights, loaded: Loaded) -> list[_Run]:
+        parts = sorted(loaded.parts, key=lambda part: part.rows.start)
         if layer.gated and len({_form(part) for part in parts}) > 1:  # whose halves are side by side
             parts = [Part(rows, _floats(tensor)) for rows, tensor in parts]
         runs: list[_Run] = []
@@ -81,12 +86,15 @@ class GGUFLinearMethod(UnquantizedLinearMethod):
             # where the vocabulary is padded, nothing is loaded for the last rows
             end = layer.rows if part is parts[-1] else part.rows.stop
             rows, form = slice(together[0].rows.start, end), _form(part)
-            runs.append(_Run(Segment(rows, form, start), together, self._bytes(form, end - rows.start, layer.cols)))
+            size = self._bytes(form, end - rows.start, layer.cols, loaded.dtype)
+            runs.append(_Run(Segment(rows, form, start), together, size))
             start += runs[-1].size
         return runs
 
-    def _bytes(self, form: Format | None, rows: int, cols: int) -> int:
-        return self._ops.packed_numel(rows, cols, torch.bfloat16) * 2 if form is None else form.packed_bytes(rows, cols)
+    def _bytes(self, form: Format | None, rows: int, cols: int, dtype: torch.dtype) -> int:
+        if form is None:
+            return self._ops.packed_numel(rows, cols, dtype) * dtype.itemsize
+        return self._ops.codes_bytes(form, rows, cols)
 
     def _shared(self, loaded: Loaded, segments: tuple[Segment, ...], size: int, device: torch.device) -> torch.Tensor:
         """This expert's part of the memory of all."""
@@ -94,17 +102,17 @@ class GGUFLinearMethod(UnquantizedLinearMethod):
         assert stack is not None
         if isinstance(stack.weight, torch.Tensor):
             memory = packed_memory(self._ops, loaded.layers * size, device)
-            stack.weight = Packed(memory.view(loaded.layers, size), segments)
+            stack.weight = Packed(memory.view(loaded.layers, size), segments, loaded.dtype)
         if stack.weight.segments != segments:
             raise WeightError("experts of one layer have different GGML types: set quantization='dequantize'")
         return stack.weight.data[loaded.index]
 
-    def _pack(self, layer: LinearWeights, run: _Run, memory: torch.Tensor) -> None:
+    def _pack(self, layer: LinearWeights, run: _Run, memory: torch.Tensor, dtype: torch.dtype) -> None:
         if memory.device.type == "meta":
             return
         if run.segment.form is None:
-            whole = torch.cat([_floats(tensor).bfloat16() for _, tensor in run.parts])
-            self._ops.pack(whole, gated=fuses_gate(layer, self._ops), out=memory.view(torch.bfloat16))
+            whole = torch.cat([_floats(tensor).to(dtype) for _, tensor in run.parts])
+            self._ops.pack(whole, gated=fuses_gate(layer, self._ops), out=memory.view(dtype))
             return
         for rows, tensor in run.parts:
             assert isinstance(tensor, Blocks)

@@ -17,7 +17,8 @@ _CUTS = ((0.0, 0.0), (0.03, 0.0), (0.0, 0.03), (0.03, 0.03))
 
 def quantize_int4(weight: torch.Tensor) -> Blocks:
     """weight: [rows, cols] of any float dtype."""
-    found = [_quantize(in_groups(weight[rows])).data for rows in row_pieces(*weight.shape)]
+    pieces = row_pieces(len(weight), weight.shape[1], weight.device)
+    found = [_quantize(in_groups(weight[rows])).data for rows in pieces]
     return Blocks("Q4_1", torch.cat(found), weight.shape[1])
 
 

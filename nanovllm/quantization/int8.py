@@ -13,7 +13,8 @@ from nanovllm.quantization.pieces import in_groups, row_pieces
 
 def quantize_int8(weight: torch.Tensor) -> Blocks:
     """The largest of a group becomes 127. weight: [rows, cols] of any float dtype."""
-    found = [_quantize(in_groups(weight[rows])).data for rows in row_pieces(*weight.shape)]
+    pieces = row_pieces(len(weight), weight.shape[1], weight.device)
+    found = [_quantize(in_groups(weight[rows])).data for rows in pieces]
     return Blocks("Q8_0", torch.cat(found), weight.shape[1])
 
 

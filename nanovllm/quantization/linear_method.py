@@ -52,8 +52,10 @@ class Part(NamedTuple):
 
 @dataclass(slots=True)
 class Loaded:
-    """Parts of a layer that is not complete. stack, index: what it shares with how many layers, and which it is."""
+    """Parts of a layer that is not complete. dtype: of what floats become. stack, index: what it shares with how many
+    layers, and which it is."""
 
+    dtype: torch.dtype
     parts: list[Part] = field(default_factory=list)
     stack: Stack | None = None
     index: int = 0
@@ -63,10 +65,11 @@ class Loaded:
 class LinearMethod(Protocol):
     """One object serves all linear layers; what it stores lives in the layer.
 
-    group: columns of a weight that cannot be parted.
+    group: columns of a weight that cannot be parted. embeds: whether `embed` reads rows of a finalized weight.
     """
 
     group: int
+    embeds: bool
 
     def takes(self, kind: str) -> bool:
         """Whether `load` takes blocks of this kind."""
@@ -107,8 +110,7 @@ class LinearMethod(Protocol):
         ...
 
     def embed(self, layer: LinearWeights, ids: torch.Tensor, first: int) -> torch.Tensor:
-        """The weight's rows of these ids, the first of which is `first`; zeros for others. Where ops read packed
-        weights."""
+        """The weight's rows of these ids, the first of which is `first`; zeros for others."""
         ...
 
 
@@ -118,7 +120,7 @@ class UnquantizedLinearMethod:
     group = 1
 
     def __init__(self, ops: Ops) -> None:
-        self._ops = ops
+        self._ops, self.embeds = ops, ops.embeds_packed
 
     def create(self, layer: LinearWeights, rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> None:
         if device.type == "cpu" and self._ops.packs(device, dtype):

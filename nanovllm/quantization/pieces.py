@@ -1,4 +1,4 @@
-"""Rows of a weight, some at a time: what is worked out of them is small, and stays in the cache."""
+"""Rows of a weight, some at a time: what is worked out of them is small, and on CPUs stays in the cache."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import torch
 
 GROUP = 32  # columns that share a scale in the schemes of our own
-_WEIGHTS = 1 << 16
+_WEIGHTS = {"cpu": 1 << 16, "cuda": 1 << 22}  # of a piece: what caches hold, and what is worth a launch
 _PANELS = 32  # rows that kernels keep together
 
 
-def row_pieces(rows: int, cols: int) -> Iterator[slice]:
+def row_pieces(rows: int, cols: int, device: torch.device) -> Iterator[slice]:
     """Slices of whole pairs of panels, but for the last."""
-    step = max(1, _WEIGHTS // (cols * _PANELS)) * _PANELS
+    step = max(1, _WEIGHTS[device.type] // (cols * _PANELS)) * _PANELS
     return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 
 

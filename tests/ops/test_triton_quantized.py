@@ -1,0 +1,79 @@
+"""Products by quantised weights with the GPU's kernels, interpreted on the CPU, or on a GPU where there is one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import triton_quantized_cases as cases
+from invariant_cases import dots_in_order
+from quantized import FORMS
+
+from nanovllm.ops.invariant_ops import InvariantTritonOps
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter
+HERE = pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are compiled")
+DEVICES = pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        pytest.param("cpu", torch.float16, marks=HERE),
+        pytest.param("cpu", torch.float32, marks=[HERE, pytest.mark.slow]),
+        *(pytest.param("cuda", t, marks=pytest.mark.gpu) for t in (torch.bfloat16, torch.float16, torch.float32)),
+    ],
+    ids=str,
+)
+FORM = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+# one row and no whole tile of them, odd numbers of columns, groups and chunks that are not whole
+SHAPES = [(1, (1, 1)), (17, (33, 31)), (3, (34, 300))]
+LARGE = pytest.param(200, (8200, 512), marks=pytest.mark.gpu)
+
+
+@DEVICES
+@FORM
+@pytest.mark.parametrize(("rows", "shape"), [*SHAPES, LARGE])
+def test_linear(device, dtype, form, rows, shape):
+    cases.check_linear(device, dtype, form, rows, shape)
+
+
+@DEVICES
+@FORM
+@pytest.mark.parametrize(("rows", "shape"), [(17, (19, 40)), LARGE])
+def test_gated_linear(device, dtype, form, rows, shape):
+    cases.check_gated(device, dtype, form, rows, shape)
+
+
+@DEVICES
+@FORM
+def test_rows_of_a_table(device, dtype, form):
+    cases.check_embed(device, dtype, form)
+
+
+@HERE
+def test_linear_in_float32():
+    cases.check_linear("cpu", torch.float32, FORMS["q4_nested"], 3, (33, 290))
+
+
+@DEVICES
+def test_rows_of_several_forms_in_one_weight(device, dtype):
+    cases.check_mixed_forms(device, dtype)
+
+
+@DEVICES
+def test_rows_that_are_floats(device, dtype):
+    cases.check_floats_alone(device, dtype)
+
+
+@DEVICES
+@pytest.mark.parametrize("forms", [("q4", "q8"), ("q8_least", None), (None, "q8_fine"), ("q4_nested", "q8_nested")])
+@pytest.mark.parametrize("tokens", [1, 30, pytest.param(600, marks=pytest.mark.gpu)])
+def test_mixture(device, dtype, forms, tokens):
+    cases.check_mixture(device, dtype, forms, tokens)
+
+
+@DEVICES
+@pytest.mark.parametrize("name", ["q4", "q8_fine"])
+def test_rows_are_their_own_where_that_is_asked_for(device, dtype, name, monkeypatch):
+    if device == "cpu":
+        dots_in_order(monkeypatch)
+    cases.check_rows_are_their_own(device, dtype, FORMS[name], InvariantTritonOps())
