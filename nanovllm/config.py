@@ -11,11 +11,13 @@ from typing import Any
 
 from nanovllm.errors import ConfigError
 
+STORED = ("gguf", "awq", "gptq", "compressed-tensors", "fp8")
+"""Quantisation that checkpoints bring along."""
 _CHOICES: dict[str, tuple[str, ...]] = {
     "model_impl": ("auto", "nanovllm", "transformers"),
     "load_format": ("auto", "safetensors", "pt", "gguf", "dummy"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
-    "quantization": ("int8", "int4", "gguf", "dequantize"),
+    "quantization": ("int8", "int4", *STORED, "dequantize"),
     "device": ("auto", "cpu", "cuda"),
     "attention_backend": ("auto", "native", "cpu", "flash", "triton", "torch_varlen", "reference"),
     "kernels": ("auto", "native", "triton", "torch"),
@@ -50,8 +52,9 @@ class EngineConfig:
         seeded random weights (benchmarks).
     dtype: "auto" is the checkpoint's own; quantised GGUF and float16 run as bfloat16 on CPU.
     quantization: in bfloat16, on GPUs also in float16: of linear layers' weights, while they are loaded
-        (docs/quantization.md): "int8" a byte each, "int4" four bits and an int8 head; "gguf", the default of a
-        quantised GGUF file, computes with the file's own blocks, and "dequantize" widens them to dtype instead.
+        (docs/quantization.md): "int8" a byte each, "int4" four bits and an int8 head. A checkpoint that is quantised
+        already is computed with as it is, which may be said by its method's name ("gguf", "awq", "gptq",
+        "compressed-tensors", "fp8"); "dequantize" widens it to dtype instead.
     device: "auto" is cuda where torch sees one.
     seed: of the engine's own stream, from which requests without a seed draw theirs;
         None takes it from the operating system.
@@ -202,12 +205,13 @@ class EngineConfig:
         max_positions: int,
         cuda: bool,
         launched: int | None = None,
-        quantized: bool = False,
+        quantized: str | None = None,
     ) -> EngineConfig:
         """Return a copy with device, dtype, quantization, max_model_len, the token budget and the ranks filled in.
 
-        checkpoint_dtype: of the weights on disk. quantized: whether these are. max_positions: the model's own limit.
-        cuda: whether this machine has a CUDA device. launched: processes that torchrun has started.
+        checkpoint_dtype: of the weights on disk. quantized: the method that these are quantised by.
+        max_positions: the model's own limit. cuda: whether this machine has a CUDA device. launched: processes that
+        torchrun has started.
         """
         device = self.device if self.device != "auto" else ("cuda" if cuda else "cpu")
         if device == "cuda" and not cuda and self.executor != "ray":  # whose nodes may have some
@@ -220,7 +224,7 @@ class EngineConfig:
                 f"max_model_len={max_model_len} exceeds the {max_positions} positions of the model; "
                 f"set max_model_len to at most {max_positions}"
             )
-        dtype = self._resolved_dtype(checkpoint_dtype, device)
+        dtype = self._resolved_dtype(checkpoint_dtype, device, quantized)
         ranks = self._ranks(launched)
         if self.batch_invariant and device == "cuda" and ranks > 1:
             raise ConfigError(
@@ -253,22 +257,30 @@ class EngineConfig:
             )
         return launched
 
-    def _resolved_dtype(self, checkpoint_dtype: str, device: str) -> str:
+    def _resolved_dtype(self, checkpoint_dtype: str, device: str, quantized: str | None) -> str:
         if self.dtype != "auto":
             return self.dtype
+        published = quantized not in (None, "gguf") and self.quantization != "dequantize"
         if checkpoint_dtype == "float32":
-            return "bfloat16" if self.quantization in ("int8", "int4") else "float32"
+            return "bfloat16" if published or self.quantization in ("int8", "int4") else "float32"
         # CPUs multiply bfloat16 natively far more often than float16
         return "bfloat16" if device == "cpu" else checkpoint_dtype
 
-    def _resolved_quantization(self, device: str, dtype: str, quantized: bool) -> str | None:
+    def _resolved_quantization(self, device: str, dtype: str, quantized: str | None) -> str | None:
         asked = self.quantization
-        if asked in ("gguf", "dequantize") and not quantized:
-            raise ConfigError(f"quantization={asked!r} is for quantised GGUF files, which this is not; leave it out")
+        if asked in ("dequantize", *STORED) and quantized is None:
+            raise ConfigError(f"quantization={asked!r} is for checkpoints that are, which this is not; leave it out")
+        again = asked in ("int8", "int4") and quantized not in (None, "gguf")
+        if again or (asked in STORED and asked != quantized):
+            why = ", and what codes have lost another scheme would not bring back" if again else ""
+            raise ConfigError(
+                f"quantization={asked!r}: the checkpoint is quantised by {quantized!r}{why}; leave quantization out "
+                "to compute with it, or set 'dequantize' to widen it"
+            )
         gpus = device == "cuda" or self.kernels == "triton"  # whose kernels can be interpreted elsewhere
         dtypes = ("bfloat16", "float16") if gpus else ("bfloat16",)
         if asked is None:
-            return "gguf" if quantized and dtype in dtypes else None
+            return quantized if dtype in dtypes else None
         if asked != "dequantize" and dtype not in dtypes:
             what = " or ".join(map(repr, dtypes))
             raise ConfigError(

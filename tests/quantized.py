@@ -5,7 +5,25 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from nanovllm.ops.formats import Q4, Q4_NESTED, Q8, Q8_FINE, Q8_LEAST, Q8_NESTED, Codes, Format, Packed, Segment
+from nanovllm.ops.formats import (
+    E4M3_128,
+    Q4,
+    Q4_32,
+    Q4_64,
+    Q4_128,
+    Q4_NESTED,
+    Q8,
+    Q8_128,
+    Q8_FINE,
+    Q8_LEAST,
+    Q8_LEAST_32,
+    Q8_LEAST_128,
+    Q8_NESTED,
+    Codes,
+    Format,
+    Packed,
+    Segment,
+)
 
 FORMS = {
     "q4": Q4,
@@ -14,6 +32,13 @@ FORMS = {
     "q4_nested": Q4_NESTED,
     "q8_nested": Q8_NESTED,
     "q8_fine": Q8_FINE,
+    "q4_32": Q4_32,
+    "q4_64": Q4_64,
+    "q4_128": Q4_128,
+    "q8_128": Q8_128,
+    "q8_least_32": Q8_LEAST_32,
+    "q8_least_128": Q8_LEAST_128,
+    "e4m3_128": E4M3_128,
 }
 _WIDEST = {8: 127, 4: 15}
 
@@ -22,7 +47,10 @@ def random_codes(form: Format, rows: int, cols: int, seed: int = 0) -> Codes:
     """Scales have as many digits as files have: products with codes are exact in fp32."""
     random = np.random.default_rng(seed)
     most = 31 if form.group == 16 else _WIDEST[form.bits]
-    codes = torch.from_numpy(random.integers(0 if form.bits == 4 else -most, most + 1, (rows, cols), dtype=np.int8))
+    least_code = -128 if form.e4m3 else 0 if form.bits == 4 else -most
+    codes = torch.from_numpy(random.integers(least_code, most + 1, (rows, cols), dtype=np.int8))
+    if form.e4m3:
+        codes[(codes == 127) | (codes == -1)] = 0  # which are NaN
     groups = -(-cols // form.group)
 
     def uniform(low: float, high: float, count: int) -> torch.Tensor:
@@ -46,11 +74,21 @@ def dequantized(codes: Codes) -> np.ndarray:
         times = 1.0 if outer is None else outer[:, column // 256].double().numpy()
         return values[:, column // codes.form.group].double().numpy() * times
 
-    out = np.empty((rows, cols))
+    numbers, out = _numbers(codes), np.empty((rows, cols))
     for c in range(cols):
         scale, least = at(codes.scales, codes.outer, c), at(codes.least, codes.outer_least, c)
-        out[:, c] = codes.codes[:, c].numpy() * scale + least
+        out[:, c] = numbers[:, c] * scale + least
     return out
+
+
+def _numbers(codes: Codes) -> np.ndarray:
+    """What codes stand for; of e4m3: a sign, 4 bits of exponent, 3 of fraction (Micikevicius et al. 2022)."""
+    if not codes.form.e4m3:
+        return codes.codes.numpy()
+    bits = codes.codes.numpy().view(np.uint8).astype(int)
+    exponent, fraction = bits >> 3 & 15, bits & 7
+    sizes = np.where(exponent == 0, fraction * 2.0**-9, (8 + fraction) * 2.0 ** (exponent - 10))
+    return np.where(bits & 128, -sizes, sizes)
 
 
 def packed(ops, codes: Codes, *, gated: bool = False, device: str = "cpu", dtype=torch.bfloat16) -> Packed:
@@ -63,7 +101,7 @@ def packed(ops, codes: Codes, *, gated: bool = False, device: str = "cpu", dtype
         for first, end in ((0, rows // 3), (rows // 3, rows // 2), (rows // 2, rows)):
             if first < end:
                 ops.pack_codes(_rows(codes, slice(first, end)), first, data)
-    return Packed(data, (Segment(slice(0, rows), codes.form, 0),), dtype)
+    return Packed(data, (Segment(slice(0, rows), codes.form, 0),), None, dtype)
 
 
 def _rows(codes: Codes, part: slice) -> Codes:

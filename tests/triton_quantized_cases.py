@@ -88,7 +88,7 @@ def mixed(device: str, dtype: torch.dtype, k: int) -> tuple[Packed, torch.Tensor
         segments.append(Segment(slice(start, end), form, sum(map(len, memory))))
         memory.append(data)
         plain.append(mine)
-    return Packed(torch.cat(memory), tuple(segments), dtype), torch.cat(plain)
+    return Packed(torch.cat(memory), tuple(segments), None, dtype), torch.cat(plain)
 
 
 def check_mixed_forms(device: str, dtype: torch.dtype) -> None:
@@ -107,12 +107,36 @@ def check_floats_alone(device: str, dtype: torch.dtype) -> None:
     plain, x, ids = normal(48, 64).to(device, dtype), normal(5, 64, seed=1).to(device, dtype), torch.tensor([3, 0, 47])
     data = torch.zeros(plain.nbytes, dtype=torch.uint8, device=device)
     TRITON.pack(plain, gated=False, out=data.view(dtype))
-    weight = Packed(data, (Segment(slice(0, 48), None, 0),), dtype)
+    weight = Packed(data, (Segment(slice(0, 48), None, 0),), None, dtype)
     product = F.linear(x.float(), plain.float())
     close(TRITON.linear(x, weight, 48, None, "gelu"), F.gelu(product), 4)
     gate, up = product.chunk(2, dim=1)
     close(TRITON.gated_linear(x, weight, 48, None, "silu"), F.silu(gate) * up, 8)
     assert torch.equal(TRITON.embed_packed(weight, ids.to(device), 0, (48, 64)), plain[ids])
+
+
+def check_order(device: str, dtype: torch.dtype) -> None:
+    """As of AWQ's and GPTQ's weights, whose groups' columns need not lie side by side."""
+    codes, x = random_codes(FORMS["q4_128"], 34, 290), normal(5, 290).to(device, dtype)
+    order = torch.randperm(290, generator=torch.Generator().manual_seed(0)).int().to(device)
+    for ops in (TRITON, ManyOps()):
+        weight = packed(ops, codes, device=device, dtype=dtype)
+        ordered = dataclasses.replace(weight, columns=order)
+        assert torch.equal(ops.linear(x, ordered, 34, None), ops.linear(x[:, order], weight, 34, None))
+        gated = dataclasses.replace(packed(ops, codes, gated=True, device=device, dtype=dtype), columns=order)
+        close(ops.gated_linear(x, gated, 34, None, "relu"), _gated(ops.linear(x, ordered, 34, None).float()), 4)
+    (gate_up, _), (down, plain) = (_experts(device, dtype, "q4_128", 3, s) for s in ((80, 96), (96, 40)))
+    orders = torch.stack([torch.roll(torch.arange(40), shift) for shift in range(3)]).int().to(device)
+    ordered = dataclasses.replace(down, columns=orders)
+    straight = torch.stack([p[:, o.argsort()] for p, o in zip(plain, orders, strict=True)])
+    tokens = normal(9, 96).to(device, dtype), *TORCH.route(normal(9, 3).to(device), 2, normalise=True)
+    found = TRITON.mixture(*tokens, gate_up, ordered, 40, "silu")
+    close(found, TRITON.mixture(*tokens, gate_up, straight, 40, "silu").float(), 4)
+
+
+def _gated(x: torch.Tensor) -> torch.Tensor:
+    gate, up = x.chunk(2, dim=1)
+    return gate.relu() * up
 
 
 def check_mixture(device: str, dtype: torch.dtype, forms: tuple[str | None, str | None], tokens: int) -> None:
@@ -136,7 +160,7 @@ def _experts(device: str, dtype: torch.dtype, name: str | None, count: int, shap
     gated = shape[0] < 96
     if name is None:
         plain = torch.stack([normal(*shape, seed=e) for e in range(count)]).to(device, dtype) / 8
-        return Packed(plain.view(torch.uint8).flatten(1), (Segment(slice(0, shape[0]), None, 0),), dtype), plain
+        return Packed(plain.view(torch.uint8).flatten(1), (Segment(slice(0, shape[0]), None, 0),), None, dtype), plain
     codes = [random_codes(FORMS[name], *shape, e) for e in range(count)]
     weights = [packed(TRITON, c, gated=gated, device=device, dtype=dtype) for c in codes]
     whole = dataclasses.replace(weights[0], data=torch.stack([w.data for w in weights]))

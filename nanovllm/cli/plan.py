@@ -64,7 +64,7 @@ class Case:
             max_positions=model_config.max_position_embeddings,
             # a GPU can be planned for without having it
             cuda=options.get("device") == "cuda" or torch.cuda.is_available(),
-            quantized=checkpoint.is_quantized,
+            quantized=checkpoint.quantization,
         )
         model = footprint(family, model_config, config, tp, checkpoint)
         return cls(checkpoint, family.__name__, options, tp, config, model)

@@ -4,7 +4,8 @@
 // of two panels. Unquantised: [k / 2][2][16][2] bfloat16 or [k][2][16] float, a step being what lies side by side.
 // Quantised: for each group of columns the 32 rows' scales, then (in some forms) their least values, then their
 // codes; weight = code * scale + least, rounded to bfloat16. Nested forms have integers for scales and least
-// values: multiples of the two numbers that each 256 columns of a row begin with. Codes of 8 bits are signed and lie as the bfloat16 do. Codes of 4 bits: two
+// values: multiples of the two numbers that each 256 columns of a row begin with. Codes of 8 bits are signed, or
+// float8 (e4m3), and lie as the bfloat16 do. Codes of 4 bits: two
 // steps are 16 words of 8 codes, of which the one at bit 4 j of word l is that of step j / 4, panel j / 2 % 2,
 // and number l + j % 2 * 16 of the panel's [16][2]: shifting a vector by 4 j brings neighbours into its lanes.
 // There are zeros wherever the weight has nothing.
@@ -19,13 +20,30 @@ constexpr int PAIR = 2 * PANEL;
 constexpr int OUTER = 256;  // columns that share the numbers whose multiples nested scales are
 
 // ops/formats.py has the same numbers.
-enum class Format : int { F32, BF16, Q4, Q8, Q8_LEAST, Q4_NESTED, Q8_NESTED, Q8_FINE };
-constexpr int FORMATS = 8;
+enum class Format : int {
+    F32,
+    BF16,
+    Q4,
+    Q8,
+    Q8_LEAST,
+    Q4_NESTED,
+    Q8_NESTED,
+    Q8_FINE,
+    Q4_32,
+    Q4_64,
+    Q4_128,
+    Q8_128,
+    Q8_LEAST_32,
+    Q8_LEAST_128,
+    E4M3_128
+};
+constexpr int FORMATS = 15;
 
 struct Layout {
     int bits, group;  // group: columns that share a scale
-    int scale_bytes;  // 2: half precision, 1: nested
+    int scale_bytes;  // 4: single precision, 2: half, 1: nested
     bool least;
+    bool e4m3 = false;
 
     constexpr bool nested() const { return scale_bytes == 1; }
     constexpr int64_t group_bytes() const { return PAIR * (scale_bytes * (1 + least) + group * bits / 8); }
@@ -49,6 +67,20 @@ constexpr Layout layout(Format format) {
             return {8, 32, 1, true};
         case Format::Q8_FINE:
             return {8, 16, 1, false};
+        case Format::Q4_32:
+            return {4, 32, 4, true};
+        case Format::Q4_64:
+            return {4, 64, 4, true};
+        case Format::Q4_128:
+            return {4, 128, 4, true};
+        case Format::Q8_128:
+            return {8, 128, 4, false};
+        case Format::Q8_LEAST_32:
+            return {8, 32, 4, true};
+        case Format::Q8_LEAST_128:
+            return {8, 128, 4, true};
+        case Format::E4M3_128:
+            return {8, 128, 4, false, true};
         default:
             return {};  // not quantised
     }

@@ -238,17 +238,28 @@ inline void finish(const Linear& g, float* sums, int64_t row, int rows, int64_t 
 
 // --- a thread's share --------------------------------------------------------------------------------
 
+template <class W, class X>
+void copy_row(const X* x, const int32_t* columns, int64_t size, typename W::Element* to, int64_t block_stride) {
+    constexpr int64_t width = BLOCK * W::K_PER_STEP;
+    for (int64_t k = 0; k < size; k += width, to += block_stride) {
+        const int64_t count = std::min(width, size - k);
+        if (columns == nullptr) {
+            W::copy(x + k, to, count);
+            continue;
+        }
+        X picked[width];
+        for (int64_t i = 0; i < count; ++i) picked[i] = x[columns[k + i]];
+        W::copy(picked, to, count);
+    }
+}
+
 template <class W>
 void copy_row(const Linear& g, int64_t row, typename W::Element* to, int64_t block_stride) {
-    constexpr int64_t width = BLOCK * W::K_PER_STEP;
     const int64_t start = (g.rows == nullptr ? row : g.rows[row]) * g.ldx;
-    for (int64_t k = 0; k < g.k; k += width, to += block_stride) {
-        const int64_t count = std::min(width, g.k - k);
-        if (g.x_bf16)
-            W::copy((const uint16_t*)g.x + start + k, to, count);
-        else
-            W::copy((const float*)g.x + start + k, to, count);
-    }
+    if (g.x_bf16)
+        copy_row<W>((const uint16_t*)g.x + start, g.columns, g.k, to, block_stride);
+    else
+        copy_row<W>((const float*)g.x + start, g.columns, g.k, to, block_stride);
 }
 
 // Weights that lie in memory as a tile reads them: one of the sources that `part` takes. quant.h has others.

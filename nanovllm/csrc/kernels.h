@@ -39,6 +39,7 @@ struct Linear {
     Activation act;
     bool gated;
     Format format;
+    const int32_t* columns;         // [k], where not null: what meets the weight's column i is x's columns[i]
     const int32_t* rows = nullptr;  // [m], where given: row i is x's row rows[i]
 
     int64_t work() const { return m * n * k; }
@@ -68,6 +69,7 @@ struct MixtureCall {
     const void *gate_up, *down;
     int64_t gate_up_bytes, down_bytes;  // of one expert
     Format gate_up_format, down_format;
+    const int32_t *gate_up_columns, *down_columns;  // [experts][hidden] and [experts][inner]; see Linear; may be null
     Activation act;
     float* out;      // [tokens][hidden]
     int32_t* index;  // to work in, as are the next two: [3 (experts + 1) + 2 tokens k]

@@ -89,7 +89,7 @@ void submit(Kernel<Call> kernel, const Call& call, int threads) {
 extern "C" {
 
 // Raised whenever a function below changes; ops/library.py must agree.
-int nv_abi() { return 9; }
+int nv_abi() { return 10; }
 
 const char* nv_level() { return active->name; }
 
@@ -143,12 +143,12 @@ int nv_replay(const Tape* tape, int threads) {
 // --- kernels --------------------------------------------------------------------------------------------
 
 // format: the weight's, of formats.h. A float weight takes float rows only.
-void nv_linear(const void* x, int64_t ldx, int x_bf16, const void* weight, int format, const float* bias,
+void nv_linear(const void* x, int64_t ldx, int x_bf16, const void* weight, int format, const int32_t* columns, const float* bias,
                const float* residual, int64_t ldr, void* y, int64_t ldy, int y_bf16, int64_t m, int64_t n, int64_t k,
                int act, int gated, int threads) {
     const Linear call = {x,   ldx,         x_bf16 != 0, weight, bias, residual,        ldr,
                          y,   ldy,         y_bf16 != 0, m,      n,    k,               (Activation)act,
-                         gated != 0, (Format)format};
+                         gated != 0, (Format)format, columns};
     submit(active->linear, call, threads);
 }
 
@@ -160,11 +160,13 @@ void nv_route(const float* scores, int64_t tokens, int64_t experts, int64_t k, i
 
 void nv_mixture(const float* x, int64_t ldx, const float* weights, const int32_t* chosen, int64_t first,
                 int64_t tokens, int64_t experts, int64_t k, int64_t hidden, int64_t inner, const void* gate_up, const void* down,
-                int64_t gate_up_bytes, int64_t down_bytes, int gate_up_format, int down_format, int act, float* out, int32_t* index,
+                int64_t gate_up_bytes, int64_t down_bytes, int gate_up_format, int down_format,
+                const int32_t* gate_up_columns, const int32_t* down_columns, int act, float* out, int32_t* index,
                 void* fed, float* results, int threads) {
     const MixtureCall call = {x,       ldx,           weights,    chosen, first, tokens, experts, k, hidden, inner,
                               gate_up, down,          gate_up_bytes, down_bytes, (Format)gate_up_format,
-                              (Format)down_format,    (Activation)act, out, index, fed, results};
+                              (Format)down_format,    gate_up_columns, down_columns, (Activation)act, out, index, fed,
+                              results};
     submit(active->mixture, call, threads);
 }
 

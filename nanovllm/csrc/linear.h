@@ -13,7 +13,9 @@ using namespace nanovllm;
 constexpr void (*PARTS[FORMATS])(const Linear&, int64_t, int64_t, int64_t, int64_t) = {
     part<Plain<F32Weight>>,       part<Plain<Bf16Weight>>,       part<Codes<Format::Q4>>,
     part<Codes<Format::Q8>>,      part<Codes<Format::Q8_LEAST>>, part<Codes<Format::Q4_NESTED>>,
-    part<Codes<Format::Q8_NESTED>>, part<Codes<Format::Q8_FINE>>,
+    part<Codes<Format::Q8_NESTED>>, part<Codes<Format::Q8_FINE>>,   part<Codes<Format::Q4_32>>,
+    part<Codes<Format::Q4_64>>,     part<Codes<Format::Q4_128>>,    part<Codes<Format::Q8_128>>,
+    part<Codes<Format::Q8_LEAST_32>>, part<Codes<Format::Q8_LEAST_128>>, part<Codes<Format::E4M3_128>>,
 };
 
 // Rows [m0, m1) times pairs of panels [pair0, pair1).

@@ -123,6 +123,7 @@ inline void grouped_linear(const Linear& all, int64_t expert_bytes, const Groupe
         const int64_t i = task - tasks[e], count = tasks[e + 1] - tasks[e];
         Linear mine = all;
         mine.weight = (const char*)all.weight + e * expert_bytes;
+        if (all.columns != nullptr) mine.columns = all.columns + e * all.k;
         part(mine, g.begin[e], g.begin[e + 1], i * pairs / count, (i + 1) * pairs / count);
     });
 }
@@ -152,10 +153,10 @@ void mixture(const MixtureCall& c, Team& team) {
     const Grouped g(c);
     const int64_t pairs = c.tokens * c.k;
     Linear first = {c.x,   c.ldx,   false,    c.gate_up, nullptr, nullptr, 0, c.fed, c.inner, bf16,
-                    pairs, c.inner, c.hidden, c.act,     true,    c.gate_up_format};
+                    pairs, c.inner, c.hidden, c.act,     true,    c.gate_up_format, c.gate_up_columns};
     first.rows = g.tokens;
     const Linear second = {c.fed, c.inner,  bf16,    c.down,           nullptr, nullptr,      0, c.results, c.hidden, false,
-                           pairs, c.hidden, c.inner, Activation::NONE, false,   c.down_format};
+                           pairs, c.hidden, c.inner, Activation::NONE, false,   c.down_format, c.down_columns};
     int32_t *first_tasks = g.tasks, *second_tasks = g.tasks + c.experts + 1;
     if (team.thread == 0) {
         group(c, g);

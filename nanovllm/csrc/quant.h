@@ -42,14 +42,33 @@ inline V numbers(const int8_t* codes) {
 #endif
 }
 
+// float8 (e4m3), which here has no NaN: the sign and 7 bits lie where a float has its own; their exponent counts from
+// 7, a float's from 127.
+inline V numbers_e4m3(const int8_t* codes) {
+#if defined(__AVX512F__)
+    const I wide = (I)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)codes));
+#elif defined(__AVX2__)
+    const I wide = (I)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)codes));
+#else
+    I wide;
+    for (int l = 0; l < WIDTH; ++l) wide[l] = codes[l];
+#endif
+    return (V)((U)wide << 20 & 0x87f00000u) * 0x1p120f;
+}
+
 // 32 rows' numbers, each for the two columns of a step.
 // outer: the rows' half-precision numbers that nested ones are multiples of.
 template <int BYTES>
 inline void each_twice(const char* from, const char* outer, V (&to)[2][R]) {
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
-        const V v = BYTES == 2 ? load_fp16(from + i * WIDTH * 2)
-                               : numbers((const int8_t*)from + i * WIDTH) * load_fp16(outer + i * WIDTH * 2);
+        V v;
+        if constexpr (BYTES == 4)
+            v = load(from + i * WIDTH * 4);
+        else if constexpr (BYTES == 2)
+            v = load_fp16(from + i * WIDTH * 2);
+        else
+            v = numbers((const int8_t*)from + i * WIDTH) * load_fp16(outer + i * WIDTH * 2);
         to[2 * i / R][2 * i % R] = twice(v, 0);
         to[(2 * i + 1) / R][(2 * i + 1) % R] = twice(v, WIDTH / 2);
     }
@@ -75,7 +94,10 @@ private:
     static inline Widened bytes(const char* codes) {
         Widened w;
 #pragma GCC unroll 8
-        for (int i = 0; i < 2 * R; ++i) w.v[i / R][i % R] = numbers((const int8_t*)codes + i * WIDTH);
+        for (int i = 0; i < 2 * R; ++i) {
+            const int8_t* from = (const int8_t*)codes + i * WIDTH;
+            w.v[i / R][i % R] = FORM.e4m3 ? numbers_e4m3(from) : numbers(from);
+        }
         return w;
     }
 
@@ -102,7 +124,7 @@ private:
             for (int i = 0; i < 2 * R; ++i) {
                 V& v = w.v[i / R][i % R];
                 v *= scale[i / R][i % R];
-                if constexpr (FORM.least) v += least[i / R][i % R];  // the product is exact in all forms
+                if constexpr (FORM.least) v += least[i / R][i % R];  // the product is exact: scales have 11 digits
             }
             return w;
         };

@@ -5,6 +5,7 @@
 
 #include "formats.h"
 #include "kernels.h"
+#include "quant.h"
 #include "vec.h"
 
 namespace {
@@ -123,7 +124,16 @@ inline float half_precision(const char* p) {
 
 // A row's scale or least value. outer: what it is a multiple of, if it is nested.
 inline float number(const Layout& form, const char* p, const char* outer) {
+    if (form.scale_bytes == 4) return load_part((const float*)p, 1)[0];
     return form.nested() ? *(const int8_t*)p * half_precision(outer) : half_precision(p);
+}
+
+// A code as the number that it stands for.
+inline float code_number(const Layout& form, const char* byte, int shift) {
+    if (form.bits == 4) return (uint8_t)*byte >> shift & 15;
+    if (!form.e4m3) return (int8_t)*byte;
+    int8_t codes[WIDTH] = {(int8_t)*byte};
+    return numbers_e4m3(codes)[0];
 }
 
 // The weights that a linear layer multiplies by.
@@ -138,8 +148,7 @@ inline void gather_quantised(const Gather& g, int64_t id, float* y) {
         const float least = form.least ? number(form, mine + values, outer + (PAIR + row) * 2) : 0.0f;
         for (int64_t c = first; c < std::min(first + group, g.width); ++c) {
             const Place where = place(form.bits, row, c - first);
-            const int code = form.bits == 8 ? (int8_t)codes[where.byte] : (uint8_t)codes[where.byte] >> where.shift & 15;
-            y[c] = code * scale + least;
+            y[c] = code_number(form, codes + where.byte, where.shift) * scale + least;
         }
     }
     for (int64_t c = 0; c < g.width; c += WIDTH) {

@@ -35,7 +35,7 @@ def build_engine(asked: EngineConfig) -> LLMEngine:
         max_positions=model_config.max_position_embeddings,
         cuda=torch.cuda.is_available(),
         launched=launched_processes(),
-        quantized=checkpoint.is_quantized,
+        quantized=checkpoint.quantization,
     )
     tokenizer = _load_tokenizer(asked, checkpoint)
     defaults = generation_defaults(asked, checkpoint)

@@ -44,8 +44,8 @@ class VocabParallelEmbedding(WeightLayer):
     def expected_weights(self) -> dict[str, dict[str | None, tuple[int, ...]]]:
         return {"weight": {None: self._whole}}
 
-    def takes_blocks(self, parameter: str, kind: str) -> bool:
-        return any(head.takes_blocks(parameter, kind) for head in self._head)
+    def takes_blocks(self, parameter: str) -> bool:
+        return any(head.takes_blocks(parameter) for head in self._head)
 
     def load_weight(self, parameter: str, tensor: torch.Tensor | Blocks, shard: str | None) -> None:
         if self._head:

@@ -64,8 +64,8 @@ class MergedColumnParallelLinear(WeightLayer, LinearWeights):
             expected["bias"] = {name: (shard.rows,) for name, shard in self._shards.items()}
         return expected
 
-    def takes_blocks(self, parameter: str, kind: str) -> bool:
-        return parameter == "weight" and self.method.takes(kind)
+    def takes_blocks(self, parameter: str) -> bool:
+        return parameter == "weight" and self.method.takes_blocks
 
     def load_weight(self, parameter: str, tensor: torch.Tensor | Blocks, shard: str | None) -> None:
         rows, mine = self._rows[shard], tensor[self._shards[shard].mine]
@@ -171,8 +171,8 @@ class RowParallelLinear(WeightLayer, LinearWeights):
     def expected_weights(self) -> dict[str, dict[str | None, tuple[int, ...]]]:
         return {**super().expected_weights(), "weight": {None: self._whole}}
 
-    def takes_blocks(self, parameter: str, kind: str) -> bool:
-        return parameter == "weight" and self.method.takes(kind)
+    def takes_blocks(self, parameter: str) -> bool:
+        return parameter == "weight" and self.method.takes_blocks
 
     def load_weight(self, parameter: str, tensor: torch.Tensor | Blocks, shard: str | None) -> None:
         if parameter != "weight":

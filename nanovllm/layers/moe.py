@@ -104,7 +104,7 @@ class _LayerElsewhere(WeightLayer):
     def expected_weights(self) -> dict[str, dict[str | None, tuple[int, ...]]]:
         return self._expected
 
-    def takes_blocks(self, parameter: str, kind: str) -> bool:
+    def takes_blocks(self, parameter: str) -> bool:
         return True
 
     def load_weight(self, parameter: str, tensor: torch.Tensor | Blocks, shard: str | None) -> None:

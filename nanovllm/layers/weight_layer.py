@@ -35,8 +35,8 @@ class WeightLayer(nn.Module):
         whole |= {name: shape for name, (shape, _) in self._parts.items()}
         return {name: {None: shape} for name, shape in whole.items()}
 
-    def takes_blocks(self, parameter: str, kind: str) -> bool:
-        """Whether `load_weight` takes blocks of this kind in the place of floats."""
+    def takes_blocks(self, parameter: str) -> bool:
+        """Whether `load_weight` takes blocks in the place of floats."""
         return False
 
     def load_weight(self, parameter: str, tensor: torch.Tensor | Blocks, shard: str | None) -> None:

@@ -104,8 +104,10 @@ class TransformersForCausalLM(CausalLM):
         super().__init__(config, ctx)
         if ctx.tp.size != 1:
             raise ConfigError(f"{config.architecture} runs through transformers' modules: set tensor_parallel_size=1")
-        if ctx.quantization is not None:
+        if ctx.quantization in ("int8", "int4"):
             raise ConfigError(f"{config.architecture} runs through transformers' modules: leave quantization out")
+        if ctx.quantization is not None:
+            raise _quantized(config.architecture)
         self._architecture, self._ctx = config.architecture, ctx
         self._hf_config = _with_fixed_rope(config.hf, ctx.max_model_len)
         try:
@@ -128,6 +130,8 @@ class TransformersForCausalLM(CausalLM):
         return self.head(inputs_embeds=hidden[None], use_cache=False).logits[0].float()
 
     def load(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.quantization is not None:
+            raise _quantized(self._architecture)
         transformers = import_transformers()
         try:
             model, found = transformers.AutoModelForCausalLM.from_pretrained(
@@ -259,6 +263,10 @@ def _traced(hf_config: Any, dtype: torch.dtype) -> tuple[Any, dict[str, Attentio
     if model.get_decoder() is model:
         raise ModelNotSupported("its body is not apart from its head")
     return model, specs
+
+
+def _quantized(architecture: str) -> ModelNotSupported:
+    return ModelNotSupported(f"{architecture} runs through transformers' modules: use an unquantised checkpoint")
 
 
 def _not_supported(architecture: str, reason: str) -> ModelNotSupported:

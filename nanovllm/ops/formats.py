@@ -17,7 +17,7 @@ class Format:
 
     bits: of a code: 8 are signed, 4 are 0 to 15. group: columns that share a scale. scale: dtype of scales and least
     values; int8 are multiples of fp16 numbers that 256 columns share. least: whether there are least values, else
-    they are 0.
+    they are 0. e4m3: whether codes are float8 numbers (torch.float8_e4m3fn) without NaN instead.
     """
 
     number: int
@@ -25,6 +25,7 @@ class Format:
     group: int
     scale: torch.dtype
     least: bool
+    e4m3: bool = False
 
     def packed_bytes(self, rows: int, cols: int) -> int:
         """Of a weight [rows, cols] as csrc/formats.h has it."""
@@ -41,12 +42,20 @@ Q8_LEAST = Format(4, 8, 32, torch.float16, least=True)
 Q4_NESTED = Format(5, 4, 32, torch.int8, least=True)
 Q8_NESTED = Format(6, 8, 32, torch.int8, least=True)
 Q8_FINE = Format(7, 8, 16, torch.int8, least=False)
+Q4_32 = Format(8, 4, 32, torch.float32, least=True)
+Q4_64 = Format(9, 4, 64, torch.float32, least=True)
+Q4_128 = Format(10, 4, 128, torch.float32, least=True)
+Q8_128 = Format(11, 8, 128, torch.float32, least=False)
+Q8_LEAST_32 = Format(12, 8, 32, torch.float32, least=True)
+Q8_LEAST_128 = Format(13, 8, 128, torch.float32, least=True)
+E4M3_128 = Format(14, 8, 128, torch.float32, least=False, e4m3=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Codes:
-    """A quantised weight [rows, cols] in plain sight. codes: int8 [rows, cols]. scales, least: [rows, groups].
-    outer, outer_least: fp16 [rows, ceil(cols / 256)], that nested ones are multiples of."""
+    """A quantised weight [rows, cols] in plain sight. codes: int8 [rows, cols], of float8 numbers their bytes. scales,
+    least: [rows, groups]; where both are fp32, scales have at most 11 digits, as fp16 and bfloat16 have. outer,
+    outer_least: fp16 [rows, ceil(cols / 256)], that nested ones are multiples of."""
 
     form: Format
     codes: torch.Tensor
@@ -55,9 +64,14 @@ class Codes:
     outer: torch.Tensor | None = None
     outer_least: torch.Tensor | None = None
 
+    def to(self, device: torch.device) -> Codes:
+        others = (None if x is None else x.to(device) for x in (self.least, self.outer, self.outer_least))
+        return Codes(self.form, self.codes.to(device), self.scales.to(device), *others)
+
     def dequantize(self) -> torch.Tensor:
         """fp32 [rows, cols]: exact but for one rounding, of the sum."""
-        values = self.codes.float() * self._of_columns(self.scales, self.outer)
+        codes = self.codes.view(torch.float8_e4m3fn) if self.form.e4m3 else self.codes
+        values = codes.float() * self._of_columns(self.scales, self.outer)
         return values if self.least is None else values + self._of_columns(self.least, self.outer_least)
 
     def _of_columns(self, values: torch.Tensor, outer: torch.Tensor | None) -> torch.Tensor:
@@ -77,11 +91,14 @@ class Segment(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Packed:
     """A quantised weight as kernels take it in the place of a packed tensor: bytes, of which some rows may be in
-    another form than others.
+    another form than others. data: uint8 [bytes], or [experts, bytes] where it is that of a mixture.
 
-    data: uint8 [bytes], or [experts, bytes] where it is that of a mixture. dtype: of rows that are floats, and what
-    others are rounded to."""
+    columns: which of the input's columns meets each of the weight's, int32 [cols] or [experts, cols]; None for the one
+    in the same place. A weight that tokens are looked up in has none. dtype: of rows that are floats, and what others
+    are rounded to.
+    """
 
     data: torch.Tensor
     segments: tuple[Segment, ...]
+    columns: torch.Tensor | None = None
     dtype: torch.dtype = torch.bfloat16

@@ -11,7 +11,7 @@ from typing import Any
 from nanovllm.errors import ConfigError
 
 _PATH = Path(__file__).parents[1] / "csrc" / "libnanovllm.so"
-_ABI = 9  # of csrc/library.cpp
+_ABI = 10  # of csrc/library.cpp
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _GROUP = [_POINTER, _LONG, _LONG, ctypes.c_double]  # region, rank, size, timeout in seconds
 _ROWS = [_POINTER, _LONG, _LONG, _LONG, _LONG, _LONG]  # x, outer, inner, their strides, size
@@ -31,7 +31,8 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "nv_linear": (
         None,
         [
-            *(_POINTER, _LONG, _INT, _POINTER, _INT, _POINTER, _POINTER, _LONG, _POINTER, _LONG, _INT),
+            *(_POINTER, _LONG, _INT, _POINTER, _INT, _POINTER),  # x, its stride, bfloat16?, weight, its format, columns
+            *(_POINTER, _POINTER, _LONG, _POINTER, _LONG, _INT),  # bias, residual, its stride, y, its stride, bfloat16?
             _LONG,
             _LONG,
             _LONG,
@@ -47,7 +48,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
             *(_POINTER, _LONG, _POINTER, _POINTER, _LONG),  # x, its stride, weights, experts chosen, the first one here
             *(_LONG, _LONG, _LONG, _LONG, _LONG),  # tokens, experts, choices a token, hidden and inner size
             *(_POINTER, _POINTER, _LONG, _LONG),  # two weights, bytes of an expert
-            *(_INT, _INT, _INT),  # the weights' formats, activation
+            *(_INT, _INT, _POINTER, _POINTER, _INT),  # the weights' formats, their columns, activation
             *(_POINTER, _POINTER, _POINTER, _POINTER, _INT),  # out, three to work in, threads
         ],
     ),

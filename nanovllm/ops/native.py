@@ -93,13 +93,14 @@ class NativeOps:
         anyway."""
         out = torch.empty(len(x), rows, dtype=torch.float32 if act is None else _fed_dtype(packed))
         if isinstance(packed, torch.Tensor):
-            return self._linear(x, packed, _format(packed), bias, out, act, residual=residual)
+            return self._linear(x, packed, _format(packed), None, bias, out, act, residual=residual)
         for segment in packed.segments:
             mine, whole = segment.rows, len(packed.segments) == 1
             self._linear(
                 x,
                 packed.data if whole else packed.data[segment.start :],
                 _number(segment),
+                packed.columns,
                 bias if whole or bias is None else bias[mine],
                 out if whole else out[:, mine],
                 act,
@@ -121,13 +122,14 @@ class NativeOps:
         """Rounded in the same way."""
         data, form = _whole(packed)
         out = torch.empty(len(x), rows // 2, dtype=_fed_dtype(packed))
-        return self._linear(x, data, form, bias, out, act, gated=True)
+        return self._linear(x, data, form, _columns(packed), bias, out, act, gated=True)
 
     def _linear(
         self,
         x: torch.Tensor,
         packed: torch.Tensor,
         form: int,
+        columns: torch.Tensor | None,
         bias: torch.Tensor | None,
         out: torch.Tensor,
         act: str | None = None,
@@ -147,7 +149,8 @@ class NativeOps:
             x.dtype == torch.bfloat16,
             packed.data_ptr(),
             form,
-            None if bias is None else bias.data_ptr(),
+            _address(columns),
+            _address(bias),
             *((None, 0) if residual is None else (residual.data_ptr(), residual.stride(0))),
             out.data_ptr(),
             out.stride(0),
@@ -181,7 +184,8 @@ class NativeOps:
         first: int = 0,
     ) -> torch.Tensor:
         x = _fp32_rows(x)
-        (gate_up, gate_up_form), (down, down_form), fed_dtype = _whole(gate_up), _whole(down), _fed_dtype(gate_up)
+        orders, fed_dtype = (_address(_columns(gate_up)), _address(_columns(down))), _fed_dtype(gate_up)
+        (gate_up, gate_up_form), (down, down_form) = _whole(gate_up), _whole(down)
         (tokens, hidden), k, experts = x.shape, chosen.shape[1], len(gate_up)
         out = torch.empty(tokens, hidden)
         index = torch.empty(3 * (experts + 1) + 2 * tokens * k, dtype=torch.int32)
@@ -203,6 +207,7 @@ class NativeOps:
             down[0].nbytes,
             gate_up_form,
             down_form,
+            *orders,
             _ACTIVATIONS[act],
             out.data_ptr(),
             index.data_ptr(),
@@ -223,6 +228,7 @@ class NativeOps:
     def embed_packed(
         self, packed: torch.Tensor | Packed, ids: torch.Tensor, first: int, shape: tuple[int, int]
     ) -> torch.Tensor:
+        assert _columns(packed) is None
         return self._gather(*_whole(packed), ids, shape, first, is_packed=True)
 
     def _gather(
@@ -349,6 +355,14 @@ def _whole(packed: torch.Tensor | Packed) -> tuple[torch.Tensor, int]:
         return packed, _format(packed)
     (segment,) = packed.segments
     return packed.data, _number(segment)
+
+
+def _columns(packed: torch.Tensor | Packed) -> torch.Tensor | None:
+    return None if isinstance(packed, torch.Tensor) else packed.columns
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _fed_dtype(packed: torch.Tensor | Packed) -> torch.dtype:

@@ -66,6 +66,7 @@ class TritonOps(TorchOps):
     ) -> torch.Tensor:
         """Rows of different forms are products of their own."""
         assert isinstance(packed, Packed)
+        x = x if packed.columns is None else x.index_select(1, packed.columns)
         if self._multiplies_floats(packed, len(x)):
             weight = widened(packed, (rows, x.shape[1]), x.dtype, gated=False)
             out = self.plain_linear(x, weight, bias, residual)
@@ -87,6 +88,7 @@ class TritonOps(TorchOps):
         self, x: torch.Tensor, packed: torch.Tensor | Packed, rows: int, bias: torch.Tensor | None, act: str
     ) -> torch.Tensor:
         assert isinstance(packed, Packed)
+        x = x if packed.columns is None else x.index_select(1, packed.columns)
         if self._multiplies_floats(packed, len(x)):
             weight = widened(packed, (rows, x.shape[1]), x.dtype, gated=True)
             return self.activate(self.plain_linear(x, weight, bias), act, gated=True)
@@ -105,7 +107,7 @@ class TritonOps(TorchOps):
     def embed_packed(
         self, packed: torch.Tensor | Packed, ids: torch.Tensor, first: int, shape: tuple[int, int]
     ) -> torch.Tensor:
-        assert isinstance(packed, Packed)
+        assert isinstance(packed, Packed) and packed.columns is None
         (segment,) = packed.segments
         codes, dtype = codes_of(packed, segment), packed.dtype
         if codes is None:

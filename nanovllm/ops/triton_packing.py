@@ -14,7 +14,7 @@ _OUTER = 256  # columns that share what nested scales are multiples of; formats.
 
 
 def layout_of(form: Format) -> CodeLayout:
-    return CodeLayout(form.bits, form.group, form.scale == torch.int8, form.least)
+    return CodeLayout(form.bits, form.group, form.scale.itemsize * 8, form.least, form.e4m3)
 
 
 def codes_of(packed: Packed, segment: Segment) -> PackedCodes | None:
@@ -22,7 +22,7 @@ def codes_of(packed: Packed, segment: Segment) -> PackedCodes | None:
     if segment.form is None:
         return None
     data = packed.data if len(packed.segments) == 1 else packed.data[segment.start :]
-    return PackedCodes(data.view(torch.int32), layout_of(segment.form))
+    return PackedCodes(data.view(torch.int32), layout_of(segment.form), packed.columns)
 
 
 def floats_of(packed: Packed, segment: Segment, cols: int, dtype: torch.dtype) -> torch.Tensor:
@@ -49,7 +49,7 @@ def widened(packed: Packed, shape: tuple[int, int], dtype: torch.dtype, *, gated
 
 def pack_codes(codes: Codes, first: int, out: torch.Tensor, half: int | None) -> None:
     """As `Ops.pack_codes`."""
-    layout, (rows, cols) = layout_of(codes.form), codes.codes.shape
+    codes, layout, (rows, cols) = codes.to(out.device), layout_of(codes.form), codes.codes.shape
     chunks = -(-cols // layout.chunk)
     place = first + torch.arange(rows, device=out.device)
     if half is not None:

@@ -1,177 +1,62 @@
-"""Blocks: a quantised matrix as bytes, row by row, as GGUF files have it.
-
-The types are ggml's: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h.
-"""
+"""Blocks: a quantised matrix, whatever file it comes from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 import torch
 
-from nanovllm.ops.formats import Q4, Q4_NESTED, Q8, Q8_FINE, Q8_LEAST, Q8_NESTED, Codes, Format
+from nanovllm.ops.formats import Codes, Format
+from nanovllm.quantization.pieces import row_pieces
 
 
-class Kind(NamedTuple):
-    """cols, bytes: of a block. form: what kernels get. unpack: from blocks [B, bytes] to codes [B, cols], scales [B,
-    groups of a block] and whatever else Codes has."""
-
-    cols: int
-    bytes: int
-    form: Format
-    unpack: Callable[[torch.Tensor], tuple[torch.Tensor | None, ...]]
-
-
-@dataclass(frozen=True, slots=True)
-class Blocks:
-    """A matrix [rows, cols], quantised.
-
-    kind: a name of KINDS. data: uint8 [rows, bytes of a row], on any device.
-    """
-
-    kind: str
-    data: torch.Tensor
-    cols: int
+class Blocks(ABC):
+    """A matrix [rows, cols] of codes, some columns of a row sharing a scale. What it is of a file is read when it is
+    unpacked."""
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return self.data.shape[0], self.cols
+    @abstractmethod
+    def shape(self) -> tuple[int, int]: ...
 
     @property
+    @abstractmethod
     def form(self) -> Format:
-        return KINDS[self.kind].form
+        """What kernels get."""
 
     @property
+    @abstractmethod
     def group(self) -> int:
         """Columns that cannot be parted."""
-        return KINDS[self.kind].cols
+
+    @abstractmethod
+    def __getitem__(self, rows: slice | torch.Tensor) -> Blocks:
+        """Rows of a range, or of these numbers."""
+
+    @abstractmethod
+    def columns(self, part: slice) -> Blocks | torch.Tensor:
+        """Of whole groups. Floats where the groups' columns do not lie side by side."""
+
+    @abstractmethod
+    def unpack(self) -> Codes:
+        """Columns are in the order of `order`."""
 
     def __len__(self) -> int:
-        return self.data.shape[0]
+        return self.shape[0]
 
-    def __getitem__(self, rows: slice) -> Blocks:
-        return Blocks(self.kind, self.data[rows], self.cols)
-
-    def columns(self, part: slice) -> Blocks:
-        """Of whole blocks."""
-        count = part.stop - part.start
-        if count == self.cols:
-            return self
-        cols, size = KINDS[self.kind][:2]
-        assert part.start % cols == 0 and count % cols == 0
-        return Blocks(self.kind, self.data[:, part.start // cols * size : part.stop // cols * size], count)
+    def order(self) -> torch.Tensor | None:
+        """The columns as they are unpacked, int64 [cols]; None if they are as in the matrix."""
+        return None
 
     def to(self, device: torch.device) -> Blocks:
-        return Blocks(self.kind, self.data.to(device), self.cols)
+        """What can be unpacked there; else as it is."""
+        return self
 
-    def unpack(self) -> Codes:
-        rows = len(self)
-        kind = KINDS[self.kind]
-        codes, *values = kind.unpack(self.data.reshape(-1, kind.bytes))
-        of_rows = [None if v is None else v.reshape(rows, -1) for v in values]
-        assert codes is not None and of_rows[0] is not None
-        return Codes(kind.form, codes.reshape(rows, -1)[:, : self.cols], of_rows[0], *of_rows[1:])
+    def pieces(self) -> Iterator[tuple[int, Codes]]:
+        """Some rows at a time, and which is the first of them."""
+        for rows in row_pieces(*self.shape):
+            yield rows.start, self[rows].unpack()
 
     def dequantize(self) -> torch.Tensor:
-        """fp32 [rows, cols]."""
+        """fp32 [rows, cols], columns as in the matrix."""
         return self.unpack().dequantize()
-
-
-def row_bytes(kind: str, cols: int) -> int:
-    """Of a row; the last block of ours may be short of columns."""
-    return -(-cols // KINDS[kind].cols) * KINDS[kind].bytes
-
-
-def q8_0_blocks(codes: torch.Tensor, scales: torch.Tensor) -> Blocks:
-    """codes: int8 [rows, groups, 32]. scales: fp16 [rows, groups]."""
-    rows, groups, cols = codes.shape
-    values = scales[..., None].view(torch.uint8)  # [rows, groups, 2]
-    return Blocks("Q8_0", torch.cat([values, codes.view(torch.uint8)], dim=-1).view(rows, -1), groups * cols)
-
-
-def q4_1_blocks(codes: torch.Tensor, scales: torch.Tensor, least: torch.Tensor) -> Blocks:
-    """codes: uint8 [rows, groups, 32]. scales, least: fp16 [rows, groups]."""
-    rows, groups, cols = codes.shape
-    low, high = codes.chunk(2, dim=-1)
-    values = torch.stack([scales, least], dim=-1).view(torch.uint8)  # [rows, groups, 4]
-    return Blocks("Q4_1", torch.cat([values, low | high << 4], dim=-1).view(rows, -1), groups * cols)
-
-
-# --- ggml's types ------------------------------------------------------------------------------------
-
-
-def _half(data: torch.Tensor) -> torch.Tensor:
-    return data.contiguous().view(torch.float16)
-
-
-def _nibbles(data: torch.Tensor) -> torch.Tensor:
-    """[..., n] -> [..., 2 n]: all low halves, then all high ones."""
-    return torch.cat([data & 15, data >> 4], dim=-1)
-
-
-def _bits(data: torch.Tensor) -> torch.Tensor:
-    """[..., n] -> [..., 8 n], the lowest bit first."""
-    return (data[..., None] >> torch.arange(8, dtype=torch.uint8, device=data.device) & 1).flatten(-2)
-
-
-def _q4_0(b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    scales = _half(b[:, :2])
-    return _nibbles(b[:, 2:]), scales, scales * -8  # exact
-
-
-def _q4_1(b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _nibbles(b[:, 4:]), _half(b[:, :2]), _half(b[:, 2:4])
-
-
-def _q5_0(b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-    codes = _nibbles(b[:, 6:]) | _bits(b[:, 2:6]) << 4
-    return codes.view(torch.int8) - 16, _half(b[:, :2]), None
-
-
-def _q5_1(b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _nibbles(b[:, 8:]) | _bits(b[:, 4:8]) << 4, _half(b[:, :2]), _half(b[:, 2:4])
-
-
-def _q8_0(b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-    return b[:, 2:].contiguous().view(torch.int8), _half(b[:, :2]), None
-
-
-def _k_scales(b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of Q4_K and Q5_K: scales and least values of eight groups, 6 bits each in 12 bytes, and the block's two."""
-    first, second, rest = b[:, 4:16].chunk(3, dim=1)
-    scales = torch.cat([first & 63, rest & 15 | first >> 6 << 4], dim=1)
-    least = torch.cat([second & 63, rest >> 4 | second >> 6 << 4], dim=1)
-    return scales.view(torch.int8), least.view(torch.int8), _half(b[:, :2]), -_half(b[:, 2:4])
-
-
-def _q4_k(b: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return _nibbles(b[:, 16:].unflatten(1, (4, 32))).flatten(1), *_k_scales(b)
-
-
-def _q5_k(b: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    low = _nibbles(b[:, 48:].unflatten(1, (4, 32))).unflatten(-1, (2, 32)).flatten(1, 2)  # [B, 8, 32]
-    high = b[:, 16:48, None] >> torch.arange(8, dtype=torch.uint8, device=b.device) & 1  # [B, 32, 8]
-    return (low | high.transpose(1, 2) << 4).flatten(1), *_k_scales(b)
-
-
-def _q6_k(b: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    low = _nibbles(b[:, :128].unflatten(1, (2, 64))).unflatten(-1, (4, 32))  # [B, 2, 4, 32]
-    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=b.device)
-    pairs = b[:, 128:192].unflatten(1, (2, 1, 32)) >> shifts[:, None] & 3
-    codes = (low | pairs << 4).flatten(1).view(torch.int8) - 32
-    return codes, b[:, 192:208].contiguous().view(torch.int8), None, _half(b[:, 208:])
-
-
-KINDS = {
-    "Q4_0": Kind(32, 18, Q4, _q4_0),
-    "Q4_1": Kind(32, 20, Q4, _q4_1),
-    "Q5_0": Kind(32, 22, Q8, _q5_0),
-    "Q5_1": Kind(32, 24, Q8_LEAST, _q5_1),
-    "Q8_0": Kind(32, 34, Q8, _q8_0),
-    "Q4_K": Kind(256, 144, Q4_NESTED, _q4_k),
-    "Q5_K": Kind(256, 176, Q8_NESTED, _q5_k),
-    "Q6_K": Kind(256, 210, Q8_FINE, _q6_k),
-}
-"""Types that kernels compute with; values are exactly the type's own."""

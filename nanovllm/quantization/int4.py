@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import torch
 
-from nanovllm.quantization.blocks import Blocks, q4_1_blocks
-from nanovllm.quantization.pieces import in_groups, row_pieces
+from nanovllm.quantization.ggml import GGMLBlocks, q4_1_blocks
+from nanovllm.quantization.pieces import in_groups, row_pieces, weights_of_piece
 
 _CUTS = ((0.0, 0.0), (0.03, 0.0), (0.0, 0.03), (0.03, 0.03))
 """Shares of the range that are left out below and above; more of them gain little."""
 
 
-def quantize_int4(weight: torch.Tensor) -> Blocks:
+def quantize_int4(weight: torch.Tensor) -> GGMLBlocks:
     """weight: [rows, cols] of any float dtype."""
-    pieces = row_pieces(len(weight), weight.shape[1], weight.device)
+    pieces = row_pieces(len(weight), weight.shape[1], weights_of_piece(weight.device))
     found = [_quantize(in_groups(weight[rows])).data for rows in pieces]
-    return Blocks("Q4_1", torch.cat(found), weight.shape[1])
+    return GGMLBlocks("Q4_1", torch.cat(found), weight.shape[1])
 
 
-def _quantize(groups: torch.Tensor) -> Blocks:
+def _quantize(groups: torch.Tensor) -> GGMLBlocks:
     """[rows, groups, 32] in fp32."""
     low, high = groups.aminmax(dim=-1)
     span = high - low

@@ -65,15 +65,13 @@ class Loaded:
 class LinearMethod(Protocol):
     """One object serves all linear layers; what it stores lives in the layer.
 
-    group: columns of a weight that cannot be parted. embeds: whether `embed` reads rows of a finalized weight.
+    group: columns of a weight that cannot be parted. takes_blocks: whether `load` takes what is quantised on disk.
+    embeds: whether `embed` reads rows of a finalized weight.
     """
 
     group: int
+    takes_blocks: bool
     embeds: bool
-
-    def takes(self, kind: str) -> bool:
-        """Whether `load` takes blocks of this kind."""
-        ...
 
     def create(self, layer: LinearWeights, rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> None:
         """Register the layer's `weight`, [rows, cols], uninitialised."""
@@ -118,6 +116,7 @@ class UnquantizedLinearMethod:
     """The weight as it is, or packed once if the ops multiply faster so."""
 
     group = 1
+    takes_blocks = False
 
     def __init__(self, ops: Ops) -> None:
         self._ops, self.embeds = ops, ops.embeds_packed
@@ -130,9 +129,6 @@ class UnquantizedLinearMethod:
             weight = torch.empty(rows, cols, dtype=dtype, device=device)
         layer.weight = nn.Parameter(weight, requires_grad=False)
         layer.rows, layer.cols, layer.packed = rows, cols, False
-
-    def takes(self, kind: str) -> bool:
-        return False
 
     def stack(self, layers: Sequence[LinearWeights]) -> Stack:
         weight = layers[0].weight

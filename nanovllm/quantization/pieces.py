@@ -7,13 +7,18 @@ from collections.abc import Iterator
 import torch
 
 GROUP = 32  # columns that share a scale in the schemes of our own
-_WEIGHTS = {"cpu": 1 << 16, "cuda": 1 << 22}  # of a piece: what caches hold, and what is worth a launch
+_WEIGHTS, _LAUNCHED = 1 << 16, 1 << 22
 _PANELS = 32  # rows that kernels keep together
 
 
-def row_pieces(rows: int, cols: int, device: torch.device) -> Iterator[slice]:
+def weights_of_piece(device: torch.device) -> int:
+    """What a cache holds, or what is worth a launch."""
+    return _WEIGHTS if device.type == "cpu" else _LAUNCHED
+
+
+def row_pieces(rows: int, cols: int, weights: int = _WEIGHTS) -> Iterator[slice]:
     """Slices of whole pairs of panels, but for the last."""
-    step = max(1, _WEIGHTS[device.type] // (cols * _PANELS)) * _PANELS
+    step = max(1, weights // (cols * _PANELS)) * _PANELS
     return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 
 

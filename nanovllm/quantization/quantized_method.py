@@ -11,7 +11,6 @@ from nanovllm.ops.base import Ops
 from nanovllm.ops.formats import Format, Packed, Segment
 from nanovllm.quantization.blocks import Blocks
 from nanovllm.quantization.linear_method import LinearWeights, Stack, UnquantizedLinearMethod
-from nanovllm.quantization.pieces import row_pieces
 
 Quantize = Callable[[torch.Tensor], Blocks]
 
@@ -48,7 +47,7 @@ class QuantizedLinearMethod(UnquantizedLinearMethod):
         data = packed_memory(self._ops, len(layers) * size, first.weight.device).view(len(layers), size)
         for layer, place in zip(layers, data, strict=True):
             self._place(layer, place, dtype)
-        return Stack(Packed(data, segments, dtype))
+        return Stack(Packed(data, segments, dtype=dtype))
 
     def convert(self, tensor: torch.Tensor | Blocks) -> Blocks:
         assert isinstance(tensor, torch.Tensor)
@@ -66,7 +65,7 @@ class QuantizedLinearMethod(UnquantizedLinearMethod):
 
     def _place(self, layer: LinearWeights, memory: torch.Tensor, dtype: torch.dtype) -> None:
         layer.weight = nn.Parameter(memory, requires_grad=False)
-        layer.quantized = Packed(memory, (Segment(slice(0, layer.rows), self._form, 0),), dtype)
+        layer.quantized = Packed(memory, (Segment(slice(0, layer.rows), self._form, 0),), dtype=dtype)
 
 
 def packed_memory(ops: Ops, size: int, device: torch.device) -> torch.Tensor:
@@ -87,6 +86,5 @@ def pack_blocks(ops: Ops, layer: LinearWeights, blocks: Blocks, first: int, out:
     half = None
     if fuses_gate(layer, ops):
         half, first = 0 if first == 0 else 1, 0
-    blocks = blocks.to(out.device)
-    for rows in row_pieces(*blocks.shape, out.device):
-        ops.pack_codes(blocks[rows].unpack(), first + rows.start, out, half=half)
+    for start, codes in blocks.to(out.device).pieces():
+        ops.pack_codes(codes, first + start, out, half=half)

@@ -8,13 +8,14 @@ from typing import NamedTuple
 import torch
 
 from nanovllm.build_context import BuildContext
+from nanovllm.config import STORED
 from nanovllm.ops.formats import Q4, Q8, Format
 from nanovllm.quantization.blocks import Blocks
-from nanovllm.quantization.gguf import GGUFLinearMethod
 from nanovllm.quantization.int4 import quantize_int4
 from nanovllm.quantization.int8 import quantize_int8
 from nanovllm.quantization.linear_method import LinearMethod, UnquantizedLinearMethod
 from nanovllm.quantization.quantized_method import DequantizedLinearMethod, QuantizedLinearMethod
+from nanovllm.quantization.stored import StoredLinearMethod
 
 
 class Scheme(NamedTuple):
@@ -37,8 +38,8 @@ def head_method(ctx: BuildContext) -> LinearMethod:
 
 def _method(ctx: BuildContext, name: str | None) -> LinearMethod:
     ops = ctx.ops
-    if name == "gguf" and ops.packs_quantized:
-        return GGUFLinearMethod(ops)
+    if name in STORED and ops.packs_quantized:
+        return StoredLinearMethod(ops)
     if name not in _SCHEMES:
         return UnquantizedLinearMethod(ops)
     quantize, form = _SCHEMES[name]

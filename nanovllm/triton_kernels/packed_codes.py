@@ -29,14 +29,16 @@ WORDS = 32  # of a chunk's codes, in each row
 class CodeLayout:
     """weight = code * scale + least, in fp32, rounded to what is multiplied.
 
-    bits: of a code, 4 (from 0 on) or 8 (signed). group: columns that share a scale. nested: scales and least values are
-    signed bytes, multiples of two fp16 numbers a chunk; else they are fp16. least: whether there are least values.
+    bits: of a code, 4 (from 0 on) or 8 (signed). group: columns that share a scale. scale: bits of scales and least
+    values, which are floats; those of 8 bits are signed multiples of two fp16 numbers a chunk. least: whether there are
+    least values. e4m3: whether codes are float8 numbers instead.
     """
 
     bits: int
     group: int
-    nested: bool
+    scale: int
     least: bool
+    e4m3: bool = False
 
     @property
     def chunk(self) -> int:
@@ -46,26 +48,34 @@ class CodeLayout:
     @property
     def group_bytes(self) -> int:
         """Of a group's scale and least value."""
-        return (1 if self.nested else 2) * (1 + self.least)
+        return self.scale // 8 * (1 + self.least)
 
     @property
     def words(self) -> int:
         """Of a row of a chunk."""
-        return WORDS + self.chunk // self.group * self.group_bytes // 4 + self.nested
+        return WORDS + self.chunk // self.group * self.group_bytes // 4 + (self.scale == 8)
 
     def packed_bytes(self, rows: int, cols: int) -> int:
         return -(-rows // PAIR) * -(-cols // self.chunk) * self.words * PAIR * 4
 
     def constants(self) -> dict[str, int | bool]:
         """Of every kernel that reads such a weight."""
-        return {"BITS": self.bits, "GROUP": self.group, "NESTED": self.nested, "LEAST": self.least}
+        return {
+            "BITS": self.bits,
+            "GROUP": self.group,
+            "SCALE": self.scale,
+            "LEAST": self.least,
+            "E4M3": self.e4m3,
+        }
 
 
 class PackedCodes(NamedTuple):
-    """data: int32 [words], or [experts, words]."""
+    """data: int32 [words], or [experts, words]. columns: which of the input's columns meets each of the weight's, int32
+    [experts, cols]; None for the one in the same place."""
 
     data: torch.Tensor
     layout: CodeLayout
+    columns: torch.Tensor | None = None
 
 
 @triton.jit
@@ -74,17 +84,18 @@ def chunk_columns(BITS: tl.constexpr):
 
 
 @triton.jit
-def chunk_words(BITS: tl.constexpr, GROUP: tl.constexpr, NESTED: tl.constexpr, LEAST: tl.constexpr):
+def chunk_words(BITS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, LEAST: tl.constexpr):
     """Of the 32 rows of a pair."""
-    EACH: tl.constexpr = (1 + LEAST) * (1 if NESTED else 2)
-    return 32 * (32 + 1024 // BITS // GROUP * EACH // 4 + NESTED)
+    return 32 * (32 + 1024 // BITS // GROUP * SCALE * (1 + LEAST) // 32 + (SCALE == 8))
 
 
 @triton.jit
-def _number(places, there, BIT: tl.constexpr, NESTED: tl.constexpr):
+def _number(places, there, BIT: tl.constexpr, SCALE: tl.constexpr):
     """That which begins at this bit of a chunk's scales, fp32. places: of the first word of each row [R]."""
     word = tl.load(places + BIT // 32 * 32, there, 0)
-    if NESTED:
+    if SCALE == 32:
+        value = word.to(tl.float32, bitcast=True)
+    elif SCALE == 8:
         value = ((word << (24 - BIT % 32)) >> 24).to(tl.float32)
     else:
         value = ((word >> (BIT % 32)) & 65535).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
@@ -98,21 +109,20 @@ def _of_group(
     INDEX: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
-    NESTED: tl.constexpr,
+    SCALE: tl.constexpr,
     LEAST: tl.constexpr,
 ):
     """Scale and least value of a chunk's group, fp32 [R]."""
-    SIZE: tl.constexpr = 8 if NESTED else 16
-    EACH: tl.constexpr = SIZE * (1 + LEAST)
+    EACH: tl.constexpr = SCALE * (1 + LEAST)
     OUTER: tl.constexpr = 1024 // BITS // GROUP * EACH
-    scale = _number(places, there, INDEX * EACH, NESTED)
+    scale = _number(places, there, INDEX * EACH, SCALE)
     least = tl.zeros_like(scale)
-    if NESTED:
-        scale *= _number(places, there, OUTER, False)
+    if SCALE == 8:
+        scale *= _number(places, there, OUTER, 16)
     if LEAST:
-        least = _number(places, there, INDEX * EACH + SIZE, NESTED)
-        if NESTED:
-            least *= _number(places, there, OUTER + 16, False)
+        least = _number(places, there, INDEX * EACH + SCALE, SCALE)
+        if SCALE == 8:
+            least *= _number(places, there, OUTER + 16, 16)
     return scale, least
 
 
@@ -124,22 +134,28 @@ def widened(
     PART: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
-    NESTED: tl.constexpr,
+    SCALE: tl.constexpr,
     LEAST: tl.constexpr,
+    E4M3: tl.constexpr,
 ):
     """Columns PART * 32 to PART * 32 + 31 of a chunk: fp32 [R, 32], to be rounded."""
-    scale, least = _of_group(places, there, PART * 32 // GROUP, BITS, GROUP, NESTED, LEAST)
+    scale, least = _of_group(places, there, PART * 32 // GROUP, BITS, GROUP, SCALE, LEAST)
     if BITS == 4:
         SHIFTED: tl.constexpr = 16 ** (PART % 4)  # codes stay where they are, as scales are fewer
         code = ((words >> (PART // 4 * 16)) & (15 * SHIFTED)).to(tl.float32)
         scale *= 1.0 / SHIFTED
+    elif E4M3:
+        # the bits of an fp16 number that is smaller by 2 ** 8, as exponents have another middle there
+        half = ((words >> (8 * PART)) & 128) << 8 | ((words >> (8 * PART)) & 127) << 7
+        code = half.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        scale *= 256.0
     else:
         code = ((words << (24 - 8 * PART)) >> 24).to(tl.float32)
     scale, least = scale[:, None], least[:, None]
     if GROUP == 16:
-        second, _ = _of_group(places, there, PART * 2 + 1, BITS, GROUP, NESTED, LEAST)
+        second, _ = _of_group(places, there, PART * 2 + 1, BITS, GROUP, SCALE, LEAST)
         scale = tl.where((tl.arange(0, 32) < 16)[None, :], scale, second[:, None])
-    value = code * scale  # exact in all forms
+    value = code * scale  # exact in all forms with least values
     if LEAST:
         value += least
     return value

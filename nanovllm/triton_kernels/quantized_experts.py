@@ -20,6 +20,7 @@ def quantized_experts_kernel(
     x_stride,
     weight,  # [experts, expert_words]
     expert_words,
+    columns,  # [experts, SIZE_K], or None
     out,  # [pairs, SIZE_N]
     pairs,  # [tiles * TOKENS] numbers of pairs
     tiles,  # [tiles, 2] a tile's expert, and how many pairs it has
@@ -29,8 +30,9 @@ def quantized_experts_kernel(
     KIND: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
-    NESTED: tl.constexpr,
+    SCALE: tl.constexpr,
     LEAST: tl.constexpr,
+    E4M3: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -48,7 +50,8 @@ def quantized_experts_kernel(
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     there = row < ((SIZE_N + 15) // 16 * 32 if GATED else SIZE_N)
     x_rows, mine = x + pair // SHARE * x_stride, weight + expert * expert_words
-    total = product(x_rows, filled, mine, row, there, SIZE_K, BITS, GROUP, NESTED, LEAST)
+    columns = None if columns is None else columns + expert * SIZE_K
+    total = product(x_rows, filled, columns, mine, row, there, SIZE_K, BITS, GROUP, SCALE, LEAST, E4M3)
     if GATED:
         total, other = halves(total)
         total = activated(total, KIND) * other
@@ -71,7 +74,7 @@ def quantized_experts(
     rows = size if kind == "none" else 2 * triton.cdiv(size, 16) * 16
     blocks, num_warps, num_stages = _tile(len(pairs) // num_tiles, multiplies_fast(x))
     quantized_experts_kernel[(triton.cdiv(rows, blocks["ROWS"]), num_tiles)](
-        *(x, x.stride(0), weight.data, weight.data.stride(0), out, pairs, tiles),
+        *(x, x.stride(0), weight.data, weight.data.stride(0), weight.columns, out, pairs, tiles),
         SHARE=count // len(x),
         SIZE_N=size,
         SIZE_K=x.shape[1],
@@ -91,7 +94,7 @@ def _tile(tokens: int, fast: bool) -> tuple[dict[str, int], int, int]:
 
 def variants() -> list[Variant]:
     made = []
-    q4, fine = CodeLayout(4, 32, nested=False, least=True), CodeLayout(8, 16, nested=True, least=False)
+    q4, fine = CodeLayout(4, 32, scale=16, least=True), CodeLayout(8, 16, scale=8, least=False)
     for layout, tokens, size_n, size_k, kind, dtype, chips in (
         (q4, 64, 768, 2048, "silu", "bf16", AMPERE_ON),
         (fine, 16, 2048, 768, "none", "fp16", AMPERE_ON),
@@ -101,7 +104,7 @@ def variants() -> list[Variant]:
         blocks, num_warps, num_stages = _tile(tokens, dtype != "fp32" and chips == AMPERE_ON)
         types = dict.fromkeys(("x", "out"), f"*{dtype}:16") | dict.fromkeys(("weight", "pairs", "tiles"), "*i32:16")
         types |= dict.fromkeys(("x_stride", "expert_words"), "i32:16")
-        sizes = {"SHARE": 8 if kind != "none" else 1, "SIZE_N": size_n, "SIZE_K": size_k, "KIND": kind}
+        sizes = {"columns": None, "SHARE": 8 if kind != "none" else 1, "SIZE_N": size_n, "SIZE_K": size_k, "KIND": kind}
         constants = {**sizes, **layout.constants(), **blocks}
         made.append(Variant(quantized_experts_kernel, types, constants, num_warps, num_stages, chips))
     return made

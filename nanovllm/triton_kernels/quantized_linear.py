@@ -33,19 +33,21 @@ MOST_ROWS = 256  # of x, beyond which a widened copy of the weight is cheaper
 def product(
     x_rows,  # [T] of the first number of each token
     filled,  # [T]
+    columns,  # [SIZE_K] which of a token's numbers meets each column of the weight, or None for the same one
     weight,
     row,  # [R] of the packed weight
     there,  # [R]
     SIZE_K: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
-    NESTED: tl.constexpr,
+    SCALE: tl.constexpr,
     LEAST: tl.constexpr,
+    E4M3: tl.constexpr,
 ):
     """fp32 [R, T]: rows of the weight by tokens. A sum goes along K in one order, one part after the other."""
     CHUNK: tl.constexpr = chunk_columns(BITS)
     CHUNKS: tl.constexpr = (SIZE_K + CHUNK - 1) // CHUNK
-    WORDS: tl.constexpr = chunk_words(BITS, GROUP, NESTED, LEAST)
+    WORDS: tl.constexpr = chunk_words(BITS, GROUP, SCALE, LEAST)
     k = tl.arange(0, 32)
     first = weight + row // 32 * (CHUNKS * WORDS)
     codes = (first + row % 32 * 32)[:, None] + k[None, :]
@@ -56,11 +58,15 @@ def product(
         words = tl.load(codes + chunk * WORDS, there[:, None], 0)
         for part in tl.static_range(CHUNK // 32):
             start = chunk * CHUNK + part * 32
-            if SIZE_K % CHUNK == 0:
+            if columns is not None:
+                numbers = tl.load(columns + start + k, start + k < SIZE_K, 0)
+                mask = filled[None, :] & (start + k < SIZE_K)[:, None]
+                x = tl.load(x_rows[None, :] + numbers[:, None], mask, 0.0)
+            elif SIZE_K % CHUNK == 0:
                 x = tl.load(x_places + start, filled[None, :], 0.0)
             else:
                 x = tl.load(x_places + start, filled[None, :] & (start + k < SIZE_K)[:, None], 0.0)
-            value = widened(words, scales + chunk * WORDS, there, part, BITS, GROUP, NESTED, LEAST)
+            value = widened(words, scales + chunk * WORDS, there, part, BITS, GROUP, SCALE, LEAST, E4M3)
             total = tl.dot(value.to(x.dtype), x, total, input_precision="ieee")
     return total
 
@@ -90,8 +96,9 @@ def quantized_linear_kernel(
     GATED: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
-    NESTED: tl.constexpr,
+    SCALE: tl.constexpr,
     LEAST: tl.constexpr,
+    E4M3: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -103,7 +110,7 @@ def quantized_linear_kernel(
     row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     filled = token < tokens
     there = row < ((SIZE_N + 15) // 16 * 32 if GATED else SIZE_N)
-    total = product(x + token * SIZE_K, filled, weight, row, there, SIZE_K, BITS, GROUP, NESTED, LEAST)
+    total = product(x + token * SIZE_K, filled, None, weight, row, there, SIZE_K, BITS, GROUP, SCALE, LEAST, E4M3)
     n = FIRST + block * SHARE + tl.arange(0, SHARE)
     held = n < FIRST + SIZE_N
     if GATED:
@@ -172,8 +179,8 @@ def _tile(rows: int, tokens: int, fast: bool) -> tuple[dict[str, int], int, int]
 
 def variants() -> list[Variant]:
     made = []
-    q4, q8 = CodeLayout(4, 32, nested=False, least=True), CodeLayout(8, 32, nested=False, least=False)
-    fine, nested = CodeLayout(8, 16, nested=True, least=False), CodeLayout(4, 32, nested=True, least=True)
+    q4, q8 = CodeLayout(4, 32, scale=16, least=True), CodeLayout(8, 32, scale=16, least=False)
+    fine, nested = CodeLayout(8, 16, scale=8, least=False), CodeLayout(4, 32, scale=8, least=True)
     for layout, tokens, rows, size_k, kind, dtype, given, chips in (
         (q4, 64, 28672, 4096, "silu", "bf16", ("bias",), AMPERE_ON),
         (fine, 64, 4096, 14336, "none", "bf16", ("residual",), AMPERE_ON),

@@ -24,14 +24,15 @@ def rows_kernel(
     SIZE_K: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
-    NESTED: tl.constexpr,
+    SCALE: tl.constexpr,
     LEAST: tl.constexpr,
+    E4M3: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Grid: (blocks of rows, chunks)."""
     CHUNK: tl.constexpr = chunk_columns(BITS)
     CHUNKS: tl.constexpr = (SIZE_K + CHUNK - 1) // CHUNK
-    WORDS: tl.constexpr = chunk_words(BITS, GROUP, NESTED, LEAST)
+    WORDS: tl.constexpr = chunk_words(BITS, GROUP, SCALE, LEAST)
     mine = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     row = mine if ids is None else tl.load(ids + mine, mine < count, -1).to(tl.int64) - first
     there = (mine < count) & (row >= 0) & (row < rows)
@@ -42,7 +43,7 @@ def rows_kernel(
     chunk = weight + (row // 32 * CHUNKS + tl.program_id(1)) * WORDS
     words = tl.load((chunk + row % 32 * 32)[:, None] + k[None, :], there[:, None], 0)
     for part in tl.static_range(CHUNK // 32):
-        value = widened(words, chunk + 1024 + row % 32, there, part, BITS, GROUP, NESTED, LEAST)
+        value = widened(words, chunk + 1024 + row % 32, there, part, BITS, GROUP, SCALE, LEAST, E4M3)
         column = tl.program_id(1) * CHUNK + part * 32 + k
         places = out + mine[:, None] * SIZE_K + column[None, :]
         tl.store(places, value.to(out.dtype.element_ty), (mine < count)[:, None] & (column < SIZE_K)[None, :])
@@ -82,9 +83,9 @@ def variants() -> list[Variant]:
     made = []
     numbers = dict.fromkeys(("count", "first", "rows"), "i32")
     for layout, half, size, dtype in (
-        (CodeLayout(8, 16, nested=True, least=False), 14336, 4096, "bf16"),
-        (CodeLayout(4, 32, nested=True, least=True), 0, 4096, "fp32"),
-        (CodeLayout(8, 32, nested=False, least=False), 0, 577, "fp16"),
+        (CodeLayout(8, 16, scale=8, least=False), 14336, 4096, "bf16"),
+        (CodeLayout(4, 32, scale=8, least=True), 0, 4096, "fp32"),
+        (CodeLayout(8, 32, scale=16, least=False), 0, 577, "fp16"),
     ):
         types = {"weight": "*i32:16", "out": f"*{dtype}:16", **numbers}
         given = _constants(layout, half, size)

@@ -8,9 +8,12 @@ from typing import Any, Protocol
 
 from nanovllm.errors import ConfigError, ModelNotFound, ModelNotSupported, WeightError
 from nanovllm.json_file import read_json
+from nanovllm.quantization.published import Raw
+from nanovllm.quantization.schemes import read_scheme
 from nanovllm.tokenizer.tokenizer import Tokenizer
 from nanovllm.weights.gguf import GGUFCheckpoint
-from nanovllm.weights.shards import read_shard
+from nanovllm.weights.published import joined
+from nanovllm.weights.shards import as_lazy, read_shard
 from nanovllm.weights.tensor_source import LazyTensor
 
 # by load_format: the name of a single file, and the pattern of several without an index. Other files
@@ -23,15 +26,15 @@ _FILES = {
 
 class Checkpoint(Protocol):
     """config, generation_config: as in Hugging Face's JSON files, either generation.
-    dtype: "float32", "float16" or "bfloat16", of the weights on disk. is_quantized: whether some of them are
-    quantised. load_format: as asked for."""
+    dtype: "float32", "float16" or "bfloat16", of the weights on disk. quantization: the method that some of them are
+    quantised by, one of config.STORED, or None. load_format: as asked for."""
 
     path: Path
     load_format: str
     config: dict[str, Any]
     generation_config: dict[str, Any]
     dtype: str
-    is_quantized: bool
+    quantization: str | None
 
     def tensors(self) -> Iterator[LazyTensor]: ...
 
@@ -59,7 +62,6 @@ class HFCheckpoint:
             raise ModelNotFound(f"{path} holds no config.json; give a model directory or a .gguf file")
         self.path = path
         self.load_format = load_format
-        self.is_quantized = False
         self._formats = {load_format: _FILES[load_format]} if load_format in _FILES else _FILES
         self.config = read_json(path / "config.json")
         generation = path / "generation_config.json"
@@ -67,15 +69,18 @@ class HFCheckpoint:
         self.dtype = self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
         if self.dtype not in ("float32", "float16", "bfloat16"):
             raise ModelNotSupported(f"{path}/config.json: dtype {self.dtype!r} is not supported")
-        if quantization := self.config.get("quantization_config"):
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-            raise ModelNotSupported(f"{path} is quantised ({method}); use an unquantised version or a GGUF file")
+        quantized = self.config.get("quantization_config")
+        self._scheme = read_scheme(quantized, str(path)) if quantized else None
+        self.quantization: str | None = None if self._scheme is None else self._scheme.method
 
     def load_tokenizer(self) -> Tokenizer:
         return Tokenizer.from_directory(self.path)
 
     def tensors(self) -> Iterator[LazyTensor]:
         """WeightError for files and tensors that are damaged, missing or there twice."""
+        return map(as_lazy, self._raws()) if self._scheme is None else joined(self._raws(), self._scheme)
+
+    def _raws(self) -> Iterator[Raw]:
         weight_map, names = self._weight_files()
         found: dict[str, str] = {}
         for file in names:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from nanovllm.errors import WeightError
 from nanovllm.layers.weight_layer import WeightLayer
-from nanovllm.quantization.blocks import KINDS, Blocks, row_bytes
+from nanovllm.quantization.blocks import Blocks
 from nanovllm.weights.rules import Convert, Destination, Rule, disk_name, resolve
 from nanovllm.weights.tensor_source import LazyTensor
 
@@ -82,19 +83,27 @@ def _parts(
     """What the targets get: blocks if all of them take these, and rules only rearrange rows. widened: gets the kinds
     that would be taken if there were code for them."""
     owners = [(layers[layer], parameter) for layer, _, parameter in (n.rpartition(".") for n, _ in destination.targets)]
-    kind = tensor.kind
-    if kind is not None and tensor.load_blocks is not None and all(o.takes_blocks(p, kind) for o, p in owners):
-        found = destination.convert(tensor.load_blocks("cpu"))
-        if all(_are_rows(part, kind, shape) for part, shape in zip(found, shapes, strict=True)):
-            return [Blocks(kind, part, shape[1]) for part, shape in zip(found, shapes, strict=True)]
-    if kind is not None and all(any(o.takes_blocks(p, known) for known in KINDS) for o, p in owners):
-        widened.add(kind)
+    if tensor.kind is not None and all(layer.takes_blocks(parameter) for layer, parameter in owners):
+        if tensor.load_blocks is not None:
+            found = destination.convert(_row_numbers(tensor))
+            if all(tuple(part.shape) == (shape[0], 1) for part, shape in zip(found, shapes, strict=True)):
+                blocks = tensor.load_blocks("cpu")
+                return [blocks[_as_range(part[:, 0])] for part in found]
+        widened.add(tensor.kind)
     return destination.convert(tensor.load())
 
 
-def _are_rows(data: torch.Tensor, kind: str, shape: tuple[int, ...]) -> bool:
-    """Whether bytes are still whole rows of such a matrix."""
-    return len(shape) == 2 and tuple(data.shape) == (shape[0], row_bytes(kind, shape[1])) and data.stride(1) == 1
+def _row_numbers(tensor: LazyTensor) -> torch.Tensor:
+    """In the place of rows: conversions that rearrange rows rearrange these."""
+    *rows, cols = tensor.shape
+    shape = (1, cols) if tensor.transposed else (*rows, 1)
+    return torch.arange(math.prod(shape)).view(shape)
+
+
+def _as_range(numbers: torch.Tensor) -> slice | torch.Tensor:
+    first, count = int(numbers[0]), len(numbers)
+    in_turn = torch.equal(numbers, torch.arange(first, first + count))
+    return slice(first, first + count) if in_turn else numbers
 
 
 def require_fit(missing: list[str], unexpected: list[str], misshapen: list[str]) -> None:

@@ -11,25 +11,58 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nanovllm.errors import WeightError
+from nanovllm.quantization.published import Raw
 from nanovllm.weights.tensor_source import LazyTensor
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""As safetensors calls them."""
 _MAPPED_BYTES = 1 << 28  # of a file at a time
 
 Reader = Callable[[str], torch.Tensor]
 
 
-def read_shard(file: Path) -> Iterator[LazyTensor]:
+def read_shard(file: Path) -> Iterator[Raw]:
     """The tensors of a `.safetensors` or `.bin` file; WeightError for what is damaged or no tensor."""
     return _safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
 
 
-def _safetensors(file: Path) -> Iterator[LazyTensor]:
+def as_lazy(raw: Raw) -> LazyTensor:
+    """WeightError, once it is loaded, for what are no floats."""
+    return LazyTensor(raw.name, raw.shape, functools.partial(_floats, raw))
+
+
+def _floats(raw: Raw) -> torch.Tensor:
+    if raw.dtype not in _FLOATS:
+        raise WeightError(
+            f"{raw.file}: the tensor {raw.name} is {raw.dtype}; weights must be floats of 16, 32 or 64 bits"
+        )
+    return raw.load()
+
+
+def _safetensors(file: Path) -> Iterator[Raw]:
     header = _open_safetensors(file)
-    shapes = {name: tuple(header.get_slice(name).get_shape()) for name in header.keys()}  # noqa: SIM118 - not a dict
+    found = {name: header.get_slice(name) for name in header.keys()}  # noqa: SIM118 - not a dict
+    infos = {name: (tuple(info.get_shape()), info.get_dtype()) for name, info in found.items()}
+    del header, found
     shard = _Shard(file, lambda: _open_safetensors(file).get_tensor)
-    for name, shape in shapes.items():
-        yield LazyTensor(name, shape, functools.partial(shard.load, name))
+    for name, (shape, kind) in infos.items():
+        if kind not in _TYPES:
+            raise WeightError(f"{file}: the tensor {name} is {kind}, which is not supported")
+        yield Raw(file, name, shape, _TYPES[kind], functools.partial(shard.load, name))
 
 
 def _open_safetensors(file: Path) -> Any:
@@ -39,20 +72,20 @@ def _open_safetensors(file: Path) -> Any:
         raise WeightError(f"{file} is damaged ({error}); fetch it again") from error
 
 
-def _pickled(file: Path) -> Iterator[LazyTensor]:
+def _pickled(file: Path) -> Iterator[Raw]:
     """Mapped where the format allows it. What PyTorch wrote before 1.6 is read as a whole, and each
     tensor then goes as soon as it was used."""
     is_mapped = _is_zip(file)
     tensors = _unpickle(file, mmap=is_mapped)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    infos = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     if not is_mapped:
-        for name, shape in shapes.items():
-            yield LazyTensor(name, shape, functools.partial(_as_floats, file, name, tensors.pop(name)))
+        for name, (shape, dtype) in infos.items():
+            yield Raw(file, name, shape, dtype, tensors.pop(name).detach)
         return
     del tensors
     shard = _Shard(file, lambda: _unpickle(file, mmap=True).__getitem__)
-    for name, shape in shapes.items():
-        yield LazyTensor(name, shape, functools.partial(shard.load, name))
+    for name, (shape, dtype) in infos.items():
+        yield Raw(file, name, shape, dtype, functools.partial(shard.load, name))
 
 
 def _is_zip(file: Path) -> bool:
@@ -100,14 +133,8 @@ class _Shard:
         """A view of the map, which it keeps alive."""
         if self._read is None:
             self._read, self._bytes = self._open(), 0
-        tensor = _as_floats(self._file, name, self._read(name))
+        tensor = self._read(name).detach()  # a pickled parameter would make whatever it is copied to require gradients
         self._bytes += tensor.nbytes
         if self._bytes > _MAPPED_BYTES:
             self._read = None
         return tensor
-
-
-def _as_floats(file: Path, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.dtype not in _FLOATS:
-        raise WeightError(f"{file}: the tensor {name} is {tensor.dtype}; weights must be floats of 16, 32 or 64 bits")
-    return tensor.detach()  # a pickled parameter would make whatever it is copied to require gradients

@@ -7,17 +7,20 @@ from dataclasses import dataclass
 
 import torch
 
+from nanovllm.quantization.blocks import Blocks
+
 
 @dataclass(frozen=True, slots=True)
 class LazyTensor:
     """shape: as PyTorch has it. load: reads (and dequantises) it into a CPU tensor.
 
-    kind: GGML's name of the type that it is quantised in. load_blocks: reads its bytes then, uint8 [..., rows,
-    bytes of a row], for device "cpu"; for "meta" it tells their shape.
+    kind: name of what it is quantised in, for messages. load_blocks: the matrix of all its rows [..., row], if there
+    is code for the kind; for device "meta" its shape alone. transposed: whether these rows are the tensor's columns.
     """
 
     name: str
     shape: tuple[int, ...]
     load: Callable[[], torch.Tensor]
     kind: str | None = None
-    load_blocks: Callable[[str], torch.Tensor] | None = None
+    load_blocks: Callable[[str], Blocks] | None = None
+    transposed: bool = False

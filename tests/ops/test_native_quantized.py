@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -108,3 +110,31 @@ def test_a_mixture_gives_the_bits_of_its_experts(level, threads, forms, tokens):
         mine = chosen[:, 0] == e
         fed = OPS.gated_linear(x[mine], first[e], 2 * inner, None, "silu")
         assert torch.equal(out[mine], OPS.linear(fed, second[e], hidden, None))
+
+
+@pytest.mark.parametrize("rows", [1, 19])
+def test_columns_in_another_order(level, rows):
+    """Of fp32 and of bfloat16 rows, which have gaps between them."""
+    n, k = 40, 577
+    weight, order = packed(OPS, random_codes(FORMS["q4_128"], n, k)), torch.randperm(k)
+    ordered = dataclasses.replace(weight, columns=order.int())
+    for x in (normal(rows, k + 3)[:, :k], normal(rows, k + 3).bfloat16()[:, :k]):
+        assert torch.equal(OPS.linear(x, ordered, n, None), OPS.linear(x[:, order], weight, n, None))
+
+
+def test_a_mixture_whose_experts_have_columns_in_other_orders(level, threads):
+    threads(2)
+    experts, hidden, inner, tokens = 4, 96, 64, 30
+    first = [packed(OPS, random_codes(FORMS["q4_32"], 2 * inner, hidden, e), gated=True) for e in range(experts)]
+    second = [packed(OPS, random_codes(FORMS["q8_128"], hidden, inner, e)) for e in range(experts)]
+    orders = [[torch.randperm(size).int() for _ in range(experts)] for size in (hidden, inner)]
+    gate_up, down = (
+        Packed(torch.stack([w.data for w in ws]), ws[0].segments, torch.stack(columns))
+        for ws, columns in zip((first, second), orders, strict=True)
+    )
+    x, chosen = normal(tokens, hidden), torch.randint(experts, (tokens, 1)).int()
+    out = OPS.mixture(x, torch.ones(tokens, 1), chosen, gate_up, down, inner, "silu")
+    for e in chosen.unique().tolist():
+        mine = chosen[:, 0] == e
+        fed = OPS.gated_linear(x[mine][:, orders[0][e]], first[e], 2 * inner, None, "silu")
+        assert torch.equal(out[mine], OPS.linear(fed[:, orders[1][e]], second[e], hidden, None))

@@ -24,27 +24,39 @@ DEVICES = pytest.mark.parametrize(
     ids=str,
 )
 FORM = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-# one row and no whole tile of them, odd numbers of columns, groups and chunks that are not whole
-SHAPES = [(1, (1, 1)), (17, (33, 31)), (3, (34, 300))]
+QUICK = ("q4", "q8_fine", "q4_nested", "e4m3_128")
+FEW = pytest.mark.parametrize(
+    "form",
+    [pytest.param(form, marks=[] if name in QUICK else pytest.mark.slow) for name, form in FORMS.items()],
+    ids=FORMS,
+)
 LARGE = pytest.param(200, (8200, 512), marks=pytest.mark.gpu)
 
 
 @DEVICES
 @FORM
-@pytest.mark.parametrize(("rows", "shape"), [*SHAPES, LARGE])
+@pytest.mark.parametrize(("rows", "shape"), [(3, (34, 300)), LARGE])
 def test_linear(device, dtype, form, rows, shape):
     cases.check_linear(device, dtype, form, rows, shape)
 
 
 @DEVICES
-@FORM
+@pytest.mark.parametrize("name", ["q8_fine", "q4_64"])
+@pytest.mark.parametrize(("rows", "shape"), [(1, (1, 1)), (17, (33, 31)), (40, (5, 520))])
+def test_odd_sizes(device, dtype, name, rows, shape):
+    """One row and no whole tile of them; odd numbers of columns; groups and chunks that are not whole."""
+    cases.check_linear(device, dtype, FORMS[name], rows, shape)
+
+
+@DEVICES
+@FEW
 @pytest.mark.parametrize(("rows", "shape"), [(17, (19, 40)), LARGE])
 def test_gated_linear(device, dtype, form, rows, shape):
     cases.check_gated(device, dtype, form, rows, shape)
 
 
 @DEVICES
-@FORM
+@FEW
 def test_rows_of_a_table(device, dtype, form):
     cases.check_embed(device, dtype, form)
 
@@ -65,8 +77,15 @@ def test_rows_that_are_floats(device, dtype):
 
 
 @DEVICES
+def test_columns_in_another_order(device, dtype):
+    cases.check_order(device, dtype)
+
+
+@DEVICES
 @pytest.mark.parametrize("forms", [("q4", "q8"), ("q8_least", None), (None, "q8_fine"), ("q4_nested", "q8_nested")])
-@pytest.mark.parametrize("tokens", [1, 30, pytest.param(600, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "tokens", [pytest.param(1, marks=pytest.mark.slow), 30, pytest.param(600, marks=pytest.mark.gpu)]
+)
 def test_mixture(device, dtype, forms, tokens):
     cases.check_mixture(device, dtype, forms, tokens)
 

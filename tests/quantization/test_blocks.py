@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels import normal
 
-from nanovllm.quantization.blocks import KINDS, Blocks, row_bytes
+from nanovllm.quantization.ggml import KINDS, GGMLBlocks, row_bytes
 from nanovllm.quantization.int4 import quantize_int4
 from nanovllm.quantization.int8 import quantize_int8
 
@@ -34,7 +34,7 @@ def test_values_are_those_of_the_gguf_package(kind):
     assert GGML_QUANT_SIZES[ggml] == KINDS[kind][:2]
     data = random_blocks(kind, 6, 3)
     expected = dequantize(data, ggml)
-    blocks = Blocks(kind, torch.from_numpy(data), expected.shape[1])
+    blocks = GGMLBlocks(kind, torch.from_numpy(data), expected.shape[1])
     assert blocks.shape == expected.shape and row_bytes(kind, expected.shape[1]) == data.shape[1]
     assert np.array_equal(blocks.dequantize().numpy(), expected)
     assert np.array_equal(blocks[2:5].dequantize().numpy(), expected[2:5])

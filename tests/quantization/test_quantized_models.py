@@ -24,10 +24,10 @@ from nanovllm.engine.build import find_model
 from nanovllm.engine.runner.memory_plan import footprint
 from nanovllm.errors import WeightError
 from nanovllm.ops.native import NativeOps
-from nanovllm.quantization.blocks import KINDS as BLOCKS
-from nanovllm.quantization.blocks import Blocks
-from nanovllm.quantization.gguf import GGUFLinearMethod
+from nanovllm.quantization.ggml import KINDS as BLOCKS
+from nanovllm.quantization.ggml import GGMLBlocks
 from nanovllm.quantization.linear_method import LinearWeights
+from nanovllm.quantization.stored import StoredLinearMethod
 from nanovllm.weights.checkpoint import open_checkpoint
 
 native_library()
@@ -96,15 +96,15 @@ def test_types_without_kernels_are_widened_with_a_notice(wide_model, tmp_path, c
 
 def test_experts_of_a_layer_have_one_type():
     """Their weights are one tensor; files that store experts one by one could differ."""
-    method, layers = GGUFLinearMethod(NativeOps(native_library())), [LinearWeights(), LinearWeights()]
+    method, layers = StoredLinearMethod(NativeOps(native_library())), [LinearWeights(), LinearWeights()]
     for layer in layers:
         method.create(layer, 8, 32, torch.bfloat16, torch.device("cpu"))
     method.stack(layers)
     for layer, kind in zip(layers, ("Q4_0", "Q8_0"), strict=True):
-        blocks = Blocks(kind, torch.zeros(8, BLOCKS[kind].bytes, dtype=torch.uint8), 32)
+        blocks = GGMLBlocks(kind, torch.zeros(8, BLOCKS[kind].bytes, dtype=torch.uint8), 32)
         method.load(layer, blocks, slice(0, 8))
     method.finalize(layers[0])
-    with pytest.raises(WeightError, match="different GGML types: set quantization='dequantize'"):
+    with pytest.raises(WeightError, match="quantised in different ways: set quantization='dequantize'"):
         method.finalize(layers[1])
 
 
@@ -167,7 +167,7 @@ def planned(path: Path, tp: int = 1, **options) -> int:
     family, sizes = find_model(asked, checkpoint)
     positions = sizes.max_position_embeddings
     config = asked.resolve(
-        checkpoint_dtype=checkpoint.dtype, max_positions=positions, cuda=False, quantized=checkpoint.is_quantized
+        checkpoint_dtype=checkpoint.dtype, max_positions=positions, cuda=False, quantized=checkpoint.quantization
     )
     return footprint(family, sizes, config, tp, checkpoint).weights
 
@@ -233,9 +233,10 @@ def test_ranks_do_not_part_groups(tmp_path):
     [
         ({"quantization": "int8", "dtype": "float32"}, "runs with dtype='bfloat16', not 'float32'"),
         ({"quantization": "int4", "dtype": "float16"}, "runs with dtype='bfloat16', not 'float16'"),
-        ({"quantization": "gguf"}, "is for quantised GGUF files"),
-        ({"quantization": "dequantize"}, "is for quantised GGUF files"),
-        ({"quantization": "fp8"}, "quantization='fp8' is not one of int8, int4, gguf, dequantize"),
+        ({"quantization": "gguf"}, "is for checkpoints that are, which this is not"),
+        ({"quantization": "dequantize"}, "is for checkpoints that are, which this is not"),
+        ({"quantization": "nf4"}, "'nf4' is not one of int8, int4, gguf, awq, gptq, compressed-tensors, fp8"),
+        ({"quantization": "fp8"}, "is for checkpoints that are, which this is not"),
         ({"quantization": "int8", "model_impl": "transformers"}, "transformers' modules: leave quantization out"),
     ],
 )
@@ -246,7 +247,7 @@ def test_refusals(tiny_model, options, message):
 
 @pytest.mark.parametrize(("dtype", "quantization"), [("bfloat16", "gguf"), ("float16", "gguf"), ("float32", None)])
 def test_gpus_compute_with_a_files_blocks_in_16_bits(dtype, quantization):
-    known = {"checkpoint_dtype": "bfloat16", "max_positions": 64, "cuda": True, "quantized": True}
+    known = {"checkpoint_dtype": "bfloat16", "max_positions": 64, "cuda": True, "quantized": "gguf"}
     assert EngineConfig("m", dtype=dtype).resolve(**known).quantization == quantization
     if quantization is None:
         with pytest.raises(ConfigError, match="runs with dtype='bfloat16' or 'float16', not 'float32'"):

@@ -10,7 +10,7 @@ import torch
 from nanovllm.attention.base import select_backend
 from nanovllm.build_context import BuildContext
 from nanovllm.cache_spec import CachePlan, CacheSpec, PagedKVSpec, StateSpec
-from nanovllm.config import EngineConfig
+from nanovllm.config import STORED, EngineConfig
 from nanovllm.distributed.group import TPGroup
 from nanovllm.engine.runner.memory import size_caches
 from nanovllm.errors import ConfigError
@@ -70,7 +70,7 @@ def footprint(
         meta, group, experts = torch.device("meta"), TPGroup(rank, size), config.enable_expert_parallel
         layout = (meta, dtype, backend, config.max_model_len, group, ops, experts, config.quantization)
         model = model_class(model_config, BuildContext(*layout))
-        if config.quantization == "gguf" and checkpoint is not None:
+        if config.quantization in STORED and checkpoint is not None:
             load_shapes(model, checkpoint.tensors(), model.weight_rules)
         return model
 

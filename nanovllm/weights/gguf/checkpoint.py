@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from nanovllm.errors import ModelNotSupported, NanoVLLMError, WeightError
+from nanovllm.quantization.blocks import Blocks
+from nanovllm.quantization.ggml import KINDS, GGMLBlocks
 from nanovllm.tokenizer.gguf_tokenizer import tokenizer_from_gguf
 from nanovllm.tokenizer.tokenizer import Tokenizer
 from nanovllm.weights.gguf.config import ROPE_TABLES, GGUFKeys
@@ -51,7 +53,8 @@ class GGUFCheckpoint:
         self._family = _family(keys)
         self.generation_config: dict[str, Any] = {}
         self.dtype = self._file.float_type()
-        self.is_quantized = any(self._file.quantized_kind(name) for name in self._file.tensors)
+        quantized = any(self._file.quantized_kind(name) for name in self._file.tensors)
+        self.quantization = "gguf" if quantized else None
         self.config = self._family.config(keys)
 
     @property
@@ -98,12 +101,16 @@ class GGUFCheckpoint:
         try:
             empty = [torch.empty(self._shape(part), device="meta") for part in parts]
             shape = tuple(self._converted(empty, undo).shape)
+            transposed = len(shape) == 2 and self._converted([e[:, :1] for e in empty], undo).shape[0] == 1
         except (RuntimeError, IndexError) as error:
             raise WeightError(f"{self.path}: the shape of {parts[0][0]} does not fit the metadata: {error}") from error
         kinds = {self._file.quantized_kind(name) for name, _ in parts}
         kind = kinds.pop() if len(kinds) == 1 and len(shape) > 1 else None
         load = functools.partial(self._load, parts, undo)
-        return LazyTensor(hf_name, shape, load, kind, functools.partial(self._load_blocks, parts, undo))
+        if kind not in KINDS:
+            return LazyTensor(hf_name, shape, load, kind)
+        load_blocks = functools.partial(self._load_blocks, parts, undo, kind, transposed)
+        return LazyTensor(hf_name, shape, load, kind, load_blocks, transposed)
 
     def _shape(self, part: _Part) -> tuple[int, ...]:
         name, expert = part
@@ -115,8 +122,12 @@ class GGUFCheckpoint:
     def _load(self, parts: Sequence[_Part], undo: Undo | None) -> torch.Tensor:
         return self._converted([self._file.read(*part) for part in parts], undo)
 
-    def _load_blocks(self, parts: Sequence[_Part], undo: Undo | None, device: str) -> torch.Tensor:
-        return self._converted([self._file.read_bytes(*part, device=device) for part in parts], undo)
+    def _load_blocks(
+        self, parts: Sequence[_Part], undo: Undo | None, kind: str, transposed: bool, device: str
+    ) -> Blocks:
+        data = self._converted([self._file.read_bytes(*part, device=device) for part in parts], undo)
+        rows = data.t() if transposed else data.flatten(0, -2)
+        return GGMLBlocks(kind, rows, self._shape(parts[0])[-1])
 
     def _converted(self, tensors: list[torch.Tensor], undo: Undo | None) -> torch.Tensor:
         tensor = torch.cat(tensors, dim=-2) if len(tensors) > 1 else tensors[0]

@@ -1,4 +1,4 @@
-"""gguf: linear layers compute with the blocks of the file, whatever their type.
+"""Linear layers compute with the codes of the checkpoint, whatever their type.
 
 Projections that share a matrix may have different types: rows of one type follow each other in the packed weight,
 and each such segment is a product of its own.
@@ -15,7 +15,7 @@ from torch import nn
 from nanovllm.errors import WeightError
 from nanovllm.ops.base import Ops
 from nanovllm.ops.formats import Format, Packed, Segment
-from nanovllm.quantization.blocks import KINDS, Blocks
+from nanovllm.quantization.blocks import Blocks
 from nanovllm.quantization.linear_method import LinearWeights, Loaded, Part, Stack, UnquantizedLinearMethod
 from nanovllm.quantization.quantized_method import fuses_gate, pack_blocks, packed_memory
 
@@ -28,15 +28,14 @@ class _Run(NamedTuple):
     size: int
 
 
-class GGUFLinearMethod(UnquantizedLinearMethod):
+class StoredLinearMethod(UnquantizedLinearMethod):
     """Keeps what it is given, blocks or floats, until a layer is complete."""
+
+    takes_blocks = True
 
     def __init__(self, ops: Ops) -> None:
         super().__init__(ops)
         self.embeds = True
-
-    def takes(self, kind: str) -> bool:
-        return kind in KINDS
 
     def create(self, layer: LinearWeights, rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> None:
         layer.rows, layer.cols, layer.packed = rows, cols, True
@@ -58,22 +57,24 @@ class GGUFLinearMethod(UnquantizedLinearMethod):
     def finalize(self, layer: LinearWeights) -> None:
         loaded = layer.loaded
         assert loaded is not None
-        runs = self._runs(layer, loaded)
+        parts, order = _in_one_order(layer, loaded.parts)
+        runs, device = self._runs(layer, parts, loaded.dtype), layer.weight.device
         segments, size = tuple(run.segment for run in runs), sum(run.size for run in runs)
+        columns = None if order is None else order.int().to(device)
         if loaded.stack is None:
-            memory = packed_memory(self._ops, size, layer.weight.device)
+            packed = Packed(packed_memory(self._ops, size, device), segments, columns, loaded.dtype)
         else:
-            memory = self._shared(loaded, segments, size, layer.weight.device)
+            packed = self._shared(loaded, segments, size, columns, device)
         for run in runs:
-            self._pack(layer, run, memory[run.segment.start : run.segment.start + run.size], loaded.dtype)
-        layer.weight = nn.Parameter(memory, requires_grad=False)
-        layer.quantized, layer.loaded = Packed(memory, segments, loaded.dtype), None
+            self._pack(layer, run, packed.data[run.segment.start : run.segment.start + run.size], loaded.dtype)
+        layer.weight = nn.Parameter(packed.data, requires_grad=False)
+        layer.quantized, layer.loaded = packed, None
 
     def num_bytes(self, layer: LinearWeights, device: torch.device) -> None:
         return None
 
-    def _runs(self, layer: LinearWeights, loaded: Loaded) -> list[_Run]:
-        parts = sorted(loaded.parts, key=lambda part: part.rows.start)
+    def _runs(self, layer: LinearWeights, parts: list[Part], dtype: torch.dtype) -> list[_Run]:
+        parts = sorted(parts, key=lambda part: part.rows.start)
         if layer.gated and len({_form(part) for part in parts}) > 1:  # whose halves are side by side
             parts = [Part(rows, _floats(tensor)) for rows, tensor in parts]
         runs: list[_Run] = []
@@ -86,7 +87,7 @@ class GGUFLinearMethod(UnquantizedLinearMethod):
             # where the vocabulary is padded, nothing is loaded for the last rows
             end = layer.rows if part is parts[-1] else part.rows.stop
             rows, form = slice(together[0].rows.start, end), _form(part)
-            size = self._bytes(form, end - rows.start, layer.cols, loaded.dtype)
+            size = self._bytes(form, end - rows.start, layer.cols, dtype)
             runs.append(_Run(Segment(rows, form, start), together, size))
             start += runs[-1].size
         return runs
@@ -96,16 +97,28 @@ class GGUFLinearMethod(UnquantizedLinearMethod):
             return self._ops.packed_numel(rows, cols, dtype) * dtype.itemsize
         return self._ops.codes_bytes(form, rows, cols)
 
-    def _shared(self, loaded: Loaded, segments: tuple[Segment, ...], size: int, device: torch.device) -> torch.Tensor:
+    def _shared(
+        self,
+        loaded: Loaded,
+        segments: tuple[Segment, ...],
+        size: int,
+        columns: torch.Tensor | None,
+        device: torch.device,
+    ) -> Packed:
         """This expert's part of the memory of all."""
         stack = loaded.stack
         assert stack is not None
         if isinstance(stack.weight, torch.Tensor):
             memory = packed_memory(self._ops, loaded.layers * size, device)
-            stack.weight = Packed(memory.view(loaded.layers, size), segments, loaded.dtype)
-        if stack.weight.segments != segments:
-            raise WeightError("experts of one layer have different GGML types: set quantization='dequantize'")
-        return stack.weight.data[loaded.index]
+            of_all = None if columns is None else columns.new_empty(loaded.layers, len(columns))
+            stack.weight = Packed(memory.view(loaded.layers, size), segments, of_all, loaded.dtype)
+        whole = stack.weight
+        if whole.segments != segments or (whole.columns is None) != (columns is None):
+            raise WeightError("experts of one layer are quantised in different ways: set quantization='dequantize'")
+        mine = None if whole.columns is None else whole.columns[loaded.index]
+        if mine is not None and columns is not None:
+            mine.copy_(columns)
+        return Packed(whole.data[loaded.index], segments, mine, loaded.dtype)
 
     def _pack(self, layer: LinearWeights, run: _Run, memory: torch.Tensor, dtype: torch.dtype) -> None:
         if memory.device.type == "meta":
@@ -117,6 +130,23 @@ class GGUFLinearMethod(UnquantizedLinearMethod):
         for rows, tensor in run.parts:
             assert isinstance(tensor, Blocks)
             pack_blocks(self._ops, layer, tensor, rows.start - run.segment.rows.start, memory)
+
+
+def _in_one_order(layer: LinearWeights, parts: list[Part]) -> tuple[list[Part], torch.Tensor | None]:
+    """Parts whose columns are all in the order that is returned, None for that of the matrix: of those that are not,
+    the floats are taken."""
+    orders = [part.tensor.order() if isinstance(part.tensor, Blocks) else None for part in parts]
+    order = next((found for found in orders if found is not None), None)
+    if order is None:
+        return parts, None
+    agree = [found is not None and torch.equal(found, order) for found in orders]
+    if layer.gated and not all(agree):  # its halves are side by side, and of one form
+        return [Part(rows, _floats(tensor)) for rows, tensor in parts], None
+    ordered = [
+        part if agrees else Part(part.rows, _floats(part.tensor)[:, order])
+        for part, agrees in zip(parts, agree, strict=True)
+    ]
+    return ordered, order
 
 
 def _form(part: Part) -> Format | None:

@@ -1,0 +1,59 @@
+"""AWQ (Lin et al. 2024) as AutoAWQ writes it: https://github.com/casper-hansen/AutoAWQ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from nanovllm.quantization.published import HALVES, Expected, Grid, Raw, Weight, fields, integer_form, require
+from nanovllm.quantization.settings import Settings
+
+_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Of eight neighbours, where in a word each lies."""
+
+
+class AWQWeight(Weight):
+    """qweight: int32 [in, out / 8]. scales: [groups, out]. qzeros: int32 [groups, out / 8]; without them, 8."""
+
+    def grid(self, tensors: Mapping[str, torch.Tensor], rows: slice) -> Grid:
+        scales = tensors["scales"][:, rows].t()
+        zeros = _unpacked(tensors["qzeros"], rows) if "qzeros" in tensors else torch.full(scales.shape, 8)
+        return Grid(_unpacked(tensors["qweight"], rows).view(torch.int8), scales, zeros)
+
+
+@dataclass(frozen=True)
+class AWQ:
+    """group: columns that share a scale, None for all. zero_point: whether zeros are stored."""
+
+    group: int | None
+    zero_point: bool
+    method = "awq"
+    companions = frozenset({"qweight", "qzeros", "scales"})
+
+    @classmethod
+    def of(cls, settings: Settings) -> AWQ:
+        settings.choice("version", "gemm", "GEMM", default="gemm")
+        settings.choice("backend", "autoawq", default="autoawq")
+        settings.choice("bits", 4)
+        return cls(settings.group_size(), settings.choice("zero_point", True, False, default=True))
+
+    def weight(self, module: str, parts: Mapping[str, Raw]) -> Weight:
+        require(module, parts, {"qweight": (parts["qweight"].shape if "qweight" in parts else (), (torch.int32,))})
+        cols, words = parts["qweight"].shape
+        span = self.group or cols
+        groups = -(-cols // span)
+        expected: Expected = {"scales": ((groups, words * 8), HALVES)}
+        if self.zero_point or "qzeros" in parts:
+            expected["qzeros"] = (groups, words), (torch.int32,)
+        require(module, parts, expected)
+        form = integer_form(module, 4, span, cols, zeros=True)
+        return AWQWeight(module, parts, (words * 8, cols), span, form, ordered=False)
+
+
+def _unpacked(packed: torch.Tensor, rows: slice) -> torch.Tensor:
+    """[n, out / 8] -> uint8 [rows, n]."""
+    first = rows.start // 8
+    found = fields(packed[:, first : -(-rows.stop // 8)], 4)[..., _PLACES].flatten(1)
+    return found[:, rows.start - first * 8 : rows.stop - first * 8].t()
