@@ -28,7 +28,7 @@ class Published(NamedTuple):
 
     config: dict[str, Any]
     write: Writer
-    modules: str = r".*(_proj|\.w[123]|query_key_value|dense_\w+|self_attention\.dense)"
+    modules: str = r".*(_proj|\.w[123]|query_key_value|dense\w*|Wqkv|shared_mlp\.\w+)"
 
 
 def publish(model: Path, folder: Path, how: Published) -> tuple[Path, Path]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanovllm.quantization.published import HALVES, Expected, Grid, Raw, Weight, fields, integer_form, require
+from nanovllm.quantization.published import HALVES, Expected, Grid, Raw, Weight, fields, integer_form, matrix, require
 from nanovllm.quantization.settings import Settings
 
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -40,8 +40,7 @@ class AWQ:
         return cls(settings.group_size(), settings.choice("zero_point", True, False, default=True))
 
     def weight(self, module: str, parts: Mapping[str, Raw]) -> Weight:
-        require(module, parts, {"qweight": (parts["qweight"].shape if "qweight" in parts else (), (torch.int32,))})
-        cols, words = parts["qweight"].shape
+        cols, words = matrix(module, parts, "qweight", torch.int32)
         span = self.group or cols
         groups = -(-cols // span)
         expected: Expected = {"scales": ((groups, words * 8), HALVES)}

@@ -10,9 +10,20 @@ from typing import Any
 
 import torch
 
-from nanovllm.errors import WeightError
+from nanovllm.errors import ModelNotSupported, WeightError
 from nanovllm.quantization.fp8 import SCALES, block_size, fp8_weight, one_scale, scales_of_rows
-from nanovllm.quantization.published import HALVES, Expected, Grid, Raw, Weight, fields, integer_form, require, signed
+from nanovllm.quantization.published import (
+    HALVES,
+    Expected,
+    Grid,
+    Raw,
+    Weight,
+    fields,
+    integer_form,
+    matrix,
+    require,
+    signed,
+)
 from nanovllm.quantization.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -102,9 +113,6 @@ class Group:
     def weight(self, module: str, parts: Mapping[str, Raw]) -> Weight:
         if self.is_float:
             return fp8_weight(module, parts, "weight_scale", self.block)
-        name = "weight_packed" if self.layout == _PACKED else "weight"
-        dtype = torch.int32 if self.layout == _PACKED else torch.int8
-        require(module, parts, {name: (parts[name].shape if name in parts else (), (dtype,))})
         return self._packed(module, parts) if self.layout == _PACKED else self._integers(module, parts)
 
     def _packed(self, module: str, parts: Mapping[str, Raw]) -> Weight:
@@ -130,21 +138,20 @@ class Group:
         return PackedWeight(module, kept, (rows, cols), span, form, ordered, self.bits)
 
     def _integers(self, module: str, parts: Mapping[str, Raw]) -> Weight:
-        rows, cols = parts["weight"].shape
+        rows, cols = matrix(module, parts, "weight", torch.int8)
         span = self.group or cols
         form = integer_form(module, 8, span, cols, zeros=not self.symmetric)
         groups = -(-cols // span)
         shape = self._scale_shape(parts, rows, groups)
-        expected: Expected = {
-            "weight": ((rows, cols), (torch.int8,)),
-            "weight_scale": (shape, HALVES if form.least else SCALES),
-        }
+        expected: Expected = {"weight_scale": (shape, HALVES if form.least else SCALES)}
         if not self.symmetric:
             expected["weight_zero_point"] = shape, (torch.int8,)
         require(module, parts, expected)
         if self.ordered:
-            raise WeightError(f"{module}: actorder is not supported in format={self.layout!r}")
-        return IntegerWeight(module, {name: parts[name] for name in expected}, (rows, cols), span, form, ordered=False)
+            raise ModelNotSupported(f"{module}: actorder in format={self.layout!r} is not supported")
+        return IntegerWeight(
+            module, {name: parts[name] for name in ("weight", *expected)}, (rows, cols), span, form, ordered=False
+        )
 
     def _scale_shape(self, parts: Mapping[str, Raw], rows: int, groups: int) -> tuple[int, ...]:
         if groups > 1 or "weight_scale" not in parts:

@@ -9,7 +9,7 @@ import torch
 
 from nanovllm.errors import ModelNotSupported, WeightError
 from nanovllm.ops.formats import E4M3_128
-from nanovllm.quantization.published import HALVES, Grid, Raw, Weight, require
+from nanovllm.quantization.published import HALVES, Grid, Raw, Weight, matrix, require
 from nanovllm.quantization.settings import Settings
 
 SCALES = (torch.float32, *HALVES)
@@ -56,10 +56,7 @@ class FP8:
 
 def fp8_weight(module: str, parts: Mapping[str, Raw], scale: str, block: tuple[int, int] | None) -> FP8Weight:
     """block: as in FP8."""
-    require(module, parts, {"weight": (parts["weight"].shape if "weight" in parts else (), (torch.float8_e4m3fn,))})
-    if len(parts["weight"].shape) != 2:
-        raise ModelNotSupported(f"{module}: a quantised weight with {len(parts['weight'].shape)} dimensions")
-    rows, cols = parts["weight"].shape
+    rows, cols = matrix(module, parts, "weight", torch.float8_e4m3fn)
     if block is not None:
         a, b = block
         require(module, parts, {scale: ((-(-rows // a), -(-cols // b)), SCALES)})

@@ -7,7 +7,18 @@ from dataclasses import dataclass
 
 import torch
 
-from nanovllm.quantization.published import HALVES, Expected, Grid, Raw, Weight, fields, integer_form, require, signed
+from nanovllm.quantization.published import (
+    HALVES,
+    Expected,
+    Grid,
+    Raw,
+    Weight,
+    fields,
+    integer_form,
+    matrix,
+    require,
+    signed,
+)
 from nanovllm.quantization.settings import Settings
 
 
@@ -59,8 +70,7 @@ class GPTQ:
         )
 
     def weight(self, module: str, parts: Mapping[str, Raw]) -> Weight:
-        require(module, parts, {"qweight": (parts["qweight"].shape if "qweight" in parts else (), (torch.int32,))})
-        words, rows = parts["qweight"].shape
+        words, rows = matrix(module, parts, "qweight", torch.int32)
         per_word = 32 // self.bits
         cols = words * per_word
         span = self.group or cols

@@ -217,13 +217,24 @@ def signed(numbers: torch.Tensor, bits: int) -> torch.Tensor:
 
 def require(module: str, parts: Mapping[str, Raw], expected: Expected) -> None:
     """WeightError unless these tensors are there and have such shapes and types."""
-    missing = [name for name in expected if name not in parts]
-    if missing:
-        raise WeightError(f"{module} is quantised, but lacks {', '.join(missing)}")
     for name, (shape, dtypes) in expected.items():
-        raw = parts[name]
+        raw = _typed(module, parts, name, dtypes)
         if raw.shape != shape:
             raise WeightError(f"{raw.name} is {raw.shape}, should be {shape} by the module's other tensors")
-        if raw.dtype not in dtypes:
-            wanted = " or ".join(str(dtype) for dtype in dtypes)
-            raise WeightError(f"{raw.name} is {raw.dtype}; {wanted} is supported")
+
+
+def matrix(module: str, parts: Mapping[str, Raw], name: str, dtype: torch.dtype) -> tuple[int, int]:
+    """The shape of a tensor that says how large the weight is; WeightError as in `require`."""
+    raw = _typed(module, parts, name, (dtype,))
+    if len(raw.shape) != 2:
+        raise WeightError(f"{raw.name} is {raw.shape}, should be a matrix")
+    return raw.shape[0], raw.shape[1]
+
+
+def _typed(module: str, parts: Mapping[str, Raw], name: str, dtypes: tuple[torch.dtype, ...]) -> Raw:
+    if name not in parts:
+        raise WeightError(f"{module} is quantised, but lacks {name}")
+    raw = parts[name]
+    if raw.dtype not in dtypes:
+        raise WeightError(f"{raw.name} is {raw.dtype}; {' or '.join(map(str, dtypes))} is supported")
+    return raw

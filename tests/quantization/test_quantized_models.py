@@ -269,7 +269,7 @@ def test_plan_command(tiny_model, capsys):
 
 # --- loading -------------------------------------------------------------------------------------------
 
-_PEAK = """
+PEAK = """
 import re, sys
 from nanovllm import LLM
 LLM(sys.argv[1], quantization=sys.argv[2] or None, dtype="bfloat16", max_model_len=64, max_num_seqs=1,
@@ -286,7 +286,7 @@ def test_no_more_than_a_tensor_is_unquantised_while_loading(tmp_path):
     gguf = convert(path, tmp_path / "m.gguf", Kind.Q4_0)
 
     def peak(source: Path, scheme: str) -> float:
-        command = [sys.executable, "-c", _PEAK, str(source), scheme]
+        command = [sys.executable, "-c", PEAK, str(source), scheme]
         return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) / 1024  # MiB
 
     plain, dequantised = peak(path, ""), peak(gguf, "dequantize")

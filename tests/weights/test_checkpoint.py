@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -355,9 +356,10 @@ def test_a_config_that_is_no_json_object(directory, content):
         open_checkpoint(directory)
 
 
-def test_quantised_directories_are_refused_by_method(directory):
-    set_config(directory, quantization_config={"quant_method": "awq", "bits": 4})
-    with pytest.raises(ModelNotSupported, match="awq"):
+@pytest.mark.parametrize("method", ["hqq", ["awq"], None])
+def test_quantised_directories_are_refused_by_method(directory, method):
+    set_config(directory, quantization_config={"quant_method": method, "bits": 4})
+    with pytest.raises(ModelNotSupported, match=re.escape(f"is quantised ({method}), which is not supported (awq")):
         open_checkpoint(directory)
 
 
