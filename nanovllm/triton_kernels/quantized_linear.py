@@ -80,6 +80,43 @@ def halves(total):
     return gate.reshape([R // 2, T]), other.reshape([R // 2, T])
 
 
+@triton.jit
+def finish(
+    total,  # fp32 [ROWS, T]
+    bias,  # as of quantized_linear_kernel
+    residual,
+    out,
+    token,  # [T]
+    filled,  # [T]
+    block,  # of ROWS rows of the weight
+    FIRST: tl.constexpr,
+    SIZE_N: tl.constexpr,
+    OUT: tl.constexpr,
+    KIND: tl.constexpr,
+    GATED: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Everything behind the product, and the store."""
+    SHARE: tl.constexpr = ROWS // 2 if GATED else ROWS
+    n = FIRST + block * SHARE + tl.arange(0, SHARE)
+    held = n < FIRST + SIZE_N
+    if GATED:
+        total, other = halves(total)
+        if bias is not None:
+            total += tl.load(bias + n, held, 0.0).to(tl.float32)[:, None]
+            other += tl.load(bias + SIZE_N + n, held, 0.0).to(tl.float32)[:, None]
+        total = activated(total, KIND) * other
+    else:
+        if bias is not None:
+            total += tl.load(bias + n, held, 0.0).to(tl.float32)[:, None]
+        if KIND != "none":
+            total = activated(total, KIND)
+    places = token[None, :] * OUT + n[:, None]
+    if residual is not None:
+        total += tl.load(residual + places, filled[None, :] & held[:, None], 0.0).to(tl.float32)
+    tl.store(out + places, total.to(out.dtype.element_ty), filled[None, :] & held[:, None])
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def quantized_linear_kernel(
     x,  # [tokens, SIZE_K]
@@ -103,7 +140,6 @@ def quantized_linear_kernel(
     ROWS: tl.constexpr,
 ):
     """Grid: (blocks of rows * tiles of tokens,). KIND: an activation, or "none"."""
-    SHARE: tl.constexpr = ROWS // 2 if GATED else ROWS
     tiles = tl.cdiv(tokens, TOKENS)
     token = ((tl.program_id(0) % tiles) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     block = tl.program_id(0) // tiles
@@ -111,23 +147,7 @@ def quantized_linear_kernel(
     filled = token < tokens
     there = row < ((SIZE_N + 15) // 16 * 32 if GATED else SIZE_N)
     total = product(x + token * SIZE_K, filled, None, weight, row, there, SIZE_K, BITS, GROUP, SCALE, LEAST, E4M3)
-    n = FIRST + block * SHARE + tl.arange(0, SHARE)
-    held = n < FIRST + SIZE_N
-    if GATED:
-        total, other = halves(total)
-        if bias is not None:
-            total += tl.load(bias + n, held, 0.0).to(tl.float32)[:, None]
-            other += tl.load(bias + SIZE_N + n, held, 0.0).to(tl.float32)[:, None]
-        total = activated(total, KIND) * other
-    else:
-        if bias is not None:
-            total += tl.load(bias + n, held, 0.0).to(tl.float32)[:, None]
-        if KIND != "none":
-            total = activated(total, KIND)
-    places = token[None, :] * OUT + n[:, None]
-    if residual is not None:
-        total += tl.load(residual + places, filled[None, :] & held[:, None], 0.0).to(tl.float32)
-    tl.store(out + places, total.to(out.dtype.element_ty), filled[None, :] & held[:, None])
+    finish(total, bias, residual, out, token, filled, block, FIRST, SIZE_N, OUT, KIND, GATED, ROWS)
 
 
 def quantized_linear(
