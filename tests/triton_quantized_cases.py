@@ -11,9 +11,11 @@ from kernels import normal
 from quantized import FORMS, packed, random_codes
 from triton_cases import UNIT
 
+from nanovllm.ops.eight_bit_ops import EightBitTritonOps
 from nanovllm.ops.formats import Codes, Format, Packed, Segment
 from nanovllm.ops.torch_ops import TorchOps
 from nanovllm.ops.triton_ops import TritonOps
+from nanovllm.triton_kernels.eight_bit_activations import Activations, quantize_activations
 
 TORCH, TRITON = TorchOps(), TritonOps()
 
@@ -179,3 +181,53 @@ def check_rows_are_their_own(device: str, dtype: torch.dtype, form: Format, ops:
     for part in (slice(299, 300), slice(0, 1), slice(90, 125)):
         assert torch.equal(ops.linear(x[part], weight, 36, bias, residual=residual[part].clone()), found[part])
         assert torch.equal(ops.gated_linear(x[part], gated, 36, bias, "silu"), also[part])
+
+
+class EightBitOps(EightBitTritonOps):
+    """For which any number of tokens is many."""
+
+    most_quantized_tokens = 0
+
+
+def check_activations(device: str, dtype: torch.dtype, codes: torch.dtype) -> None:
+    """A row's largest number is exact, others are within half a step; a row of zeros and one that is no number."""
+    for size in (1, 300, 1100):
+        x = normal(5, size).to(device, dtype)
+        x[1], x[3] = 0.0, float("nan")
+        found, scales = _by_column(quantize_activations(x, codes), size)
+        largest, steps = x.float().abs().amax(1), 127 if codes == torch.int8 else 448
+        torch.testing.assert_close(scales, largest / steps, equal_nan=True)
+        made, x = (found * scales[:, None])[[0, 1, 2, 4]], x.float()[[0, 1, 2, 4]]
+        step = x.abs().amax(1, keepdim=True) / 127 if codes == torch.int8 else x.abs() / 8 + 1e-3
+        assert ((made - x).abs() <= 0.501 * step).all()
+
+
+def _by_column(activations: Activations, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    codes, scales = activations
+    place = torch.arange(codes.shape[1], device=codes.device)
+    found = torch.empty(codes.shape, device=codes.device)
+    found[:, place // 128 * 128 + place % 4 * 32 + place % 128 // 4] = codes.float()
+    assert not found[:, size:].any()
+    return found[:, :size], scales
+
+
+def check_eight_bits(device: str, dtype: torch.dtype, name: str, rows: int, shape: tuple[int, int]) -> None:
+    """Products of what the activations became."""
+    (n, k), ops = shape, EightBitOps()
+    codes, x = random_codes(FORMS[name], n, k), normal(rows, k).to(device, dtype)
+    kind = torch.int8 if name == "q8_128" else torch.float8_e4m3fn
+    found, scales = _by_column(quantize_activations(x, kind), k)
+    product = F.linear(found * scales[:, None], codes.dequantize().to(device))
+    bias, residual = normal(n, seed=2).to(device, dtype), normal(rows, n, seed=3).to(device, dtype)
+    weight = packed(ops, codes, device=device, dtype=dtype)
+    close(ops.linear(x, weight, n, bias, residual=residual.clone()), product + bias.float() + residual.float(), 16)
+    close(ops.linear(x, weight, n, None, "relu"), product.relu(), 16)
+    gated = packed(ops, codes, gated=True, device=device, dtype=dtype)
+    gate, up = (product + bias.float()).chunk(2, dim=1)
+    close(ops.gated_linear(x, gated, n, bias, "relu"), gate.relu() * up, 128)
+    few = TRITON.linear(x, weight, n, None)
+    assert (
+        torch.equal(EightBitTritonOps().linear(x, weight, n, None), few)
+        or rows > EightBitTritonOps.most_quantized_tokens
+    )
+    assert not torch.equal(ops.linear(x, weight, n, None), few)

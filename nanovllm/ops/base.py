@@ -224,14 +224,24 @@ class Ops(Protocol):
         ...
 
 
-def select_ops(name: str, device: torch.device, dtype: torch.dtype, *, batch_invariant: bool = False) -> Ops:
+def select_ops(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    batch_invariant: bool = False,
+    quantize_activations: bool = False,
+) -> Ops:
     """The configured maker, or for "auto" the native one on CPUs and the Triton one on GPUs, wherever they can run.
 
     ConfigError if the configured one cannot run. Where one only was not built or installed, the log tells what is
-    lost. batch_invariant: a row's bits do not depend on the others; ConfigError where this cannot be had.
+    lost. batch_invariant: a row's bits do not depend on the others; quantize_activations: many rows are multiplied in
+    8 bits where weights have as many; ConfigError where these cannot be had.
     """
     if batch_invariant:
         return _invariant_ops(name, device, dtype)
+    if quantize_activations:
+        return _eight_bit_ops(name, device, dtype)
     if name == "torch":
         return TorchOps()
     if name == "triton" or (name == "auto" and device.type == "cuda"):
@@ -263,6 +273,15 @@ def _invariant_ops(name: str, device: torch.device, dtype: torch.dtype) -> Ops:
     from nanovllm.ops.invariant_ops import InvariantTritonOps  # triton is an extra
 
     return InvariantTritonOps()
+
+
+def _eight_bit_ops(name: str, device: torch.device, dtype: torch.dtype) -> Ops:
+    if name not in ("auto", "triton"):
+        raise ConfigError(f"quantize_activations=True: kernels={name!r} multiplies in 16 bits; set kernels='triton'")
+    select_ops("triton", device, dtype)
+    from nanovllm.ops.eight_bit_ops import EightBitTritonOps  # triton is an extra
+
+    return EightBitTritonOps()
 
 
 def _triton_ops(name: str, device: torch.device) -> Ops:

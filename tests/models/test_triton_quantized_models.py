@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from gguf_converter import FAMILIES, Kind, convert
+from published import SCHEMES, publish
 from tiny_models import make_tiny_model
 
 from nanovllm import LLM
@@ -32,6 +33,16 @@ def logits(path, **options) -> torch.Tensor:
 
 def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
+
+
+WIDE = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4}
+PUBLISHED = [
+    ("llama", "awq-64"),
+    *(
+        slow("llama", scheme)
+        for scheme in ("gptq-4-act-order", "gptq-8-v2-head", "w8a8", "ct-fp8-channel", "fp8-block")
+    ),
+]
 
 
 def check(found: torch.Tensor, wanted: torch.Tensor, dtype: str) -> None:
@@ -62,3 +73,14 @@ def test_a_files_own_blocks(tmp_path, family, device, dtype):
     options = {"device": device, "dtype": dtype}
     found = logits(path, kernels="triton", **options)
     check(found, logits(path, kernels="triton", quantization="dequantize", **options), dtype)
+
+
+@DEVICES
+@pytest.mark.parametrize(("family", "scheme"), PUBLISHED)
+def test_published_codes(tmp_path, family, scheme, device, dtype):
+    made = tmp_path / "made"
+    made.mkdir()
+    quantised, plain = publish(make_tiny_model(family, made, **WIDE), tmp_path, SCHEMES[scheme])
+    options = {"device": device, "dtype": dtype}
+    found = logits(quantised, kernels="triton", **options)
+    check(found, logits(plain, kernels="triton", **options), dtype)

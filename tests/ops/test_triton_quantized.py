@@ -96,3 +96,34 @@ def test_rows_are_their_own_where_that_is_asked_for(device, dtype, name, monkeyp
     if device == "cpu":
         dots_in_order(monkeypatch)
     cases.check_rows_are_their_own(device, dtype, FORMS[name], InvariantTritonOps())
+
+
+EIGHT = [
+    *(pytest.param("cpu", torch.float16, name, marks=HERE) for name in ("q8_128", "e4m3_128")),
+    *(
+        pytest.param("cuda", dtype, name, marks=pytest.mark.gpu)
+        for dtype in (torch.bfloat16, torch.float16)
+        for name in ("q8_128", "e4m3_128")
+    ),
+]
+
+
+@pytest.fixture
+def multiplied(name):
+    """Skips what the device has no tensor cores for."""
+    needed = (8, 9) if name == "e4m3_128" else (8, 0)
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < needed:
+        pytest.skip("multiplies no such numbers")
+
+
+@pytest.mark.parametrize(("device", "dtype", "name"), [EIGHT[0], *EIGHT[2:]])  # the interpreter rounds float8 wrongly
+@pytest.mark.usefixtures("multiplied")
+def test_activations_of_8_bits(device, dtype, name):
+    cases.check_activations(device, dtype, torch.int8 if name == "q8_128" else torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(("device", "dtype", "name"), EIGHT)
+@pytest.mark.usefixtures("multiplied")
+def test_products_of_8_bits(device, dtype, name):
+    for rows, shape in ((3, (34, 300)), *([(700, (1032, 2048))] if device == "cuda" else [])):
+        cases.check_eight_bits(device, dtype, name, rows, shape)
