@@ -35,7 +35,7 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-WIDE = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4}
+WIDE = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 1, "num_attention_heads": 4}
 PUBLISHED = [
     ("llama", "awq-64"),
     *(
