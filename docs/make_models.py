@@ -29,6 +29,7 @@ from nanovllm.models.registry import model_class, supported_architectures  # noq
 PARITY = "tests/models/test_parity.py"
 FORMATS = "tests/models/test_formats.py"
 GGUF = "tests/weights/test_gguf_families.py"
+METHODS = "tests/quantization/test_published_models.py"
 FEATURES = {  # column: (test, its parameter beside the variant)
     "logits": ("test_all_logits_of_tiny_models", None),
     "batched": ("test_greedy_text_of_tiny_models", "batched"),
@@ -45,6 +46,12 @@ FILES = {
     ".bin": ("test_every_format_gives_the_same_weights", "bin"),
     ".bin sharded": ("test_every_format_gives_the_same_weights", "bin-sharded"),
     "GGUF": ("test_a_model_loads_the_same_from_either_format", None),
+}
+QUANTISED = {
+    "AWQ": ("test_every_family_by_every_method", "awq"),
+    "GPTQ": ("test_every_family_by_every_method", "gptq"),
+    "compressed-tensors": ("test_every_family_by_every_method", "compressed-tensors"),
+    "FP8": ("test_every_family_by_every_method", "fp8"),
 }
 HEAD = """\
 # Models
@@ -90,6 +97,16 @@ dequantises is read.
 To repeat a row: `pytest tests/models/test_formats.py tests/weights/test_gguf_families.py -k VARIANT`.
 
 """
+QUANTISED_HEAD = """
+## Published quantised checkpoints
+
+With the native kernels each gives, bit for bit, the logits of a checkpoint that holds the weights it stands for
+([quantization.md](quantization.md)). A dash stands where a row is that of another, and for GPT-2: what is published of
+it is transposed. Experts that lie in one tensor (Granite's) stay as they are on disk.
+
+To repeat a row: `pytest tests/quantization/test_published_models.py -m "slow or not slow" -k VARIANT`.
+
+"""
 NATIVE_HEAD = """
 ## Native kernels
 
@@ -110,18 +127,18 @@ of one sequence. `nanovllm plan MODEL --memory 8GiB` says what fits beside them.
 
 
 def main() -> int:
-    results = run_tests()
+    results = run_tests(PARITY, FORMATS, GGUF) | run_tests(METHODS, "-m", "slow or not slow", "-k", "every_family")
     text = HEAD + architectures() + PARITY_HEAD + matrix(results, FEATURES) + NATIVE_HEAD + native_rows()
-    text += FORMATS_HEAD + matrix(results, FILES)
+    text += FORMATS_HEAD + matrix(results, FILES) + QUANTISED_HEAD + matrix(results, QUANTISED)
     (ROOT / "docs" / "models.md").write_text(text + MEMORY_HEAD + memory_rows(), encoding="utf-8")
     return 0 if all(results.values()) else 1
 
 
-def run_tests() -> dict[str, bool]:
+def run_tests(*asked: str) -> dict[str, bool]:
     """{test with its parameters: passed}; skipped ones are left out."""
     with tempfile.NamedTemporaryFile(suffix=".xml") as report:
         command = [sys.executable, "-m", "pytest", "--no-cov", "-q", f"--junitxml={report.name}"]
-        subprocess.run([*command, PARITY, FORMATS, GGUF], cwd=ROOT)
+        subprocess.run([*command, *asked], cwd=ROOT)
         cases = ElementTree.parse(report.name).iter("testcase")
         return {
             case.attrib["name"]: case.find("failure") is None and case.find("error") is None

@@ -41,8 +41,10 @@ def publish(model: Path, folder: Path, how: Published) -> tuple[Path, Path]:
         if module == name or not re.fullmatch(how.modules, module):
             stored[name] = meant[name] = weight
             continue
-        tensors, meant[name] = how.write(module, weight.numpy())
+        tensors, values = how.write(module, weight.numpy())
+        meant[name] = values.contiguous()
         stored |= {f"{module}.{last}": tensor.contiguous() for last, tensor in tensors.items()}
+    assert stored.keys() != meant.keys()
     for path, tensors, extra in ((quantised, stored, {"quantization_config": how.config}), (plain, meant, {})):
         path.mkdir(parents=True)
         for file in model.glob("*.json"):
