@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from nanovllm.errors import WeightError
 from nanovllm.ops.formats import Codes, Format, Packed, Segment
 from nanovllm.triton_kernels.packed_codes import PAIR, WORDS, CodeLayout, PackedCodes
 from nanovllm.triton_kernels.quantized_rows import dequantize
 
 _PANEL = PAIR // 2
+_MOST_SCALE = 256  # 2 ** 120 times as much would be infinite; packed_codes.py
 _OUTER = 256  # columns that share what nested scales are multiples of; formats.py
 
 
@@ -48,7 +50,9 @@ def widened(packed: Packed, shape: tuple[int, int], dtype: torch.dtype, *, gated
 
 
 def pack_codes(codes: Codes, first: int, out: torch.Tensor, half: int | None) -> None:
-    """As `Ops.pack_codes`."""
+    """As `Ops.pack_codes`. WeightError for float8 with scales that kernels cannot multiply by."""
+    if codes.form.e4m3 and codes.scales.abs().max() >= _MOST_SCALE:
+        raise WeightError(f"float8 weights with scales of {_MOST_SCALE} and more: set quantization='dequantize'")
     codes, layout, (rows, cols) = codes.to(out.device), layout_of(codes.form), codes.codes.shape
     chunks = -(-cols // layout.chunk)
     place = first + torch.arange(rows, device=out.device)

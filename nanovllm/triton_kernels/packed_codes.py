@@ -145,10 +145,10 @@ def widened(
         code = ((words >> (PART // 4 * 16)) & (15 * SHIFTED)).to(tl.float32)
         scale *= 1.0 / SHIFTED
     elif E4M3:
-        # the bits of an fp16 number that is smaller by 2 ** 8, as exponents have another middle there
-        half = ((words >> (8 * PART)) & 128) << 8 | ((words >> (8 * PART)) & 127) << 7
-        code = half.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-        scale *= 256.0
+        # the bits of an fp32 number that is smaller by 2 ** 120, as exponents have another middle there
+        bits = ((words << (24 - 8 * PART)) >> 4) & -0x78100000  # sign, and 7 bits behind 4 of the exponent
+        code = bits.to(tl.float32, bitcast=True)
+        scale *= 1.329227995784916e36
     else:
         code = ((words << (24 - 8 * PART)) >> 24).to(tl.float32)
     scale, least = scale[:, None], least[:, None]
