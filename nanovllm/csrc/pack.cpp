@@ -29,14 +29,18 @@ char* put_values(char* to, int64_t row, int64_t bytes, const char* scale, const 
 // Row `row` of a pair.
 void pack_row(const Layout& form, const int8_t* codes, const Values& values, int64_t k, char* pair, int64_t row) {
     const int64_t group = form.group, bytes = form.scale_bytes;
+    Place places[4];  // of a column and of each fourth one after it
+    for (int c = 0; c < 4; ++c) places[c] = place(form.bits, row, c);
+    const int64_t four = 4 * form.bits * PAIR / 8;
     for (int64_t g = 0; g * group < k; ++g) {
         if (const int64_t o = g * group / OUTER; form.nested() && g * group % OUTER == 0)
             pair = put_values(pair, row, 2, values.outer + 2 * o, form.least ? values.outer_least + 2 * o : nullptr);
         char* behind = put_values(pair, row, bytes, values.scales + g * bytes,
                                   form.least ? values.least + g * bytes : nullptr);
-        for (int64_t c = g * group; c < std::min((g + 1) * group, k); ++c) {
-            const Place at = place(form.bits, row, c - g * group);
-            behind[at.byte] |= (char)((form.bits == 8 ? codes[c] : codes[c] & 15) << at.shift);
+        const int8_t* mine = codes + g * group;
+        for (int64_t c = 0; c < std::min(group, k - g * group); ++c) {
+            const Place at = places[c % 4];
+            behind[c / 4 * four + at.byte] |= (char)((form.bits == 8 ? mine[c] : mine[c] & 15) << at.shift);
         }
         pair += form.group_bytes();
     }

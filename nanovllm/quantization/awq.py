@@ -10,9 +10,6 @@ import torch
 from nanovllm.quantization.published import HALVES, Expected, Grid, Raw, Weight, fields, integer_form, matrix, require
 from nanovllm.quantization.settings import Settings
 
-_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Of eight neighbours, where in a word each lies."""
-
 
 class AWQWeight(Weight):
     """qweight: int32 [in, out / 8]. scales: [groups, out]. qzeros: int32 [groups, out / 8]; without them, 8."""
@@ -52,7 +49,8 @@ class AWQ:
 
 
 def _unpacked(packed: torch.Tensor, rows: slice) -> torch.Tensor:
-    """[n, out / 8] -> uint8 [rows, n]."""
+    """[n, out / 8] -> uint8 [rows, n]. Of eight rows in a word, number 4 b + 2 c + a is at place 4 a + 2 b + c."""
     first = rows.start // 8
-    found = fields(packed[:, first : -(-rows.stop // 8)], 4)[..., _PLACES].flatten(1)
-    return found[:, rows.start - first * 8 : rows.stop - first * 8].t()
+    found = fields(packed[:, first : -(-rows.stop // 8)], 4).unflatten(-1, (2, 2, 2))
+    in_turn = found.permute(1, 3, 4, 2, 0).flatten(0, 3)
+    return in_turn[rows.start - first * 8 : rows.stop - first * 8]

@@ -107,7 +107,8 @@ class Group:
             weights.choice("symmetric", *((True,) if is_float else (True, False)), default=True),
             weights.group_size() if strategy == "group" else None,
             block_size(weights, "block_structure", _block(weights)) if strategy == "block" else None,
-            weights.choice("actorder", None, "group", "weight", "static", False, True) in ("group", True),
+            weights.choice("actorder", None, "group", "dynamic", "weight", "static", False, True)
+            in ("group", "dynamic", True),
         )
 
     def weight(self, module: str, parts: Mapping[str, Raw]) -> Weight:

@@ -53,7 +53,8 @@ def check(found: torch.Tensor, wanted: torch.Tensor, dtype: str) -> None:
 
 @DEVICES
 @pytest.mark.parametrize(
-    ("family", "scheme"), [("gpt2", "int4"), slow("llama3", "int4"), slow("qwen3-moe", "int8"), slow("llama", "int8")]
+    ("family", "scheme"),
+    [slow("gpt2", "int4"), slow("llama3", "int4"), slow("qwen3-moe", "int8"), slow("llama", "int8")],
 )
 def test_schemes(tiny_model, family, scheme, device, dtype):
     """With tied heads, of which tokens are looked up."""

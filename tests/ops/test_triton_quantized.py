@@ -89,8 +89,14 @@ def test_columns_in_another_order(device, dtype):
     cases.check_order(device, dtype)
 
 
+MIXTURES = [
+    *(("q4", "q8"), ("q8_least", None)),
+    *(pytest.param(*forms, marks=pytest.mark.slow) for forms in [((None, "q8_fine"),), (("q4_nested", "q8_nested"),)]),
+]
+
+
 @DEVICES
-@pytest.mark.parametrize("forms", [("q4", "q8"), ("q8_least", None), (None, "q8_fine"), ("q4_nested", "q8_nested")])
+@pytest.mark.parametrize("forms", MIXTURES)
 @pytest.mark.parametrize(
     "tokens", [pytest.param(1, marks=pytest.mark.slow), 30, pytest.param(600, marks=pytest.mark.gpu)]
 )
@@ -99,7 +105,7 @@ def test_mixture(device, dtype, forms, tokens):
 
 
 @DEVICES
-@pytest.mark.parametrize("name", ["q4", "q8_fine"])
+@pytest.mark.parametrize("name", ["q4", pytest.param("q8_fine", marks=pytest.mark.slow)])
 def test_rows_are_their_own_where_that_is_asked_for(device, dtype, name, monkeypatch):
     if device == "cpu":
         dots_in_order(monkeypatch)
