@@ -21,7 +21,7 @@ from tiny_models import make_tiny_model
 from nanovllm import LLM, ConfigError
 from nanovllm.cli.main import main
 from nanovllm.cli.parity import all_logits
-from nanovllm.errors import WeightError
+from nanovllm.errors import ModelNotSupported, WeightError
 
 native_library()
 TOKENS = np.random.default_rng(1).integers(2, 128, 40).tolist()
@@ -138,6 +138,12 @@ def test_the_method_may_be_named(published):
     ):
         with pytest.raises(ConfigError, match=message):
             LLM(str(path), **OPTIONS, quantization=asked)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_transformers_modules_take_none(published, dtype):
+    with pytest.raises(ModelNotSupported, match="transformers' modules: use an unquantised checkpoint"):
+        LLM(str(published(awq(128))), **OPTIONS, model_impl="transformers", dtype=dtype)
 
 
 def test_it_is_widened_in_float32(llama, tmp_path):
