@@ -92,9 +92,9 @@ def _numbers(codes: Codes) -> np.ndarray:
     return np.where(bits & 128, -sizes, sizes)
 
 
-def packed(ops, codes: Codes, *, gated: bool = False) -> Packed:
+def packed(ops, codes: Codes, *, gated: bool = False, device: str = "cpu", dtype=torch.bfloat16) -> Packed:
     rows, cols = codes.codes.shape
-    data = ops.zeros(codes.form.packed_bytes(rows + 32, cols))
+    data = ops.zeros(ops.codes_bytes(codes.form, rows + 32, cols), torch.device(device))
     if gated:
         for half in (0, 1):
             ops.pack_codes(_rows(codes, slice(half * rows // 2, (half + 1) * rows // 2)), 0, data, half=half)
@@ -102,7 +102,7 @@ def packed(ops, codes: Codes, *, gated: bool = False) -> Packed:
         for first, end in ((0, rows // 3), (rows // 3, rows // 2), (rows // 2, rows)):
             if first < end:
                 ops.pack_codes(_rows(codes, slice(first, end)), first, data)
-    return Packed(data, (Segment(slice(0, rows), codes.form, 0),))
+    return Packed(data, (Segment(slice(0, rows), codes.form, 0),), None, dtype)
 
 
 def _rows(codes: Codes, part: slice) -> Codes:

@@ -82,9 +82,9 @@ class ParallelLMHead(MergedColumnParallelLinear):
         self._vocab_size, self._tokens, self._tp = vocab_size, tokens, ctx.tp
         self._is_tied = tied is not None
         if tied is not None:
-            if not ctx.ops.embeds_packed:
+            if not self.method.embeds:
                 self.weight = tied.weight
-            tied.tie(self, reads=ctx.ops.embeds_packed)
+            tied.tie(self, reads=self.method.embeds)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._tp.gather(super().forward(x), self._vocab_size, root=0)

@@ -12,7 +12,7 @@ import torch
 from nanovllm.batch import Batch
 from nanovllm.cache_spec import StateSpec
 from nanovllm.errors import ConfigError
-from nanovllm.ops.formats import Codes, Packed
+from nanovllm.ops.formats import Codes, Format, Packed
 from nanovllm.ops.graph import Recorder
 from nanovllm.ops.library import Library, library_or_reason
 from nanovllm.ops.mamba2 import Mamba2Sizes, Mamba2Weights, SumOverRanks
@@ -59,7 +59,7 @@ class Ops(Protocol):
     the native ones and with those that `batch_invariant` takes."""
 
     name: str
-    embeds_packed: bool  # whether there is an `embed_packed`
+    embeds_packed: bool  # whether `embed_packed` takes weights that `pack` packed
     packs_quantized: bool  # whether there is a `pack_codes`, and packed weights may be quantised
     norms_and_rotates: bool  # whether `norm_and_rotate` is better than one after the other
 
@@ -87,8 +87,12 @@ class Ops(Protocol):
         [packed_numel] that the result goes to, where there is a `mixture`."""
         ...
 
-    def zeros(self, num_bytes: int) -> torch.Tensor:
+    def zeros(self, num_bytes: int, device: torch.device) -> torch.Tensor:
         """Memory of the weights' kind, uint8 [num_bytes], for `pack_codes`."""
+        ...
+
+    def codes_bytes(self, form: Format, rows: int, cols: int) -> int:
+        """Of a weight [rows, cols] that `pack_codes` fills."""
         ...
 
     def pack_codes(self, codes: Codes, first: int, out: torch.Tensor, *, half: int | None = None) -> None:
@@ -220,14 +224,24 @@ class Ops(Protocol):
         ...
 
 
-def select_ops(name: str, device: torch.device, dtype: torch.dtype, *, batch_invariant: bool = False) -> Ops:
+def select_ops(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    batch_invariant: bool = False,
+    quantize_activations: bool = False,
+) -> Ops:
     """The configured maker, or for "auto" the native one on CPUs and the Triton one on GPUs, wherever they can run.
 
     ConfigError if the configured one cannot run. Where one only was not built or installed, the log tells what is
-    lost. batch_invariant: a row's bits do not depend on the others; ConfigError where this cannot be had.
+    lost. batch_invariant: a row's bits do not depend on the others; quantize_activations: many rows are multiplied in
+    8 bits where weights have as many; ConfigError where these cannot be had.
     """
     if batch_invariant:
         return _invariant_ops(name, device, dtype)
+    if quantize_activations:
+        return _eight_bit_ops(name, device, dtype)
     if name == "torch":
         return TorchOps()
     if name == "triton" or (name == "auto" and device.type == "cuda"):
@@ -259,6 +273,15 @@ def _invariant_ops(name: str, device: torch.device, dtype: torch.dtype) -> Ops:
     from nanovllm.ops.invariant_ops import InvariantTritonOps  # triton is an extra
 
     return InvariantTritonOps()
+
+
+def _eight_bit_ops(name: str, device: torch.device, dtype: torch.dtype) -> Ops:
+    if name not in ("auto", "triton"):
+        raise ConfigError(f"quantize_activations=True: kernels={name!r} multiplies in 16 bits; set kernels='triton'")
+    select_ops("triton", device, dtype)
+    from nanovllm.ops.eight_bit_ops import EightBitTritonOps  # triton is an extra
+
+    return EightBitTritonOps()
 
 
 def _triton_ops(name: str, device: torch.device) -> Ops:

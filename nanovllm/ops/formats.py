@@ -13,7 +13,7 @@ _PAIR = 32  # rows that lie side by side once packed; csrc/formats.h
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """weight = code * scale + least, rounded to bfloat16.
+    """weight = code * scale + least, rounded to bfloat16, or to the dtype that GPUs compute in.
 
     bits: of a code: 8 are signed, 6 are -32 to 31, 5 are 0 to 31, 4 are 0 to 15. group: columns that share a scale.
     scale: dtype of scales and least values; int8 are multiples of fp16 numbers that 256 columns share. least: whether
@@ -29,7 +29,7 @@ class Format:
     e4m3: bool = False
 
     def packed_bytes(self, rows: int, cols: int) -> int:
-        """Of a weight [rows, cols]."""
+        """Of a weight [rows, cols] as csrc/formats.h has it."""
         values = self.scale.itemsize * (1 + self.least)
         pair = -(-cols // self.group) * _PAIR * (values + self.group * self.bits // 8)
         if self.scale == torch.int8:
@@ -66,6 +66,10 @@ class Codes:
     outer: torch.Tensor | None = None
     outer_least: torch.Tensor | None = None
 
+    def to(self, device: torch.device) -> Codes:
+        others = (None if x is None else x.to(device) for x in (self.least, self.outer, self.outer_least))
+        return Codes(self.form, self.codes.to(device), self.scales.to(device), *others)
+
     def dequantize(self) -> torch.Tensor:
         """fp32 [rows, cols]: exact but for one rounding, of the sum."""
         codes = self.codes.view(torch.float8_e4m3fn) if self.form.e4m3 else self.codes
@@ -79,7 +83,7 @@ class Codes:
 
 
 class Segment(NamedTuple):
-    """Rows of a weight that have one form. form: None for bfloat16. start: their first byte."""
+    """Rows of a weight that have one form. form: None for floats. start: their first byte."""
 
     rows: slice
     form: Format | None
@@ -92,9 +96,11 @@ class Packed:
     another form than others. data: uint8 [bytes], or [experts, bytes] where it is that of a mixture.
 
     columns: which of the input's columns meets each of the weight's, int32 [cols] or [experts, cols]; None for the one
-    in the same place. A weight that tokens are looked up in has none.
+    in the same place. A weight that tokens are looked up in has none. dtype: of rows that are floats, and what others
+    are rounded to.
     """
 
     data: torch.Tensor
     segments: tuple[Segment, ...]
     columns: torch.Tensor | None = None
+    dtype: torch.dtype = torch.bfloat16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import torch
 
@@ -19,6 +20,8 @@ class InvariantTritonOps(TritonOps):
     it is decoded. What is not overridden works row by row, in an order that the row's size decides."""
 
     expert_rows = 64  # as many as of a linear layer's tile, for the same reason
+    quantized_tokens = 32  # more would let a token that is alone wait for its tile's products
+    most_quantized_tokens = sys.maxsize
 
     def plain_linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None = None

@@ -9,7 +9,7 @@ import torch
 from nanovllm.batch import Batch
 from nanovllm.cache_spec import StateSpec
 from nanovllm.host_memory import mapped_zeros
-from nanovllm.ops.formats import Codes, Packed, Segment
+from nanovllm.ops.formats import Codes, Format, Packed, Segment
 from nanovllm.ops.library import Library
 from nanovllm.ops.mamba2 import Mamba2Sizes, Mamba2Weights, SumOverRanks
 from nanovllm.ops.native_sampling import NativeSampling
@@ -65,8 +65,11 @@ class NativeOps:
             self._library.pack(address, packed.data_ptr(), *part.shape, size, i, len(parts), torch.get_num_threads())
         return packed
 
-    def zeros(self, num_bytes: int) -> torch.Tensor:
+    def zeros(self, num_bytes: int, device: torch.device) -> torch.Tensor:
         return self._weights.zeros((num_bytes,), torch.uint8)
+
+    def codes_bytes(self, form: Format, rows: int, cols: int) -> int:
+        return form.packed_bytes(rows, cols)
 
     def pack_codes(self, codes: Codes, first: int, out: torch.Tensor, *, half: int | None = None) -> None:
         numbers = codes.codes.contiguous()

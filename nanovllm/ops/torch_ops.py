@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from nanovllm.batch import Batch
 from nanovllm.cache_spec import StateSpec
 from nanovllm.ops import torch_mamba2
-from nanovllm.ops.formats import Codes, Packed
+from nanovllm.ops.formats import Codes, Format, Packed
 from nanovllm.ops.mamba2 import Mamba2Sizes, Mamba2Weights, SumOverRanks
 from nanovllm.ops.ssm_plan import GRID, plan_scan
 from nanovllm.ops.torch_activation import activate
@@ -51,7 +51,10 @@ class TorchOps:
         assert not gated and out is None
         return torch.ops.mkldnn._reorder_linear_weight(weight)
 
-    def zeros(self, num_bytes: int) -> torch.Tensor:
+    def zeros(self, num_bytes: int, device: torch.device) -> torch.Tensor:
+        raise NotImplementedError
+
+    def codes_bytes(self, form: Format, rows: int, cols: int) -> int:
         raise NotImplementedError
 
     def pack_codes(self, codes: Codes, first: int, out: torch.Tensor, *, half: int | None = None) -> None:

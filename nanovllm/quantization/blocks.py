@@ -48,6 +48,10 @@ class Blocks(ABC):
         """The columns as they are unpacked, int64 [cols]; None if they are as in the matrix."""
         return None
 
+    def to(self, device: torch.device) -> Blocks:
+        """What can be unpacked there; else as it is."""
+        return self
+
     def pieces(self) -> Iterator[tuple[int, Codes]]:
         """Some rows at a time, and which is the first of them."""
         for rows in row_pieces(*self.shape):

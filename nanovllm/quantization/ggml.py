@@ -5,7 +5,7 @@ The types are ggml's: https://github.com/ggml-org/ggml/blob/master/src/ggml-comm
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ import torch
 
 from nanovllm.ops.formats import Q4, Q4_NESTED, Q5, Q5_NESTED, Q6_FINE, Q8, Codes, Format
 from nanovllm.quantization.blocks import Blocks
+from nanovllm.quantization.pieces import row_pieces, weights_of_piece
 
 
 class Kind(NamedTuple):
@@ -56,6 +57,13 @@ class GGMLBlocks(Blocks):
         assert part.start % cols == 0 and count % cols == 0
         return GGMLBlocks(self.kind, self.data[:, part.start // cols * size : part.stop // cols * size], count)
 
+    def to(self, device: torch.device) -> GGMLBlocks:
+        return GGMLBlocks(self.kind, self.data.to(device), self.cols)
+
+    def pieces(self) -> Iterator[tuple[int, Codes]]:
+        for rows in row_pieces(*self.shape, weights_of_piece(self.data.device)):
+            yield rows.start, self[rows].unpack()
+
     def unpack(self) -> Codes:
         rows = len(self)
         kind = KINDS[self.kind]
@@ -92,7 +100,7 @@ def _nibbles(data: torch.Tensor) -> torch.Tensor:
 
 def _bits(data: torch.Tensor) -> torch.Tensor:
     """[..., n] -> [..., 8 n], the lowest bit first."""
-    return (data[..., None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten(-2)
+    return (data[..., None] >> torch.arange(8, dtype=torch.uint8, device=data.device) & 1).flatten(-2)
 
 
 def _q4_0(b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -131,13 +139,14 @@ def _q4_k(b: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def _q5_k(b: torch.Tensor) -> tuple[torch.Tensor, ...]:
     low = _nibbles(b[:, 48:].unflatten(1, (4, 32))).unflatten(-1, (2, 32)).flatten(1, 2)  # [B, 8, 32]
-    high = b[:, 16:48, None] >> torch.arange(8, dtype=torch.uint8) & 1  # [B, 32, 8]
+    high = b[:, 16:48, None] >> torch.arange(8, dtype=torch.uint8, device=b.device) & 1  # [B, 32, 8]
     return (low | high.transpose(1, 2) << 4).flatten(1), *_k_scales(b)
 
 
 def _q6_k(b: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     low = _nibbles(b[:, :128].unflatten(1, (2, 64))).unflatten(-1, (4, 32))  # [B, 2, 4, 32]
-    pairs = b[:, 128:192].unflatten(1, (2, 1, 32)) >> torch.arange(0, 8, 2, dtype=torch.uint8)[:, None] & 3
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=b.device)
+    pairs = b[:, 128:192].unflatten(1, (2, 1, 32)) >> shifts[:, None] & 3
     codes = (low | pairs << 4).flatten(1).view(torch.int8) - 32
     return codes, b[:, 192:208].contiguous().view(torch.int8), None, _half(b[:, 208:])
 

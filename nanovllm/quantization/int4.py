@@ -10,7 +10,7 @@ import torch
 
 from nanovllm.ops.formats import Q4
 from nanovllm.quantization.ggml import GGMLBlocks, q4_1_blocks
-from nanovllm.quantization.pieces import in_groups, row_pieces
+from nanovllm.quantization.pieces import in_groups, row_pieces, weights_of_piece
 
 _CUTS = ((0.0, 0.0), (0.03, 0.0), (0.0, 0.03), (0.03, 0.03))
 """Shares of the range that are left out below and above; more of them gain little."""
@@ -18,7 +18,8 @@ _CUTS = ((0.0, 0.0), (0.03, 0.0), (0.0, 0.03), (0.03, 0.03))
 
 def quantize_int4(weight: torch.Tensor) -> GGMLBlocks:
     """weight: [rows, cols] of any float dtype."""
-    found = [_quantize(in_groups(weight[rows], Q4.group)).data for rows in row_pieces(*weight.shape)]
+    pieces = row_pieces(len(weight), weight.shape[1], weights_of_piece(weight.device))
+    found = [_quantize(in_groups(weight[rows], Q4.group)).data for rows in pieces]
     return GGMLBlocks("Q4_1", torch.cat(found), weight.shape[1])
 
 

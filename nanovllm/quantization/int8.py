@@ -12,7 +12,7 @@ import torch
 
 from nanovllm.ops.formats import Q8_FINE, Codes, Format
 from nanovllm.quantization.blocks import Blocks
-from nanovllm.quantization.pieces import in_groups, row_pieces
+from nanovllm.quantization.pieces import in_groups, row_pieces, weights_of_piece
 
 _GROUP = Q8_FINE.group
 _TRIED = (-1, 1, 2)  # beside the least multiple that cuts nothing off; more of them gain little
@@ -54,7 +54,8 @@ class Int8Blocks(Blocks):
 
 def quantize_int8(weight: torch.Tensor) -> Int8Blocks:
     """weight: [rows, cols] of any float dtype."""
-    found = [_quantize(in_groups(weight[rows], _GROUP)) for rows in row_pieces(*weight.shape)]
+    pieces = row_pieces(len(weight), weight.shape[1], weights_of_piece(weight.device))
+    found = [_quantize(in_groups(weight[rows], _GROUP)) for rows in pieces]
     codes, scales, units = (torch.cat(parts) for parts in zip(*found, strict=True))
     return Int8Blocks(codes[:, : weight.shape[1]], scales, units)
 

@@ -52,8 +52,10 @@ class Part(NamedTuple):
 
 @dataclass(slots=True)
 class Loaded:
-    """Parts of a layer that is not complete. stack, index: what it shares with how many layers, and which it is."""
+    """Parts of a layer that is not complete. dtype: of what floats become. stack, index: what it shares with how many
+    layers, and which it is."""
 
+    dtype: torch.dtype
     parts: list[Part] = field(default_factory=list)
     stack: Stack | None = None
     index: int = 0
@@ -64,10 +66,12 @@ class LinearMethod(Protocol):
     """One object serves all linear layers; what it stores lives in the layer.
 
     group: columns of a weight that cannot be parted. takes_blocks: whether `load` takes what is quantised on disk.
+    embeds: whether `embed` reads rows of a finalized weight.
     """
 
     group: int
     takes_blocks: bool
+    embeds: bool
 
     def create(self, layer: LinearWeights, rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> None:
         """Register the layer's `weight`, [rows, cols], uninitialised."""
@@ -104,8 +108,7 @@ class LinearMethod(Protocol):
         ...
 
     def embed(self, layer: LinearWeights, ids: torch.Tensor, first: int) -> torch.Tensor:
-        """The weight's rows of these ids, the first of which is `first`; zeros for others. Where ops read packed
-        weights."""
+        """The weight's rows of these ids, the first of which is `first`; zeros for others."""
         ...
 
 
@@ -116,7 +119,7 @@ class UnquantizedLinearMethod:
     takes_blocks = False
 
     def __init__(self, ops: Ops) -> None:
-        self._ops = ops
+        self._ops, self.embeds = ops, ops.embeds_packed
 
     def create(self, layer: LinearWeights, rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> None:
         if device.type == "cpu" and self._ops.packs(device, dtype):

@@ -1,4 +1,4 @@
-"""Rows of a weight, some at a time: what is worked out of them is small, and stays in the cache."""
+"""Rows of a weight, some at a time: what is worked out of them is small, and on CPUs stays in the cache."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ from collections.abc import Iterator
 
 import torch
 
-_WEIGHTS = 1 << 16
+_WEIGHTS, _LAUNCHED = 1 << 16, 1 << 22
 _PANELS = 32  # rows that kernels keep together
+
+
+def weights_of_piece(device: torch.device) -> int:
+    """What a cache holds, or what is worth a launch."""
+    return _WEIGHTS if device.type == "cpu" else _LAUNCHED
 
 
 def row_pieces(rows: int, cols: int, weights: int = _WEIGHTS) -> Iterator[slice]:

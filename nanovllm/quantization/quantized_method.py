@@ -30,25 +30,28 @@ class DequantizedLinearMethod(UnquantizedLinearMethod):
 class QuantizedLinearMethod(UnquantizedLinearMethod):
     """Quantises each tensor as it comes and packs it at once, so that no more than one is there unquantised."""
 
-    def __init__(self, ops: Ops, quantize: Quantize, form: Format) -> None:
+    def __init__(self, ops: Ops, quantize: Quantize, form: Format, device: torch.device) -> None:
+        """device: that quantises."""
         super().__init__(ops)
         self._quantize, self._form, self.group = quantize, form, form.group
+        self._device, self.embeds = device, True
 
     def create(self, layer: LinearWeights, rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> None:
         layer.rows, layer.cols, layer.packed = rows, cols, True
-        self._place(layer, packed_memory(self._ops, self._form.packed_bytes(rows, cols), device))
+        self._place(layer, packed_memory(self._ops, self._ops.codes_bytes(self._form, rows, cols), device), dtype)
 
     def stack(self, layers: Sequence[LinearWeights]) -> Stack:
         first = layers[0]
-        size = first.weight.numel()
+        assert first.quantized is not None
+        size, segments, dtype = first.weight.numel(), first.quantized.segments, first.quantized.dtype
         data = packed_memory(self._ops, len(layers) * size, first.weight.device).view(len(layers), size)
         for layer, place in zip(layers, data, strict=True):
-            self._place(layer, place)
-        return Stack(Packed(data, (Segment(slice(0, first.rows), self._form, 0),)))
+            self._place(layer, place, dtype)
+        return Stack(Packed(data, segments, dtype=dtype))
 
     def convert(self, tensor: torch.Tensor | Blocks) -> Blocks:
         assert isinstance(tensor, torch.Tensor)
-        return self._quantize(tensor)
+        return self._quantize(tensor.to(self._device))
 
     def load(self, layer: LinearWeights, tensor: torch.Tensor | Blocks, rows: slice) -> None:
         assert isinstance(tensor, Blocks)
@@ -60,15 +63,15 @@ class QuantizedLinearMethod(UnquantizedLinearMethod):
     def num_bytes(self, layer: LinearWeights, device: torch.device) -> None:
         return None
 
-    def _place(self, layer: LinearWeights, memory: torch.Tensor) -> None:
+    def _place(self, layer: LinearWeights, memory: torch.Tensor, dtype: torch.dtype) -> None:
         layer.weight = nn.Parameter(memory, requires_grad=False)
-        layer.quantized = Packed(memory, (Segment(slice(0, layer.rows), self._form, 0),))
+        layer.quantized = Packed(memory, (Segment(slice(0, layer.rows), self._form, 0),), dtype=dtype)
 
 
 def packed_memory(ops: Ops, size: int, device: torch.device) -> torch.Tensor:
     if device.type == "meta":
         return torch.empty(size, dtype=torch.uint8, device=device)
-    return ops.zeros(size)
+    return ops.zeros(size, device)
 
 
 def fuses_gate(layer: LinearWeights, ops: Ops) -> bool:
@@ -83,5 +86,5 @@ def pack_blocks(ops: Ops, layer: LinearWeights, blocks: Blocks, first: int, out:
     half = None
     if fuses_gate(layer, ops):
         half, first = 0 if first == 0 else 1, 0
-    for start, codes in blocks.pieces():
+    for start, codes in blocks.to(out.device).pieces():
         ops.pack_codes(codes, first + start, out, half=half)

@@ -44,5 +44,5 @@ def _method(ctx: BuildContext, name: str | None) -> LinearMethod:
         return UnquantizedLinearMethod(ops)
     quantize, form = _SCHEMES[name]
     if ops.packs_quantized:
-        return QuantizedLinearMethod(ops, quantize, form)
+        return QuantizedLinearMethod(ops, quantize, form, ctx.device)
     return DequantizedLinearMethod(ops, quantize, form)

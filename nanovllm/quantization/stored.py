@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from nanovllm.errors import WeightError
+from nanovllm.ops.base import Ops
 from nanovllm.ops.formats import Format, Packed, Segment
 from nanovllm.quantization.blocks import Blocks
 from nanovllm.quantization.linear_method import LinearWeights, Loaded, Part, Stack, UnquantizedLinearMethod
@@ -28,21 +29,25 @@ class _Run(NamedTuple):
 
 
 class StoredLinearMethod(UnquantizedLinearMethod):
-    """Keeps what it is given, blocks or floats, until a layer is complete; floats become bfloat16."""
+    """Keeps what it is given, blocks or floats, until a layer is complete."""
 
     takes_blocks = True
 
+    def __init__(self, ops: Ops) -> None:
+        super().__init__(ops)
+        self.embeds = True
+
     def create(self, layer: LinearWeights, rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> None:
-        assert dtype == torch.bfloat16
         layer.rows, layer.cols, layer.packed = rows, cols, True
         layer.weight = nn.Parameter(torch.empty(0, dtype=torch.uint8, device=device), requires_grad=False)
-        layer.loaded = Loaded()
+        layer.loaded = Loaded(dtype)
 
     def stack(self, layers: Sequence[LinearWeights]) -> Stack:
         """Its memory is made with the first expert that is finalized: the type is known by then."""
         shared = Stack(torch.empty(0))
         for index, layer in enumerate(layers):
-            layer.loaded = Loaded(stack=shared, index=index, layers=len(layers))
+            assert layer.loaded is not None
+            layer.loaded = Loaded(layer.loaded.dtype, stack=shared, index=index, layers=len(layers))
         return shared
 
     def load(self, layer: LinearWeights, tensor: torch.Tensor | Blocks, rows: slice) -> None:
@@ -53,22 +58,22 @@ class StoredLinearMethod(UnquantizedLinearMethod):
         loaded = layer.loaded
         assert loaded is not None
         parts, order = _in_one_order(layer, loaded.parts)
-        runs = self._runs(layer, parts)
+        runs, device = self._runs(layer, parts, loaded.dtype), layer.weight.device
         segments, size = tuple(run.segment for run in runs), sum(run.size for run in runs)
-        columns = None if order is None else order.int()
+        columns = None if order is None else order.int().to(device)
         if loaded.stack is None:
-            packed = Packed(packed_memory(self._ops, size, layer.weight.device), segments, columns)
+            packed = Packed(packed_memory(self._ops, size, device), segments, columns, loaded.dtype)
         else:
-            packed = self._shared(loaded, segments, size, columns, layer.weight.device)
+            packed = self._shared(loaded, segments, size, columns, device)
         for run in runs:
-            self._pack(layer, run, packed.data[run.segment.start : run.segment.start + run.size])
+            self._pack(layer, run, packed.data[run.segment.start : run.segment.start + run.size], loaded.dtype)
         layer.weight = nn.Parameter(packed.data, requires_grad=False)
         layer.quantized, layer.loaded = packed, None
 
     def num_bytes(self, layer: LinearWeights, device: torch.device) -> None:
         return None
 
-    def _runs(self, layer: LinearWeights, parts: list[Part]) -> list[_Run]:
+    def _runs(self, layer: LinearWeights, parts: list[Part], dtype: torch.dtype) -> list[_Run]:
         parts = sorted(parts, key=lambda part: part.rows.start)
         if layer.gated and len({_form(part) for part in parts}) > 1:  # whose halves are side by side
             parts = [Part(rows, _floats(tensor)) for rows, tensor in parts]
@@ -82,12 +87,15 @@ class StoredLinearMethod(UnquantizedLinearMethod):
             # where the vocabulary is padded, nothing is loaded for the last rows
             end = layer.rows if part is parts[-1] else part.rows.stop
             rows, form = slice(together[0].rows.start, end), _form(part)
-            runs.append(_Run(Segment(rows, form, start), together, self._bytes(form, end - rows.start, layer.cols)))
+            size = self._bytes(form, end - rows.start, layer.cols, dtype)
+            runs.append(_Run(Segment(rows, form, start), together, size))
             start += runs[-1].size
         return runs
 
-    def _bytes(self, form: Format | None, rows: int, cols: int) -> int:
-        return self._ops.packed_numel(rows, cols, torch.bfloat16) * 2 if form is None else form.packed_bytes(rows, cols)
+    def _bytes(self, form: Format | None, rows: int, cols: int, dtype: torch.dtype) -> int:
+        if form is None:
+            return self._ops.packed_numel(rows, cols, dtype) * dtype.itemsize
+        return self._ops.codes_bytes(form, rows, cols)
 
     def _shared(
         self,
@@ -103,21 +111,21 @@ class StoredLinearMethod(UnquantizedLinearMethod):
         if isinstance(stack.weight, torch.Tensor):
             memory = packed_memory(self._ops, loaded.layers * size, device)
             of_all = None if columns is None else columns.new_empty(loaded.layers, len(columns))
-            stack.weight = Packed(memory.view(loaded.layers, size), segments, of_all)
+            stack.weight = Packed(memory.view(loaded.layers, size), segments, of_all, loaded.dtype)
         whole = stack.weight
         if whole.segments != segments or (whole.columns is None) != (columns is None):
             raise WeightError("experts of one layer are quantised in different ways: set quantization='dequantize'")
-        if whole.columns is None or columns is None:
-            return Packed(whole.data[loaded.index], segments)
-        whole.columns[loaded.index] = columns
-        return Packed(whole.data[loaded.index], segments, whole.columns[loaded.index])
+        mine = None if whole.columns is None else whole.columns[loaded.index]
+        if mine is not None and columns is not None:
+            mine.copy_(columns)
+        return Packed(whole.data[loaded.index], segments, mine, loaded.dtype)
 
-    def _pack(self, layer: LinearWeights, run: _Run, memory: torch.Tensor) -> None:
+    def _pack(self, layer: LinearWeights, run: _Run, memory: torch.Tensor, dtype: torch.dtype) -> None:
         if memory.device.type == "meta":
             return
         if run.segment.form is None:
-            whole = torch.cat([_floats(tensor).bfloat16() for _, tensor in run.parts])
-            self._ops.pack(whole, gated=fuses_gate(layer, self._ops), out=memory.view(torch.bfloat16))
+            whole = torch.cat([_floats(tensor).to(dtype) for _, tensor in run.parts])
+            self._ops.pack(whole, gated=fuses_gate(layer, self._ops), out=memory.view(dtype))
             return
         for rows, tensor in run.parts:
             assert isinstance(tensor, Blocks)

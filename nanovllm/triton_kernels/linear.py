@@ -74,19 +74,19 @@ def linear(
     residual's memory becomes the result's."""
     assert weight.is_contiguous() and x.dtype == weight.dtype
     (rows, size_k), size_n = x.shape, len(weight)
-    out = x.new_empty(rows, size_n) if residual is None else _aligned(residual)
+    out = x.new_empty(rows, size_n) if residual is None else aligned(residual)
     tile = _tile(size_n, multiplies_fast(x))
     blocks = triton.cdiv(rows, tile.rows) * triton.cdiv(size_n, tile.columns)
     if blocks:
         linear_kernel[(blocks,)](
-            *(_aligned(x), weight, bias, None if residual is None else out, out, rows),
+            *(aligned(x), weight, bias, None if residual is None else out, out, rows),
             **tile.constants(size_n, size_k),
             **launch_options(tile.num_warps, tile.num_stages),
         )
     return out
 
 
-def _aligned(x: torch.Tensor) -> torch.Tensor:
+def aligned(x: torch.Tensor) -> torch.Tensor:
     """Rows side by side, from a place that Triton compiles no other code for."""
     x = x.contiguous()
     return x.clone() if x.data_ptr() % _ALIGNMENT else x

@@ -13,6 +13,8 @@ import triton.language as tl
 from nanovllm.triton_kernels.activation import KINDS
 from nanovllm.triton_kernels.expert_tiles import group
 from nanovllm.triton_kernels.grouped_linear import experts_linear, rows_of_tile
+from nanovllm.triton_kernels.packed_codes import PackedCodes
+from nanovllm.triton_kernels.quantized_experts import MOST_ROWS, quantized_experts
 from nanovllm.triton_kernels.variant import AMPERE_ON, CHIPS, Variant, launch_options
 
 _TOKENS = 8  # of a program that routes
@@ -99,32 +101,51 @@ def mixture(
     x: torch.Tensor,
     weights: torch.Tensor,
     chosen: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: torch.Tensor | PackedCodes,
+    down: torch.Tensor | PackedCodes,
+    inner: int,
     act: str,
     first: int = 0,
     rows: int | None = None,
 ) -> torch.Tensor:
-    """As `Ops.mixture`; gate_up: [E, 2 * inner, H], down: [E, H, inner], in x's dtype.
+    """As `Ops.mixture`; gate_up: [E, 2 * inner, H], down: [E, H, inner], in x's dtype, or packed as codes.
 
     rows: of a tile; default by the number of pairs, of which a token's bits then know.
 
     What an expert makes of a token is rounded to this dtype, the sum of them is in fp32.
     """
-    (tokens, hidden), (experts, _, inner), k = x.shape, down.shape, chosen.shape[1]
+    (tokens, hidden), k = x.shape, chosen.shape[1]
+    experts = len(down.data if isinstance(down, PackedCodes) else down)
     out = x.new_empty(tokens, hidden)
     if not tokens:
         return out
-    pairs, tiles = group(chosen, experts, first, rows or rows_of_tile(tokens * k, experts))
+    rows = rows or rows_of_tile(tokens * k, experts)
+    if isinstance(gate_up, PackedCodes) or isinstance(down, PackedCodes):
+        rows = min(rows, MOST_ROWS)
+    pairs, tiles = group(chosen, experts, first, rows)
     fed, results = x.new_empty(tokens * k, inner), x.new_empty(tokens * k, hidden)
-    experts_linear(x, gate_up, pairs, tiles, fed, KINDS[act])
-    experts_linear(fed, down, pairs, tiles, results)
+    _experts(x, gate_up, pairs, tiles, fed, KINDS[act])
+    _experts(fed, down, pairs, tiles, results)
     sum_kernel[(tokens, triton.cdiv(hidden, _COLUMNS))](
         *(results, weights, chosen, out, first),
         **_sum_constants(experts, k, hidden),
         **launch_options(num_warps=4),
     )
     return out
+
+
+def _experts(
+    x: torch.Tensor,
+    weight: torch.Tensor | PackedCodes,
+    pairs: torch.Tensor,
+    tiles: torch.Tensor,
+    out: torch.Tensor,
+    kind: str = "none",
+) -> None:
+    if isinstance(weight, PackedCodes):
+        quantized_experts(x, weight, pairs, tiles, out, kind)
+    else:
+        experts_linear(x, weight, pairs, tiles, out, kind)
 
 
 def _route_constants(experts: int, k: int, normalise: bool) -> dict[str, int]:

@@ -48,22 +48,31 @@ def test_bits_are_the_requests_own(tiny_model, capsys, family, dtype):
     assert "all 17 ways" in out
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_bits_are_the_requests_own_with_quantised_weights(tiny_model, capsys, family, scheme):
+    out = verified(tiny_model(family), capsys, "--device", "cuda", "--quantization", scheme, "--max-tokens", "20")
+    assert "all 17 ways" in out
+
+
 @interpreted
 @pytest.mark.parametrize(
-    ("family", "dtype"),
+    ("family", "dtype", "options"),
     [
-        ("llama", "float32"),
-        *(pytest.param(family, "float32", marks=pytest.mark.slow) for family in FAMILIES[1:]),
-        *(pytest.param(family, "float16", marks=pytest.mark.slow) for family in FAMILIES),
+        ("llama", "float32", ()),
+        *(pytest.param(family, "float32", (), marks=pytest.mark.slow) for family in FAMILIES[1:]),
+        *(pytest.param(family, "float16", (), marks=pytest.mark.slow) for family in FAMILIES),
+        pytest.param("mixtral", "float16", ("--quantization", "int4"), marks=pytest.mark.slow),
     ],
 )
-def test_bits_are_the_requests_own_interpreted(tiny_model, capsys, monkeypatch, family, dtype):
+def test_bits_are_the_requests_own_interpreted(tiny_model, capsys, monkeypatch, family, dtype, options):
     dots_in_order(monkeypatch)
     admit = CacheManager.admit  # sparing no pages for those who run, so that they are preempted soon
     monkeypatch.setattr(CacheManager, "admit", lambda self, seq, limit, spare=0: admit(self, seq, limit))
     monkeypatch.setattr(verify, "ways", few_ways)
     monkeypatch.setattr(verify, "_LENGTHS", (15, 31))
-    out = verified(tiny_model(family), capsys, *INTERPRETED, "--dtype", dtype, "--max-tokens", "3")
+    out = verified(tiny_model(family), capsys, *INTERPRETED, "--dtype", dtype, "--max-tokens", "3", *options)
     assert "all 2 ways" in out
 
 

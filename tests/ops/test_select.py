@@ -64,6 +64,14 @@ def test_rows_of_their_own_are_asked_of_the_kernels_that_give_them(interpreter):
     assert select_backend("auto", CPU, torch.bfloat16, batch_invariant=True).name == "native"
 
 
+def test_activations_of_8_bits_take_tritons_kernels():
+    pytest.importorskip("triton")
+    found = select_ops("auto", CUDA, torch.bfloat16, quantize_activations=True)
+    assert type(found).__name__ == "EightBitTritonOps"
+    with pytest.raises(ConfigError, match="kernels='torch' multiplies in 16 bits; set kernels='triton'"):
+        select_ops("torch", CUDA, torch.bfloat16, quantize_activations=True)
+
+
 def test_between_gpus_the_order_of_sums_is_not_ours():
     config = EngineConfig(model="m", device="cuda", batch_invariant=True, tensor_parallel_size=2)
     with pytest.raises(ConfigError, match=r"batch_invariant=True: the order in which NCCL .* tensor_parallel_size=1"):

@@ -245,16 +245,34 @@ def test_refusals(tiny_model, options, message):
         LLM(str(tiny_model("llama")), **OPTIONS, **options)
 
 
-def test_gpus_have_no_quantised_weights_yet():
-    config = EngineConfig("m", quantization="int8", device="cuda")
-    with pytest.raises(ConfigError, match="device='cpu', GPUs not yet"):
-        config.resolve(checkpoint_dtype="bfloat16", max_positions=64, cuda=True)
-    left = EngineConfig("m").resolve(checkpoint_dtype="bfloat16", max_positions=64, cuda=True, quantized="gguf")
-    assert left.quantization is None
+@pytest.mark.parametrize(("dtype", "quantization"), [("bfloat16", "gguf"), ("float16", "gguf"), ("float32", None)])
+def test_gpus_compute_with_a_files_blocks_in_16_bits(dtype, quantization):
+    known = {"checkpoint_dtype": "bfloat16", "max_positions": 64, "cuda": True, "quantized": "gguf"}
+    assert EngineConfig("m", dtype=dtype).resolve(**known).quantization == quantization
+    if quantization is None:
+        with pytest.raises(ConfigError, match="runs with dtype='bfloat16' or 'float16', not 'float32'"):
+            EngineConfig("m", dtype=dtype, quantization="int8").resolve(**known)
 
 
-def test_a_float32_checkpoint_is_computed_in_bfloat16_when_it_is_quantised():
-    config = EngineConfig("m", quantization="int8").resolve(checkpoint_dtype="float32", max_positions=64, cuda=False)
+@pytest.mark.parametrize(
+    ("options", "quantized", "reason"),
+    [
+        ({"device": "cuda"}, None, "is for checkpoints by 'compressed-tensors' or 'fp8'"),
+        ({"device": "cuda"}, "gguf", "is for checkpoints by 'compressed-tensors' or 'fp8'"),
+        ({"device": "cuda", "quantization": "dequantize"}, "fp8", "computes with their codes"),
+        ({"device": "cpu"}, "fp8", "takes the kernels of GPUs"),
+        ({"device": "cuda", "batch_invariant": True}, "fp8", "batch_invariant=True rules out"),
+    ],
+)
+def test_where_activations_cannot_be_quantised(options, quantized, reason):
+    config = EngineConfig("m", quantize_activations=True, **options)
+    with pytest.raises(ConfigError, match=f"quantize_activations=True .*{reason}.*; leave it out"):
+        config.resolve(checkpoint_dtype="bfloat16", max_positions=64, cuda=True, quantized=quantized)
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_a_float32_checkpoint_is_computed_in_bfloat16_when_it_is_quantised(cuda):
+    config = EngineConfig("m", quantization="int8").resolve(checkpoint_dtype="float32", max_positions=64, cuda=cuda)
     assert config.dtype == "bfloat16"
 
 

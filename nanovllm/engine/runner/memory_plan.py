@@ -64,7 +64,9 @@ def footprint(
     backend = select_backend(
         config.attention_backend, device, dtype, config.kvcache_block_size, codes=codes, batch_invariant=invariant
     )
-    ops = select_ops(config.kernels, device, dtype, batch_invariant=invariant)
+    ops = select_ops(
+        config.kernels, device, dtype, batch_invariant=invariant, quantize_activations=config.quantize_activations
+    )
 
     def build(rank: int, size: int) -> CausalLM:
         assert config.max_model_len is not None

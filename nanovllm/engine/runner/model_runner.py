@@ -73,7 +73,11 @@ class ModelRunner:
         self._looks_up = memory is not None  # tokens that plans do not know, on the device
         if memory is None:
             set_threads(config.num_threads, host_rank, host_ranks)
-        self._ops = select_ops(config.kernels, self._device, dtype, batch_invariant=config.batch_invariant)
+        self._ops = select_ops(
+            *(config.kernels, self._device, dtype),
+            batch_invariant=config.batch_invariant,
+            quantize_activations=config.quantize_activations,
+        )
         self._tp = tp or TPGroup()
         ctx = BuildContext(
             *(self._device, dtype, self._backend, config.max_model_len, self._tp, self._ops),
