@@ -33,8 +33,8 @@ constexpr float UNSEEN = -std::numeric_limits<float>::infinity();
 
 // Where one key/value head of a sequence lies.
 struct Pages {
-    const char *keys, *values;                                    // of this head in page 0
-    int64_t page_bytes;                                           // from a page to the next
+    const char *keys, *values;  // of this head in page 0
+    int64_t page_bytes;         // from a page to the next
     const int32_t* table;
     int64_t page_size, row_bytes;  // of a token's keys or values
 
@@ -114,7 +114,7 @@ void score_tiles(const typename W::Element* q, const Span& span, int64_t tile, i
         for (int j = 0; j < NV; ++j)
             b[j] = W::vector(span.keys[tile + j / TILE_VECTORS] + d * STEP_BYTES + j % TILE_VECTORS * W::VECTOR_BYTES);
         if (R <= FETCH_ROWS && d * STEP_BYTES % 64 == 0)
-            for (int j = 0; j < N; ++j) __builtin_prefetch(span.values[tile + j] + d * STEP_BYTES, 0, W::SCALED ? 3 : 2);
+            for (int j = 0; j < N; ++j) __builtin_prefetch(span.values[tile + j] + d * STEP_BYTES, 0, W::FETCH);
 #pragma GCC unroll 16
         for (int i = 0; i < R; ++i) W::template step<NV>(acc[i], b, q + i * Task<W>::STRIDE + d * W::PER_STEP);
     }
@@ -142,7 +142,7 @@ void sum_values(const typename W::Element* weights, const float* units, const Sp
         const typename W::Element* w = weights + span.offset(tile) / W::K_PER_STEP * W::PER_STEP;
         for (int64_t k = 0; k < steps; ++k, v += head_dim * DIM_BYTES, w += W::PER_STEP) {
             if constexpr (R <= FETCH_ROWS) {
-                for (int j = 0; j < N * W::VECTOR_BYTES; j += 64) __builtin_prefetch(fetched + j, 0, W::SCALED ? 3 : 2);
+                for (int j = 0; j < N * W::VECTOR_BYTES; j += 64) __builtin_prefetch(fetched + j, 0, W::FETCH);
                 fetched += head_dim * DIM_BYTES;
             }
             V b[N];

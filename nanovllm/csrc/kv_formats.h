@@ -21,6 +21,7 @@ template <class Weight>
 struct PlainKV : Weight {
     using Sum = V;
     static constexpr bool SCALED = false;
+    static constexpr int FETCH = 2;  // to the second-level cache
     static constexpr int64_t BYTES = Weight::K_PER_STEP == 2 ? 2 : 4;  // of a number
     static constexpr int64_t SCALE_BYTES = 0;                          // of a token
     static constexpr int64_t VECTOR_BYTES = sizeof(V);                 // that `step` takes as a vector
@@ -64,6 +65,7 @@ struct Int8KV {
     using Sum = I;
     using Element = uint32_t;  // a pair
     static constexpr bool SCALED = true;
+    static constexpr int FETCH = 3;  // to the first-level cache, where a span of them fits
     static constexpr int PER_STEP = 1, K_PER_STEP = 2;
     static constexpr int64_t BYTES = 1, SCALE_BYTES = sizeof(float), VECTOR_BYTES = 2 * WIDTH;
     static constexpr float MOST = 32767.0f, MOST_CODE = 127.0f;
