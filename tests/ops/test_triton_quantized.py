@@ -90,8 +90,8 @@ def test_columns_in_another_order(device, dtype):
 
 
 MIXTURES = [
-    *(("q4", "q8"), ("q8_least", None)),
-    *(pytest.param(*forms, marks=pytest.mark.slow) for forms in [((None, "q8_fine"),), (("q4_nested", "q8_nested"),)]),
+    *(("q4", "q8"), ("q5", None)),
+    *(pytest.param(*forms, marks=pytest.mark.slow) for forms in [((None, "q8_fine"),), (("q4_nested", "q5_nested"),)]),
 ]
 
 
