@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # not every machine has triton
     from nanovllm.triton_kernels.attention_tile import Scoring
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_MAX_HEAD = {4: 128, 2: 256}  # by the bytes of a number
+_MAX_HEAD = 256
 _LEAST_BLOCK = 16
 
 
@@ -38,8 +38,8 @@ class TritonAttention:
             return reason
         if dtype not in _DTYPES:
             return f"has no kernels for {dtype}"
-        if spec.head_dim > (most := _MAX_HEAD[dtype.itemsize]):
-            return f"takes head sizes of {dtype} up to {most}, not {spec.head_dim}; set attention_backend='reference'"
+        if spec.head_dim > _MAX_HEAD:
+            return f"takes head sizes up to {_MAX_HEAD}, not {spec.head_dim}; set attention_backend='reference'"
         if block_size < _LEAST_BLOCK or block_size & (block_size - 1):
             return f"needs kvcache_block_size to be a power of two from {_LEAST_BLOCK}, not {block_size}"
         return None

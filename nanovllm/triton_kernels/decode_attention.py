@@ -29,8 +29,9 @@ _TILE_BYTES = 16384  # of keys
 
 def _tile(itemsize: int, head_dim: int, group: int) -> Tile:
     rows = max(16, triton.next_power_of_2(group))
-    if itemsize == 4:  # multiplied in three parts, which takes many registers
-        return Tile(16, 32, 4, 3) if head_dim <= 64 else Tile(16, 64, 8, 2)
+    if itemsize == 4:  # multiplied in three parts, which takes many registers, or without tensor cores
+        width = max(64, triton.next_power_of_2(head_dim))
+        return {64: Tile(16, 32, 4, 3), 128: Tile(16, 64, 8, 2), 256: Tile(16, 32, 8, 3)}[width]
     keys = _TILE_BYTES // (itemsize * max(64, triton.next_power_of_2(head_dim)))
     return Tile(min(64, rows), keys, 8 if head_dim > 128 else 4, 3)
 

@@ -37,6 +37,7 @@ _TILES = {
     (False, 2, 256): Tile(64, 32, 8, 2),
     **{(hopper, 4, 64): Tile(32, 32, 8, 2) for hopper in (False, True)},
     **{(hopper, 4, 128): Tile(16, 64, 8, 2) for hopper in (False, True)},
+    **{(hopper, 4, 256): Tile(16, 32, 8, 2) for hopper in (False, True)},
 }
 # Those of prompts and decodes alike: 64 rows, as a decode fills few of them.
 _INVARIANT_TILES = {

@@ -39,6 +39,8 @@ CASES = {
     "71 heads of one": Case([(9, 1), (30, 4), (0, 3)], 71, 1, 16),
     "head of 80": Case(head_dim=80),
     "head of 128": Case([(70, 2), (130, 1), (0, 3)], head_dim=128),
+    "head of 160": Case([(70, 2), (30, 1), (0, 3)], head_dim=160),
+    "head of 256": Case([(20, 20), (130, 1)], head_dim=256),
     "pages of 64": Case(block_size=64),
     "pages of 256": Case(block_size=256),
     "window": Case(window=9),
