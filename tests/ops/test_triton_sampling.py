@@ -28,7 +28,7 @@ def test_the_same_tokens_as_torch(size, cut):
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
 def test_a_row_is_its_own(broken):
-    cases.check_rows_are_their_own("cpu", 300, {"top_k": 30, "top_p": 0.9}, broken)
+    cases.check_rows_are_their_own("cpu", 300, {"top_k": 30, "top_p": 0.9, "typical_p": 0.8}, broken)
 
 
 @pytest.mark.slow

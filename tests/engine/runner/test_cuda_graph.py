@@ -96,7 +96,7 @@ def test_texts_are_those_of_plain_steps(tiny_model, family):
 def on_a_device(llm):
     """Let the engine do what it does on a GPU: plan ahead, look tokens up on the device, replay padded steps."""
     runner, recorder = llm.engine._executor._runner, RunsAgain()
-    decoding = DeviceDecodeBatch(runner._sampled, max_num_seqs=5, max_pages=64, block_size=16)
+    decoding = DeviceDecodeBatch(runner._sampled, max_num_seqs=len(runner._sampled), max_pages=64, block_size=16)
 
     def forward(batch):
         return runner._sampled_logits(runner._model(batch), batch)
