@@ -16,10 +16,11 @@ from nanovllm.ops.torch_ops import TorchOps
 class BuildContext:
     """Construction-time twin of Batch: given to every model and layer constructor.
 
-    dtype: of weights and cached keys and values.
+    dtype: of weights, and of cached keys and values if these are not quantised.
     max_model_len: positions that rotary tables must cover.
     ops: the kernels that layers compute with.
     quantization: of linear layers' weights: "int8", "int4", "gguf" as the file has them, or None.
+    kv_codes: what cached keys and values are quantised to, or None (PagedKVSpec.codes).
     expert_parallel: whether the ranks divide a mixture's experts among them, instead of each expert's rows.
     """
 
@@ -31,6 +32,7 @@ class BuildContext:
     ops: Ops = field(default_factory=TorchOps)
     expert_parallel: bool = False
     quantization: str | None = None
+    kv_codes: torch.dtype | None = None
 
     @property
     def hidden_dtype(self) -> torch.dtype:

@@ -15,8 +15,10 @@ from nanovllm.errors import ConfigError
 class PagedKVSpec:
     """Keys and values of an attention layer: one entry a token, in shared pages.
 
+    dtype: of keys and values as the layer makes them.
     window: tokens a query sees including itself; None sees all.
     alibi: whether scores have its bias, which not every attention backend can add.
+    codes: what they are quantised to in pages, beside an fp32 scale of each token and head; None: not at all.
     """
 
     num_kv_heads: int
@@ -24,9 +26,20 @@ class PagedKVSpec:
     dtype: torch.dtype
     window: int | None = None
     alibi: bool = False
+    codes: torch.dtype | None = None
+
+    @property
+    def stored(self) -> torch.dtype:
+        """Of the numbers in pages."""
+        return self.codes or self.dtype
+
+    @property
+    def row(self) -> int:
+        """Numbers that the keys, or the values, of a token and head take, with room for a scale where there is one."""
+        return self.head_dim if self.codes is None else self.head_dim + torch.float32.itemsize // self.codes.itemsize
 
     def block_bytes(self, block_size: int) -> int:
-        return 2 * block_size * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        return 2 * block_size * self.num_kv_heads * self.row * self.stored.itemsize
 
 
 @dataclass(frozen=True, slots=True)

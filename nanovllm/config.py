@@ -17,11 +17,13 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "quantization": ("int8", "int4", "gguf", "dequantize"),
     "device": ("auto", "cpu", "cuda"),
+    "kv_cache_dtype": ("auto", "int8", "fp8", "fp8_e4m3"),
     "attention_backend": ("auto", "native", "cpu", "flash", "triton", "torch_varlen", "reference"),
     "kernels": ("auto", "native", "triton", "torch"),
     "scheduling_policy": ("fcfs", "priority"),
     "executor": ("auto", "mp", "ray", "torchrun"),
 }
+_QUANTISED_CACHES = {"int8": ("cpu", "native"), "fp8": ("cuda", "triton")}  # the device and backend that have kernels
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _DEFAULT_BATCHED_TOKENS = 2048
 _SWITCHES = (
@@ -61,6 +63,8 @@ class EngineConfig:
     max_num_seqs: sequences running at once.
     kvcache_block_size: tokens a page; a power of two from 8.
     num_kvcache_blocks: pages; default from the memory.
+    kv_cache_dtype: of cached keys and values: "auto" is dtype; "int8" on CPUs and "fp8" (e4m3, also "fp8_e4m3") on GPUs
+        take half the bytes of bfloat16, and room for an fp32 scale of each token and head (docs/quantization.md).
     kvcache_memory: CPU only: bytes or "4GiB" for pages and states of all ranks on a host; default a share
         of what is free.
     gpu_memory_utilization: GPU only: share of the device's memory for weights and pages.
@@ -114,6 +118,7 @@ class EngineConfig:
     max_num_seqs: int = 256
     kvcache_block_size: int = 16
     num_kvcache_blocks: int | None = None
+    kv_cache_dtype: str = "auto"
     kvcache_memory: int | str | None = None
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int | None = None
@@ -204,7 +209,7 @@ class EngineConfig:
         launched: int | None = None,
         quantized: bool = False,
     ) -> EngineConfig:
-        """Return a copy with device, dtype, quantization, max_model_len, the token budget and the ranks filled in.
+        """Return a copy with device, the dtypes, quantization, max_model_len, the token budget and the ranks filled in.
 
         checkpoint_dtype: of the weights on disk. quantized: whether these are. max_positions: the model's own limit.
         cuda: whether this machine has a CUDA device. launched: processes that torchrun has started.
@@ -233,6 +238,7 @@ class EngineConfig:
             device=device,
             dtype=dtype,
             quantization=self._resolved_quantization(device, dtype, quantized),
+            kv_cache_dtype=self._resolved_kv_cache_dtype(device),
             max_model_len=max_model_len,
             max_num_batched_tokens=self.max_num_batched_tokens or max(_DEFAULT_BATCHED_TOKENS, self.max_num_seqs),
             tensor_parallel_size=ranks,
@@ -271,6 +277,21 @@ class EngineConfig:
         if asked != "dequantize" and not computes:
             what = "device='cpu', GPUs not yet" if device != "cpu" else f"dtype='bfloat16', not {dtype!r}"
             raise ConfigError(f"quantization={asked!r} runs with {what}; set that or leave quantization out")
+        return asked
+
+    def _resolved_kv_cache_dtype(self, device: str) -> str:
+        asked = self.kv_cache_dtype.removesuffix("_e4m3")
+        if asked == "auto":
+            return asked
+        own_device, backend = _QUANTISED_CACHES[asked]
+        if self.attention_backend not in ("auto", backend, "reference"):
+            raise ConfigError(
+                f"kv_cache_dtype={asked!r}: attention_backend={self.attention_backend!r} has no kernels for it; set "
+                f"attention_backend={backend!r}, or kv_cache_dtype='auto'"
+            )
+        if self.attention_backend == "auto" and device != own_device:
+            (other,) = (name for name, (its_device, _) in _QUANTISED_CACHES.items() if its_device == device)
+            raise ConfigError(f"kv_cache_dtype={asked!r} is for device={own_device!r}; on {device} set {other!r}")
         return asked
 
 

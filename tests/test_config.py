@@ -49,6 +49,7 @@ REFUSED = {
     "dtype": ["float64", "half", None],
     "device": ["cuda:0", "tpu"],
     "attention_backend": ["flashinfer", None],
+    "kv_cache_dtype": ["int4", "fp8_e5m2", None],
     "scheduling_policy": ["lifo"],
     "seed": [-1, 1.5, "0", True, 2**64],
     "max_model_len": COUNTS,
@@ -144,6 +145,29 @@ def test_kvcache_memory_is_for_the_cpu():
 )
 def test_resolve_dtype(asked, checkpoint, cuda, dtype):
     assert resolve(dtype=asked, checkpoint_dtype=checkpoint, cuda=cuda).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("asked", "cuda", "options", "resolved"),
+    [
+        ("auto", True, {}, "auto"),
+        ("int8", False, {}, "int8"),
+        ("int8", False, {"attention_backend": "native"}, "int8"),
+        ("fp8", True, {}, "fp8"),
+        ("fp8_e4m3", True, {"attention_backend": "triton"}, "fp8"),
+        ("fp8", False, {"attention_backend": "reference"}, "fp8"),
+        ("int8", True, {}, "device='cpu'; on cuda set 'fp8'"),
+        ("fp8", False, {}, "device='cuda'; on cpu set 'int8'"),
+        ("int8", False, {"attention_backend": "cpu"}, "set attention_backend='native'"),
+        ("fp8", True, {"attention_backend": "flash"}, "set attention_backend='triton'"),
+    ],
+)
+def test_resolve_kv_cache_dtype(asked, cuda, options, resolved):
+    if resolved in ("auto", "int8", "fp8"):
+        assert resolve(cuda=cuda, kv_cache_dtype=asked, **options).kv_cache_dtype == resolved
+        return
+    with pytest.raises(ConfigError, match=f"kv_cache_dtype='{asked}'.*{resolved}"):
+        resolve(cuda=cuda, kv_cache_dtype=asked, **options)
 
 
 def test_resolve_max_model_len():

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class AttentionBackend(Protocol):
-    """Stores new keys and values in their pages, then attends over the pages.
+    """Stores new keys and values in their pages, quantised if the cache is, then attends over the pages.
 
     Every token's KV is stored before any row attends, so a sequence may read pages that
     another one fills in the same step.
@@ -32,7 +32,7 @@ class AttentionBackend(Protocol):
         ...
 
     def kv_shape(self, spec: PagedKVSpec, num_blocks: int, block_size: int) -> tuple[int, ...]:
-        """Shape of one layer's cache tensor."""
+        """Shape of one layer's cache tensor, of `spec.stored` numbers: `spec.block_bytes` for each page."""
         ...
 
     def prepare(self, batch: Batch, block_size: int) -> Any:
@@ -78,18 +78,25 @@ def load_backend(name: str) -> AttentionBackend:
 
 
 def select_backend(
-    name: str, device: torch.device, dtype: torch.dtype, block_size: int = 16, *, batch_invariant: bool = False
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    block_size: int = 16,
+    *,
+    codes: torch.dtype | None = None,
+    batch_invariant: bool = False,
 ) -> AttentionBackend:
     """The configured backend, or for "auto" the first that runs with this device, dtype and page size.
 
     Whether it serves a given layer is checked once the layer is known (`require_support`).
+    codes: as of PagedKVSpec; ConfigError if none of those for "auto" serves a cache of them here.
     batch_invariant: a query's bits do not depend on the others; ConfigError if the configured one has no such way.
     """
     if batch_invariant:
         return _invariant_backend(name, device)
     if name != "auto":
         return load_backend(name)
-    probe = PagedKVSpec(num_kv_heads=1, head_dim=64, dtype=dtype)
+    probe = PagedKVSpec(num_kv_heads=1, head_dim=64, dtype=dtype, codes=codes)
     reasons: list[str] = []
     for candidate in _PREFERENCE.get(device.type, ("reference",)):
         backend = load_backend(candidate)
@@ -99,7 +106,8 @@ def select_backend(
                 logger.info("attention %s: %s", candidate, "; ".join(reasons))
             return backend
         reasons.append(f"{candidate}: {reason}")
-    raise AssertionError("the reference backend runs everywhere")
+    assert codes is not None, "one of them takes every plain cache"
+    raise ConfigError(f"no attention backend for this quantised cache: {'; '.join(reasons)}")
 
 
 def _invariant_backend(name: str, device: torch.device) -> AttentionBackend:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.attention.alibi import Alibi
+from nanovllm.attention.codes import codes_reason
 from nanovllm.batch import Batch
 from nanovllm.cache_spec import PagedKVSpec
 
@@ -46,7 +47,7 @@ class CPUAttention:
     def unsupported_reason(
         self, device: torch.device, dtype: torch.dtype, spec: PagedKVSpec, block_size: int
     ) -> str | None:
-        return None if device.type == "cpu" else f"runs on the CPU, not on {device.type}"
+        return codes_reason(spec.codes) if device.type == "cpu" else f"runs on the CPU, not on {device.type}"
 
     def kv_shape(self, spec: PagedKVSpec, num_blocks: int, block_size: int) -> tuple[int, ...]:
         return (2, num_blocks, block_size, spec.num_kv_heads, spec.head_dim)

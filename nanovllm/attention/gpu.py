@@ -8,6 +8,7 @@ import importlib.util
 import torch
 import torch.nn.functional as F
 
+from nanovllm.attention.codes import codes_reason
 from nanovllm.batch import Batch
 from nanovllm.cache_spec import PagedKVSpec
 
@@ -30,6 +31,8 @@ def gpu_reason(device: torch.device) -> str | None:
 
 def flash_reason(dtype: torch.dtype, spec: PagedKVSpec) -> str | None:
     """What FlashAttention's own kernels cannot do, in every version."""
+    if reason := codes_reason(spec.codes):
+        return reason
     if dtype not in (torch.bfloat16, torch.float16):
         return f"has no kernels for {dtype}; set attention_backend='triton'"
     if spec.head_dim % 8 or spec.head_dim > 256:
@@ -38,7 +41,7 @@ def flash_reason(dtype: torch.dtype, spec: PagedKVSpec) -> str | None:
 
 
 def paged_shape(spec: PagedKVSpec, num_blocks: int, block_size: int) -> tuple[int, ...]:
-    return (2, num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
+    return (2, num_blocks, block_size, spec.num_kv_heads, spec.row)
 
 
 def store(k: torch.Tensor, v: torch.Tensor, kv: torch.Tensor, batch: Batch) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nanovllm.attention.alibi import Alibi
+from nanovllm.attention.codes import codes_reason
 from nanovllm.attention.gpu import gpu_reason, has_triton, paged_shape, side_by_side, store
 from nanovllm.batch import Batch
 from nanovllm.cache_spec import PagedKVSpec
@@ -35,6 +36,8 @@ class TritonAttention:
             return "triton is not installed; pip install -e '.[gpu]'"
         reason = _interpreter_reason(dtype) if device.type == "cpu" else gpu_reason(device)
         if reason is not None:
+            return reason
+        if reason := codes_reason(spec.codes):
             return reason
         if dtype not in _DTYPES:
             return f"has no kernels for {dtype}"

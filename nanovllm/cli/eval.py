@@ -1,4 +1,4 @@
-"""`nanovllm eval`: what a dtype or a quantisation costs, against the same model in float32."""
+"""`nanovllm eval`: what a dtype or a quantisation costs, against the same model in float32 with plain pages."""
 
 from __future__ import annotations
 
@@ -31,7 +31,11 @@ def run(args: argparse.Namespace) -> int:
     path = resolve_model(args.model, options.pop("revision", None))
     checkpoint = open_checkpoint(path)
     window = min(_WINDOW, find_model(EngineConfig(str(path)), checkpoint)[1].max_position_embeddings - 1)
-    exact = {"dtype": "float32", "quantization": "dequantize" if checkpoint.is_quantized else None}
+    exact = {
+        "dtype": "float32",
+        "quantization": "dequantize" if checkpoint.is_quantized else None,
+        "kv_cache_dtype": "auto",
+    }
     with _engine(str(path), window, options | exact) as reference, _engine(str(path), window, options) as tried:
         texts = _texts(args, checkpoint, reference, window)
         totals = [_compare(reference, tried, tokens) for tokens in texts]

@@ -27,6 +27,7 @@ _PLAN_OPTIONS = (
     "max_num_batched_tokens",
     "max_num_seqs",
     "kvcache_block_size",
+    "kv_cache_dtype",
     "attention_backend",
     "kernels",
     "enable_prefix_caching",
@@ -43,7 +44,7 @@ _PARITY_OPTIONS = (
     "kvcache_block_size",
     "kvcache_memory",
 )
-_VERIFY_OPTIONS = (*_PARITY_OPTIONS, "dtype", "quantization", "batch_invariant")
+_VERIFY_OPTIONS = (*_PARITY_OPTIONS, "dtype", "quantization", "kv_cache_dtype", "batch_invariant")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

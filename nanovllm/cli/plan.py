@@ -111,7 +111,9 @@ def _print_footprint(case: Case) -> None:
         parts = ", ".join(f"{name} {size_text(size)}" for name, size in model.replicated.items())
         print(f"  whole on each    {parts}")
     print(f"tables             {size_text(model.tables)} for {config.max_model_len} positions")
-    print(f"keys and values    {size_text(model.kv_bytes_per_token)} a token, in pages of {config.kvcache_block_size}")
+    kind = "" if config.kv_cache_dtype == "auto" else f"{config.kv_cache_dtype}, "
+    per_token = f"{size_text(model.kv_bytes_per_token)} a token"
+    print(f"keys and values    {kind}{per_token}, in pages of {config.kvcache_block_size}")
     if model.state_bytes:
         print(f"recurrent state    {size_text(model.state_bytes)} a sequence")
 

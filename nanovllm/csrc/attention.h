@@ -6,9 +6,8 @@
 // So a row's bits depend on its own keys alone, however a prompt is cut and whoever shares the task,
 // and spans may be computed by different threads.
 //
-// Keys lie as [page][head][page size / 16][D / 2][16][2] bfloat16 or [page][head][page size / 16][D][16]
-// float: sixteen keys are the lanes of a vector. Values lie as [page][head][page size / 2][D][2] or
-// [page][head][page size][D]: lanes are dimensions. Both are what `step` multiplies as it is.
+// Keys and values lie as [page][head][page size / 16] tiles, which `step` multiplies as they are, or widened
+// (kv_formats.h).
 #pragma once
 
 #include <algorithm>
@@ -17,7 +16,7 @@
 #include <memory>
 #include <vector>
 
-#include "gemm.h"
+#include "kv_formats.h"
 #include "rows.h"
 
 namespace {
@@ -25,39 +24,34 @@ namespace {
 using namespace nanovllm;
 
 constexpr int SPAN = 256;  // keys
-constexpr int TILE = 16;   // keys side by side
 constexpr int TILE_VECTORS = TILE / WIDTH;
 constexpr int ROWS = 14;
-constexpr int MAX_HEAD = 256;
 constexpr int FETCH_ROWS = 6;  // with more, there is more to compute than to fetch
 constexpr float UNSEEN = -std::numeric_limits<float>::infinity();
 
 // --- what a task works with --------------------------------------------------------------------
 
 // Where one key/value head of a sequence lies.
-template <class W>
 struct Pages {
-    static constexpr int64_t BYTES = W::K_PER_STEP == 2 ? 2 : 4;  // of an element
     const char *keys, *values;                                    // of this head in page 0
     int64_t page_bytes;                                           // from a page to the next
     const int32_t* table;
-    int64_t page_size, head_dim;
+    int64_t page_size, row_bytes;  // of a token's keys or values
 
     // position: a multiple of TILE
     const char* at(const char* base, int64_t position) const {
-        return base + table[position / page_size] * page_bytes + position % page_size * head_dim * BYTES;
+        return base + table[position / page_size] * page_bytes + position % page_size * row_bytes;
     }
 };
 
 // The keys [first, last) of a span: where each tile of them lies, and of their values. Offsets are from
 // the span's start, and the first key is that of a tile.
-template <class W>
 struct Span {
     int64_t start, first, last;
     const char *keys[SPAN / TILE], *values[SPAN / TILE];
 
     // of the span that starts there, what lies in [first_key, last_key)
-    Span(const Pages<W>& pages, int64_t start, int64_t first_key, int64_t last_key)
+    Span(const Pages& pages, int64_t start, int64_t first_key, int64_t last_key)
         : start(start),
           first(std::max<int64_t>(0, first_key - start) / TILE * TILE),
           last(std::min<int64_t>(SPAN, last_key - start)) {
@@ -74,6 +68,7 @@ struct Span {
 struct Row {
     int64_t position, first;  // it sees the keys [first, position]
     float slope;
+    float unit;  // of its scores, before what the keys are multiplied by
     float* out;
 };
 
@@ -81,7 +76,8 @@ struct Row {
 template <class W>
 struct Task {
     static constexpr int64_t STRIDE = MAX_HEAD / W::K_PER_STEP * W::PER_STEP;
-    Pages<W> pages;
+    Pages pages;
+    int64_t head_dim;
     int count;
     int64_t first_key, last_key;  // [first, last) that any of the rows sees
     Row rows[ROWS];
@@ -98,25 +94,27 @@ struct Gathered {
 template <class W>
 struct Scratchpad {
     static constexpr int64_t STRIDE = SPAN / W::K_PER_STEP * W::PER_STEP;
-    alignas(64) float scores[ROWS][SPAN];
+    alignas(64) float scores[ROWS][SPAN];  // W::Sum, until they are scaled
     alignas(64) typename W::Element weights[ROWS][STRIDE];
+    float units[ROWS];  // that weights are multiples of
 };
 
 // --- products ------------------------------------------------------------------------------------
 
 // scores[row][key] of N tiles of keys from the `tile`th on. Meanwhile their values are fetched.
 template <class W, int R, int N>
-void score_tiles(const typename W::Element* q, const Span<W>& span, int64_t tile, int64_t head_dim, float* scores) {
+void score_tiles(const typename W::Element* q, const Span& span, int64_t tile, int64_t head_dim, float* scores) {
     constexpr int NV = N * TILE_VECTORS;
-    V acc[R][NV] = {};
+    constexpr int64_t STEP_BYTES = TILE_VECTORS * W::VECTOR_BYTES;
+    typename W::Sum acc[R][NV] = {};
     const int64_t steps = head_dim / W::K_PER_STEP;
     for (int64_t d = 0; d < steps; ++d) {
         V b[NV];
 #pragma GCC unroll 8
         for (int j = 0; j < NV; ++j)
-            b[j] = load(span.keys[tile + j / TILE_VECTORS] + d * TILE * sizeof(float) + j % TILE_VECTORS * sizeof(V));
+            b[j] = W::vector(span.keys[tile + j / TILE_VECTORS] + d * STEP_BYTES + j % TILE_VECTORS * W::VECTOR_BYTES);
         if constexpr (R <= FETCH_ROWS)
-            for (int j = 0; j < N; ++j) __builtin_prefetch(span.values[tile + j] + d * TILE * sizeof(float), 0, 2);
+            for (int j = 0; j < N; ++j) __builtin_prefetch(span.values[tile + j] + d * STEP_BYTES, 0, 2);
 #pragma GCC unroll 16
         for (int i = 0; i < R; ++i) W::template step<NV>(acc[i], b, q + i * Task<W>::STRIDE + d * W::PER_STEP);
     }
@@ -124,30 +122,32 @@ void score_tiles(const typename W::Element* q, const Span<W>& span, int64_t tile
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 8
-        for (int j = 0; j < NV; ++j) store(scores + i * SPAN + j * WIDTH, acc[i][j]);
+        for (int j = 0; j < NV; ++j) store(scores + i * SPAN + j * WIDTH, (V)acc[i][j]);
 }
 
 // values[row][dim] of N vectors of dimensions from `dim` on, the last one `lanes` wide, summed over a
 // span's keys. Meanwhile the keys are fetched that are needed next, if any.
 template <class W, int R, int N>
-void sum_values(const typename W::Element* weights, const Span<W>& span, int64_t head_dim, int64_t dim, int64_t lanes,
-                const Span<W>* next, Gathered* to) {
-    V acc[R][N] = {};
+void sum_values(const typename W::Element* weights, const float* units, const Span& span, int64_t head_dim, int64_t dim,
+                int64_t lanes, const Span* next, Gathered* to) {
+    constexpr int64_t DIM_BYTES = W::VECTOR_BYTES / WIDTH;  // of a step
+    typename W::Sum acc[R][N] = {};
     const int64_t to_fetch = R <= FETCH_ROWS && next != nullptr ? next->tiles() : 0;
     for (int64_t tile = 0; tile < span.tiles(); ++tile) {
-        const char* v = span.values[tile] + dim * sizeof(float);
-        const char* fetched = tile < to_fetch ? next->keys[tile] + dim * sizeof(float) : v;
+        const char* v = span.values[tile] + dim * DIM_BYTES;
+        const char* fetched = tile < to_fetch ? next->keys[tile] + dim * DIM_BYTES : v;
         const int64_t steps = divide_up(std::min<int64_t>(TILE, span.last - span.offset(tile)), W::K_PER_STEP);
         const typename W::Element* w = weights + span.offset(tile) / W::K_PER_STEP * W::PER_STEP;
-        for (int64_t k = 0; k < steps; ++k, v += head_dim * sizeof(float), w += W::PER_STEP) {
+        for (int64_t k = 0; k < steps; ++k, v += head_dim * DIM_BYTES, w += W::PER_STEP) {
             if constexpr (R <= FETCH_ROWS) {
-                for (int j = 0; j < N * (int)sizeof(V); j += 64) __builtin_prefetch(fetched + j, 0, 2);
-                fetched += head_dim * sizeof(float);
+                for (int j = 0; j < N * W::VECTOR_BYTES; j += 64) __builtin_prefetch(fetched + j, 0, 2);
+                fetched += head_dim * DIM_BYTES;
             }
             V b[N];
 #pragma GCC unroll 8
             for (int j = 0; j < N; ++j)
-                b[j] = j + 1 < N || lanes == WIDTH ? load(v + j * sizeof(V)) : load_part((const float*)v + j * WIDTH, lanes);
+                b[j] = j + 1 < N || lanes == WIDTH ? W::vector(v + j * W::VECTOR_BYTES)
+                                                   : W::vector_part(v + j * W::VECTOR_BYTES, lanes);
 #pragma GCC unroll 16
             for (int i = 0; i < R; ++i) W::template step<N>(acc[i], b, w + i * Scratchpad<W>::STRIDE);
         }
@@ -155,29 +155,30 @@ void sum_values(const typename W::Element* weights, const Span<W>& span, int64_t
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 8
-        for (int j = 0; j < N; ++j) store(to[i].values + dim + j * WIDTH, acc[i][j]);
+        for (int j = 0; j < N; ++j) store(to[i].values + dim + j * WIDTH, W::value(acc[i][j], units[i]));
 }
 
 template <class W, int R>
-void span_scores(const Task<W>& task, int row, const Span<W>& span, Scratchpad<W>& pad) {
+void span_scores(const Task<W>& task, int row, const Span& span, Scratchpad<W>& pad) {
     constexpr int N = WIDTH == 16 ? (R > 6 ? 2 : 4) : 1;
     int64_t tile = 0;
     for (; tile + N <= span.tiles(); tile += N)
-        score_tiles<W, R, N>(task.q[row], span, tile, task.pages.head_dim, pad.scores[row]);
+        score_tiles<W, R, N>(task.q[row], span, tile, task.head_dim, pad.scores[row]);
     for (; tile < span.tiles(); ++tile)
-        score_tiles<W, R, 1>(task.q[row], span, tile, task.pages.head_dim, pad.scores[row]);
+        score_tiles<W, R, 1>(task.q[row], span, tile, task.head_dim, pad.scores[row]);
 }
 
 template <class W, int R>
-void span_values(const Task<W>& task, int row, const Span<W>& span, const Scratchpad<W>& pad, const Span<W>* next,
+void span_values(const Task<W>& task, int row, const Span& span, const Scratchpad<W>& pad, const Span* next,
                  Gathered* to) {
     constexpr int N = WIDTH == 16 ? (R > 6 ? 2 : 4) : 2;
-    const int64_t head_dim = task.pages.head_dim;
+    const int64_t head_dim = task.head_dim;
     int64_t dim = 0;
     for (; dim + N * WIDTH <= head_dim; dim += N * WIDTH)
-        sum_values<W, R, N>(pad.weights[row], span, head_dim, dim, WIDTH, next, to + row);
+        sum_values<W, R, N>(pad.weights[row], pad.units + row, span, head_dim, dim, WIDTH, next, to + row);
     for (; dim < head_dim; dim += WIDTH)
-        sum_values<W, R, 1>(pad.weights[row], span, head_dim, dim, std::min<int64_t>(WIDTH, head_dim - dim), next, to + row);
+        sum_values<W, R, 1>(pad.weights[row], pad.units + row, span, head_dim, dim,
+                            std::min<int64_t>(WIDTH, head_dim - dim), next, to + row);
 }
 
 // f(R, first row) for all rows in groups of as many as the registers hold. R may exceed the rows that are
@@ -219,24 +220,29 @@ struct Softmax {
 
     static constexpr float LOG2_E = 1.44269504f;  // weights are powers of two, one operation less than of e
 
-    float exponent_scale(const Row& row) const { return row.slope == 0.0f ? scale * LOG2_E : LOG2_E; }
+    float exponent_scale(const Row& row) const { return row.slope == 0.0f ? scale * row.unit * LOG2_E : LOG2_E; }
 
     // the scores of the keys at these positions, scaled and biased
     V with_bias(const Row& row, V scores, V keys) const {
-        if (rounded) return scores * scale + factor * round_to_bf16(to_bf16(row.slope) * round_to_bf16(keys));
-        return scores * scale + factor * row.slope * (keys - (float)row.position);
+        if (rounded) return scores * (scale * row.unit) + factor * round_to_bf16(to_bf16(row.slope) * round_to_bf16(keys));
+        return scores * (scale * row.unit) + factor * row.slope * (keys - (float)row.position);
     }
 };
 
 // A span's scores into weights relative to the largest: zero for keys that the row does not see, and up to
 // the end of the last tile. `largest` is an exponent of two.
 template <class W>
-void span_softmax(const Row& row, const Softmax& softmax, const Span<W>& span, float* scores,
-                  typename W::Element* weights, Gathered& to) {
+void span_softmax(const Task<W>& task, int index, const Softmax& softmax, const Span& span, Scratchpad<W>& pad, Gathered& to) {
+    const Row& row = task.rows[index];
+    float* scores = pad.scores[index];
     const int64_t from = std::max(row.first - span.start, span.first);
     const int64_t until = std::min(row.position + 1 - span.start, span.last);
     const int64_t end = divide_up(span.last, TILE) * TILE;
-    auto put = [&](int64_t i, V v) { W::put(v, weights + i / W::K_PER_STEP * W::PER_STEP); };
+    auto put = [&](int64_t i, V v) { W::put(v, pad.weights[index] + i / W::K_PER_STEP * W::PER_STEP); };
+    auto scales = [&](const char* const* tiles, int64_t i) {  // of the tokens of a vector
+        const int64_t tile = (i - span.first) / TILE;
+        return load(tiles[tile] + TILE * task.head_dim * W::BYTES + i % TILE * sizeof(float));
+    };
     to.largest = UNSEEN;
     to.total = 0;
     if (from >= until) {
@@ -244,6 +250,9 @@ void span_softmax(const Row& row, const Softmax& softmax, const Span<W>& span, f
         return;
     }
     const int64_t begin = from / WIDTH * WIDTH, stop = divide_up(until, WIDTH) * WIDTH;
+    if constexpr (W::SCALED)
+        for (int64_t i = begin; i < stop; i += WIDTH)
+            store(scores + i, __builtin_convertvector((typename W::Sum)load(scores + i), V) * scales(span.keys, i));
     if (row.slope != 0.0f)
         for (int64_t i = begin; i < stop; i += WIDTH)
             store(scores + i, softmax.with_bias(row, load(scores + i), lane_numbers() + (float)(span.start + i)));
@@ -260,14 +269,28 @@ void span_softmax(const Row& row, const Softmax& softmax, const Span<W>& span, f
     }
     const float scale = softmax.exponent_scale(row);
     to.largest = scale * reduce(most, [](float a, float b) { return b > a ? b : a; });
-    V total = {};
+    V total = {}, most_scaled = {};
     for (int64_t i = span.first; i < begin; i += WIDTH) put(i, V{});
     for (int64_t i = begin; i < stop; i += WIDTH) {
         const V s = load(scores + i);
+        const bool partly = i < from || i + WIDTH > until;
         V weight = exp2_below(s * scale - to.largest);
-        if (i < from || i + WIDTH > until) weight = s == UNSEEN ? V{} : weight;
-        put(i, weight);
+        if (partly) weight = s == UNSEEN ? V{} : weight;
+        if constexpr (W::SCALED) {
+            V scaled = weight * scales(span.values, i);
+            if (partly) scaled = s == UNSEEN ? V{} : scaled;
+            store(scores + i, scaled);
+            most_scaled = scaled > most_scaled ? scaled : most_scaled;
+        } else {
+            put(i, weight);
+        }
         total += weight;
+    }
+    if constexpr (W::SCALED) {
+        const float most = reduce(most_scaled, [](float a, float b) { return b > a ? b : a; });
+        const float factor = W::MOST / std::max(most, W::LEAST);
+        for (int64_t i = begin; i < stop; i += WIDTH) put(i, load(scores + i) * factor);
+        pad.units[index] = most / W::MOST;
     }
     for (int64_t i = stop; i < end; i += WIDTH) put(i, V{});
     to.total = sum(total);
@@ -275,11 +298,11 @@ void span_softmax(const Row& row, const Softmax& softmax, const Span<W>& span, f
 
 // One span for all rows of a task.
 template <class W>
-void gather_span(const Task<W>& task, const Softmax& softmax, const Span<W>& span, const Span<W>* next,
+void gather_span(const Task<W>& task, const Softmax& softmax, const Span& span, const Span* next,
                  Scratchpad<W>& pad, Gathered* to) {
     in_groups(task.count, [&](auto rows, int row) { span_scores<W, rows()>(task, row, span, pad); });
     for (int i = 0; i < task.count; ++i)
-        span_softmax<W>(task.rows[i], softmax, span, pad.scores[i], pad.weights[i], to[i]);
+        span_softmax<W>(task, i, softmax, span, pad, to[i]);
     in_groups(task.count, [&](auto rows, int row) { span_values<W, rows()>(task, row, span, pad, next, to); });
 }
 
@@ -329,10 +352,10 @@ struct Tasks {
     }
 
     template <class W>
-    Pages<W> pages(int64_t b, int64_t kv_head) const {
-        const int64_t head_bytes = call.page_size * call.head_dim * Pages<W>::BYTES;
+    Pages pages(int64_t b, int64_t kv_head) const {
+        const int64_t row_bytes = call.head_dim * W::BYTES + W::SCALE_BYTES, head_bytes = call.page_size * row_bytes;
         return {(const char*)call.keys + kv_head * head_bytes, (const char*)call.values + kv_head * head_bytes,
-                call.kv_heads * head_bytes, call.tables + b * call.table_stride, call.page_size, call.head_dim};
+                call.kv_heads * head_bytes, call.tables + b * call.table_stride, call.page_size, row_bytes};
     }
 
     template <class W>
@@ -341,14 +364,15 @@ struct Tasks {
         const int64_t row0 = (index - begin[b]) % of_head * ROWS, group = call.heads / call.kv_heads;
         const int64_t queries = call.query_start[b + 1] - call.query_start[b];
         task.pages = pages<W>(b, kv_head);
+        task.head_dim = call.head_dim;
         task.count = std::min<int64_t>(ROWS, rows_a_head(b) - row0);
         for (int i = 0; i < task.count; ++i) {
             const int64_t token = (row0 + i) / group, head = kv_head * group + (row0 + i) % group;
             const int64_t position = call.seq_lens[b] - queries + token, t = call.query_start[b] + token;
             const int64_t first = call.window > 0 ? std::max<int64_t>(0, position - call.window + 1) : 0;
-            task.rows[i] = {position, first, call.slopes ? call.slopes[head] : 0.0f,
+            const float unit = W::copy_query(call.q + t * call.q_stride + head * call.head_dim, task.q[i], call.head_dim);
+            task.rows[i] = {position, first, call.slopes ? call.slopes[head] : 0.0f, unit,
                             call.out + (t * call.heads + head) * call.head_dim};
-            W::copy(call.q + t * call.q_stride + head * call.head_dim, task.q[i], call.head_dim);
         }
         task.first_key = task.rows[0].first;
         task.last_key = task.rows[task.count - 1].position + 1;
@@ -371,7 +395,7 @@ struct Tasks {
 
     // What a task reads first; nothing if there is none.
     template <class W>
-    Span<W> beginning(int64_t index, int64_t end) const {
+    Span beginning(int64_t index, int64_t end) const {
         if (index >= end) return {{}, 0, 0, 0};
         const int64_t b = sequence(index), first_key = call.seq_lens[b] - call.seen(b);
         return {pages<W>(b, (index - begin[b]) / tasks_a_head(b)), first_key / SPAN * SPAN, first_key, call.seq_lens[b]};
@@ -401,10 +425,10 @@ void whole_task(const Tasks& tasks, int64_t index, int64_t end) {
     tasks.prepare(index, w.task);
     if (index + 1 < end) tasks.fetch(index + 1);
     const int64_t begin = w.task.first_key / SPAN * SPAN, last_key = w.task.last_key;
-    Span<W> span(w.task.pages, begin, w.task.first_key, last_key);
+    Span span(w.task.pages, begin, w.task.first_key, last_key);
     for (;;) {
         const bool more = span.start + SPAN < last_key;
-        const Span<W> next = more ? Span<W>(w.task.pages, span.start + SPAN, 0, last_key) : tasks.beginning<W>(index + 1, end);
+        const Span next = more ? Span(w.task.pages, span.start + SPAN, 0, last_key) : tasks.beginning<W>(index + 1, end);
         gather_span(w.task, tasks.softmax(), span, &next, w.pad, span.start == begin ? w.all : w.span);
         if (span.start > begin)
             for (int i = 0; i < w.task.count; ++i) merge(w.all[i], w.span[i], head_dim);
@@ -426,7 +450,7 @@ void by_spans(const Tasks& tasks, int64_t max_spans, Team& team) {
         const int64_t start = (w.task.first_key / SPAN + job % max_spans) * SPAN;
         Gathered* to = parts + job * ROWS;
         if (start < w.task.last_key) {
-            const Span<W> span(w.task.pages, start, w.task.first_key, w.task.last_key);
+            const Span span(w.task.pages, start, w.task.first_key, w.task.last_key);
             gather_span<W>(w.task, tasks.softmax(), span, nullptr, w.pad, to);
         } else {
             for (int i = 0; i < w.task.count; ++i) to[i].total = 0;
@@ -453,58 +477,6 @@ void attention(const AttentionCall& call, Team& team) {
     team.each(divide_up(count, chunk), [&](int64_t i) {
         const int64_t end = std::min(count, (i + 1) * chunk);
         for (int64_t index = i * chunk; index < end; ++index) whole_task<W>(tasks, index, end);
-    });
-}
-
-// New keys and values into their slots. Where a token's value shares a word with the next position and
-// that one is not written here, it is cleared: it may be read, with weight zero, before it is written.
-template <class W>
-void store_kv(const StoreCall& c, Team& team) {
-    constexpr int64_t pair = W::K_PER_STEP;
-    const int64_t head_size = c.page_size * c.head_dim;
-    auto one = [&](int64_t t) {
-        const int64_t page = c.slots[t] / c.page_size, at = c.slots[t] % c.page_size;
-        const bool clear = pair == 2 && at % 2 == 0 && (t + 1 == c.tokens || c.slots[t + 1] != c.slots[t] + 1);
-        for (int64_t h = 0; h < c.kv_heads; ++h) {
-            const float *k = c.k + t * c.k_stride + h * c.head_dim, *v = c.v + t * c.v_stride + h * c.head_dim;
-            const int64_t head = (page * c.kv_heads + h) * head_size;
-            const int64_t key = head + at / TILE * TILE * c.head_dim + at % TILE * pair;
-            const int64_t value = head + at / pair * pair * c.head_dim + at % pair;
-            if constexpr (pair == 2) {
-                uint16_t rounded[2][MAX_HEAD + WIDTH];
-                for (int64_t d = 0; d < c.head_dim; d += WIDTH) {
-                    const int64_t lanes = std::min<int64_t>(WIDTH, c.head_dim - d);
-                    store_bf16(rounded[0] + d, load_part(k + d, lanes));
-                    store_bf16(rounded[1] + d, load_part(v + d, lanes));
-                }
-                for (int64_t d = 0; d < c.head_dim; d += 2)
-                    memcpy((uint16_t*)c.keys + key + d * TILE, rounded[0] + d, 2 * sizeof(uint16_t));
-                for (int64_t d = 0; d < c.head_dim; ++d) {
-                    ((uint16_t*)c.values)[value + d * 2] = rounded[1][d];
-                    if (clear) ((uint16_t*)c.values)[value + d * 2 + 1] = 0;
-                }
-            } else {
-                for (int64_t d = 0; d < c.head_dim; ++d) ((float*)c.keys)[key + d * TILE] = k[d];
-                memcpy((float*)c.values + value, v, c.head_dim * sizeof(float));
-            }
-        }
-    };
-    // slots of decoding sequences are far from each other, and a key's dimensions from one another
-    auto fetch = [&](int64_t t) {
-        const int64_t page = c.slots[t] / c.page_size, at = c.slots[t] % c.page_size, size = W::K_PER_STEP == 2 ? 2 : 4;
-        for (int64_t h = 0; h < c.kv_heads; ++h) {
-            const int64_t head = (page * c.kv_heads + h) * head_size * size;
-            const char* key = (const char*)c.keys + head + at / TILE * TILE * c.head_dim * size;
-            const char* value = (const char*)c.values + head + at / pair * pair * c.head_dim * size;
-            for (int64_t d = 0; d < c.head_dim; d += pair) __builtin_prefetch(key + d * TILE * size, 1);
-            for (int64_t d = 0; d < c.head_dim * 4; d += 64) __builtin_prefetch(value + d, 1);
-        }
-    };
-    team.share(c.tokens, [&](int64_t first, int64_t last) {
-        for (int64_t t = first; t < last; ++t) {
-            if (t + 1 < last && c.slots[t + 1] != c.slots[t] + 1) fetch(t + 1);
-            one(t);
-        }
     });
 }
 

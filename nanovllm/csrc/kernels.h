@@ -123,7 +123,11 @@ struct Elementwise {
     int64_t work() const { return n; }
 };
 
-// Attention of a step's queries over pages; layout of the cache: attention.h.
+// What pages hold: kv_formats.h. attention/native.py has the same numbers.
+enum class KVFormat : int { F32, BF16, INT8 };
+constexpr int KV_FORMATS = 3;
+
+// Attention of a step's queries over pages.
 struct AttentionCall {
     const float* q;  // [tokens][heads][head_dim], tokens q_stride elements apart
     int64_t q_stride;
@@ -279,8 +283,8 @@ struct Kernels {
     Kernel<RouteCall> route;
     Kernel<MixtureCall> mixture;
     Kernel<Norm> rms_norm, layer_norm;
-    Kernel<AttentionCall> attention_bf16, attention_f32;
-    Kernel<StoreCall> store_bf16, store_f32;
+    Kernel<AttentionCall> attention[KV_FORMATS];
+    Kernel<StoreCall> store_kv[KV_FORMATS];
     Kernel<Rope> rope;
     Kernel<Gather> gather;
     Kernel<Elementwise> elementwise;

@@ -8,6 +8,7 @@
 #include "moe.h"
 #include "rows.h"
 #include "sampling.h"
+#include "store_kv.h"
 
 namespace {
 
@@ -18,10 +19,8 @@ constexpr Kernels table(const char* name) {
             mixture,
             rms_norm,
             layer_norm,
-            attention<Bf16Weight>,
-            attention<F32Weight>,
-            store_kv<Bf16Weight>,
-            store_kv<F32Weight>,
+            {attention<PlainKV<F32Weight>>, attention<PlainKV<Bf16Weight>>, attention<Int8KV>},
+            {store_kv<PlainKV<F32Weight>>, store_kv<PlainKV<Bf16Weight>>, store_kv<Int8KV>},
             rope,
             gather,
             elementwise,

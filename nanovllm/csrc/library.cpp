@@ -17,7 +17,8 @@ const Kernels* supported(int level) {
 #if defined(__x86_64__)
     switch (level) {
         case 3:
-            return __builtin_cpu_supports("avx512bf16") ? avx512bf16_kernels : nullptr;
+            return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") ? avx512bf16_kernels
+                                                                                                : nullptr;
         case 2:
             return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")
@@ -89,7 +90,7 @@ void submit(Kernel<Call> kernel, const Call& call, int threads) {
 extern "C" {
 
 // Raised whenever a function below changes; ops/library.py must agree.
-int nv_abi() { return 9; }
+int nv_abi() { return 10; }
 
 const char* nv_level() { return active->name; }
 
@@ -197,21 +198,22 @@ void nv_elementwise(int map, const float* x, const float* y, float a, float b, f
     submit(active->elementwise, call, threads);
 }
 
-void nv_attention(const float* q, int64_t q_stride, float* out, const void* keys, const void* values, int bf16,
+// format: a KVFormat.
+void nv_attention(const float* q, int64_t q_stride, float* out, const void* keys, const void* values, int format,
                   int64_t page_size, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t batch,
                   const int32_t* query_start, const int32_t* seq_lens, const int32_t* tables, int64_t table_stride,
                   float scale, int64_t window, const float* slopes, int rounded, float factor, int threads) {
     const AttentionCall call = {q,     q_stride,    out,      keys,   values,       page_size, heads,
                                 kv_heads, head_dim, batch,    query_start, seq_lens, tables, table_stride,
                                 scale, window,      slopes,   rounded != 0, factor};
-    submit(bf16 ? active->attention_bf16 : active->attention_f32, call, threads);
+    submit(active->attention[format], call, threads);
 }
 
 void nv_store_kv(const float* k, const float* v, int64_t k_stride, int64_t v_stride, int64_t tokens,
-                 const int64_t* slots, void* keys, void* values, int bf16, int64_t page_size, int64_t kv_heads,
+                 const int64_t* slots, void* keys, void* values, int format, int64_t page_size, int64_t kv_heads,
                  int64_t head_dim, int threads) {
     const StoreCall call = {k, v, k_stride, v_stride, tokens, slots, keys, values, page_size, kv_heads, head_dim};
-    submit(bf16 ? active->store_bf16 : active->store_f32, call, threads);
+    submit(active->store_kv[format], call, threads);
 }
 
 void nv_log_softmax(const float* x, int64_t stride, int64_t rows, int64_t size, float* y, int threads) {

@@ -44,7 +44,7 @@ class Attention(CachedLayer):
     ) -> None:
         super().__init__()
         assert num_heads % num_kv_heads == 0
-        self.cache_spec = PagedKVSpec(num_kv_heads, head_dim, ctx.dtype, window, alibi is not None)
+        self.cache_spec = PagedKVSpec(num_kv_heads, head_dim, ctx.dtype, window, alibi is not None, ctx.kv_codes)
         self._scale = scale
         self._window = window
         self._alibi = alibi

@@ -11,7 +11,7 @@ from typing import Any
 from nanovllm.errors import ConfigError
 
 _PATH = Path(__file__).parents[1] / "csrc" / "libnanovllm.so"
-_ABI = 9  # of csrc/library.cpp
+_ABI = 10  # of csrc/library.cpp
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _GROUP = [_POINTER, _LONG, _LONG, ctypes.c_double]  # region, rank, size, timeout in seconds
 _ROWS = [_POINTER, _LONG, _LONG, _LONG, _LONG, _LONG]  # x, outer, inner, their strides, size
@@ -56,7 +56,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "nv_attention": (
         None,
         [
-            *(_POINTER, _LONG, _POINTER, _POINTER, _POINTER, _INT),  # q, its stride, out, keys, values, bfloat16?
+            *(_POINTER, _LONG, _POINTER, _POINTER, _POINTER, _INT),  # q, its stride, out, keys, values, their format
             *(_LONG, _LONG, _LONG, _LONG),  # page size, heads, key/value heads, head size
             *(_LONG, _POINTER, _POINTER, _POINTER, _LONG),  # batch, query_start, seq_lens, tables, their stride
             *(_FLOAT, _LONG, _POINTER, _INT, _FLOAT, _INT),  # scale, window, slopes, rounded?, factor, threads

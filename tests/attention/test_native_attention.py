@@ -12,13 +12,14 @@ from test_backends import CPU, MIXED, make_batch, pages_needed, plain_attention
 
 from nanovllm.attention.alibi import Alibi, alibi_slopes
 from nanovllm.attention.base import require_support, select_backend
+from nanovllm.attention.codes import encode
 from nanovllm.attention.native import NativeAttention
 from nanovllm.cache_spec import PagedKVSpec
 from nanovllm.errors import ConfigError
 from nanovllm.ops import library
 
 native_library()
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.int8: 2e-4}  # by what pages hold
 
 
 class Case:
@@ -31,9 +32,13 @@ class Case:
         counts = [pages_needed(sum(s), block_size) for s in sequences]
         pages = iter((random.permutation(sum(counts)) + 1).tolist())
         self.tables = [[next(pages) for _ in range(count)] for count in counts]
-        self.spec = PagedKVSpec(kv_heads, head_dim, dtype)
+        codes = torch.int8 if dtype == torch.int8 else None
+        self.spec = PagedKVSpec(kv_heads, head_dim, torch.bfloat16 if codes else dtype, codes=codes)
         shape = NativeAttention().kv_shape(self.spec, sum(counts) + 1, block_size)
-        self.garbage = torch.from_numpy(random.standard_normal(shape) * 3).to(dtype)
+        if codes:  # scales may be anything
+            self.garbage = torch.from_numpy(random.integers(-128, 128, shape, dtype=np.int8))
+        else:
+            self.garbage = torch.from_numpy(random.standard_normal(shape) * 3).to(dtype)
 
         def rows(count, heads):
             return torch.from_numpy(random.standard_normal((count, heads, head_dim))).float()
@@ -68,9 +73,16 @@ class Case:
                     at[i] += n
         return [torch.cat(outs[i])[-self.sequences[i][1] :] for i in which]
 
+    def rounded(self, qkv: torch.Tensor) -> torch.Tensor:
+        """What is left of q, k and v, but for q beside int8 pages."""
+        if self.dtype != torch.int8:
+            return qkv.to(self.dtype)
+        codes, scales = encode(qkv[:, self.heads :], torch.int8)
+        return torch.cat([qkv[:, : self.heads], codes * scales[..., None]], dim=1)
+
     def check(self, *, window=None, alibi=None) -> None:
         found = self.run(range(len(self.sequences)), window=window, alibi=alibi)
-        rounded = [x.to(self.dtype).double().numpy() for x in self.qkv]
+        rounded = [self.rounded(x).double().numpy() for x in self.qkv]
         for i, (context, new) in enumerate(self.sequences):
             q, k, v = np.split(rounded[i], [self.heads, self.heads + self.kv_heads], axis=1)
             expected = np.empty((new, self.heads, self.head_dim))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from nanovllm.attention.base import AttentionBackend, require_support, select_backend
+from nanovllm.attention.codes import KV_CODES
 from nanovllm.batch import Batch
 from nanovllm.build_context import BuildContext
 from nanovllm.cache_spec import CachePlan, PagedKVSpec
@@ -64,8 +65,10 @@ class ModelRunner:
         self._device = torch.device(config.device)
         self._block_size = config.kvcache_block_size
         dtype: torch.dtype = getattr(torch, config.dtype)
+        codes = KV_CODES[config.kv_cache_dtype]
         self._backend: AttentionBackend = select_backend(
             *(config.attention_backend, self._device, dtype, self._block_size),
+            codes=codes,
             batch_invariant=config.batch_invariant,
         )
         memory = DeviceMemory(self._device) if self._device.type == "cuda" else None
@@ -78,6 +81,7 @@ class ModelRunner:
             *(self._device, dtype, self._backend, config.max_model_len, self._tp, self._ops),
             expert_parallel=config.enable_expert_parallel,
             quantization=config.quantization,
+            kv_codes=codes,
         )
         self._model = model_class(model_config, ctx)
         if config.enable_expert_parallel and not any(isinstance(m, SparseMoE) for m in self._model.modules()):
