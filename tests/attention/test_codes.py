@@ -7,9 +7,8 @@ import torch
 from test_backends import CPU, MIXED, Step, make_batch
 
 from nanovllm.attention.alibi import Alibi, alibi_slopes
-from nanovllm.attention.base import require_support, select_backend
+from nanovllm.attention.base import select_backend
 from nanovllm.attention.codes import LARGEST, encode, split_pages
-from nanovllm.attention.cpu import CPUAttention
 from nanovllm.attention.gpu import flash_reason
 from nanovllm.attention.reference import ReferenceAttention
 from nanovllm.cache_spec import PagedKVSpec
@@ -82,9 +81,9 @@ def test_backends_without_kernels_say_so(codes):
     spec = PagedKVSpec(2, 64, torch.bfloat16, codes=codes)
     assert "set kv_cache_dtype='auto'" in flash_reason(torch.bfloat16, spec)  # also torch_varlen's
     with pytest.raises(ConfigError, match=r"attention_backend='cpu': .* set kv_cache_dtype='auto'"):
-        require_support(CPUAttention(), CPU, spec, 16)
+        select_backend("cpu", CPU, [spec], 16)
 
 
 def test_no_backend_for_all_is_a_config_error():
     with pytest.raises(ConfigError, match=r"native: .* as fp8; .*cpu: .* as fp8"):
-        select_backend("auto", CPU, torch.bfloat16, codes=torch.float8_e4m3fn)
+        select_backend("auto", CPU, [PagedKVSpec(2, 64, torch.bfloat16, codes=torch.float8_e4m3fn)], 16)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_backends import CPU, SharedPages, Step, make_batch
 
 from nanovllm.attention.alibi import Alibi
-from nanovllm.attention.base import require_support, select_backend
+from nanovllm.attention.base import select_backend
 from nanovllm.attention.reference import ReferenceAttention
 from nanovllm.attention.triton import InvariantTritonAttention, TritonAttention
 from nanovllm.batch import Batch
@@ -219,16 +219,16 @@ SPEC = PagedKVSpec(2, 64, torch.float32)
 def test_what_it_does_not_serve_is_a_config_error(changes, block_size, reason):
     spec = PagedKVSpec(**{"num_kv_heads": 2, "head_dim": 64, "dtype": torch.float32, **changes})
     with pytest.raises(ConfigError, match=f"attention_backend='triton'.*{reason}"):
-        require_support(BACKEND, DEVICE, spec, block_size)
-    require_support(BACKEND, DEVICE, SPEC, 16)
+        select_backend("triton", DEVICE, [SPEC, spec], block_size)
+    assert select_backend("triton", DEVICE, [SPEC], 16).name == "triton"
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="of the interpreter")
 def test_the_interpreter_runs_only_for_who_asks_for_it(monkeypatch):
     import triton
 
-    assert select_backend("auto", CPU, torch.float32).name != "triton"
-    assert select_backend("triton", CPU, torch.float32).unsupported_reason(CPU, torch.float32, SPEC, 16) is None
+    assert select_backend("auto", CPU, [SPEC], 16).name != "triton"
+    assert select_backend("triton", CPU, [SPEC], 16).name == "triton"
     assert "interpreter cannot multiply bfloat16" in BACKEND.unsupported_reason(CPU, torch.bfloat16, SPEC, 16)
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     assert BACKEND.unsupported_reason(CPU, torch.float32, SPEC, 16) == "runs on NVIDIA GPUs, not on cpu"

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 import numpy as np
 import torch
 
-from nanovllm.attention.base import AttentionBackend, require_support, select_backend
+from nanovllm.attention.base import AttentionBackend, select_backend
 from nanovllm.attention.codes import KV_CODES
 from nanovllm.batch import Batch
 from nanovllm.build_context import BuildContext
@@ -65,12 +65,6 @@ class ModelRunner:
         self._device = torch.device(config.device)
         self._block_size = config.kvcache_block_size
         dtype: torch.dtype = getattr(torch, config.dtype)
-        codes = KV_CODES[config.kv_cache_dtype]
-        self._backend: AttentionBackend = select_backend(
-            *(config.attention_backend, self._device, dtype, self._block_size),
-            codes=codes,
-            batch_invariant=config.batch_invariant,
-        )
         memory = DeviceMemory(self._device) if self._device.type == "cuda" else None
         self._looks_up = memory is not None  # tokens that plans do not know, on the device
         if memory is None:
@@ -78,19 +72,20 @@ class ModelRunner:
         self._ops = select_ops(config.kernels, self._device, dtype, batch_invariant=config.batch_invariant)
         self._tp = tp or TPGroup()
         ctx = BuildContext(
-            *(self._device, dtype, self._backend, config.max_model_len, self._tp, self._ops),
+            *(self._device, dtype, config.max_model_len, self._tp, self._ops),
             expert_parallel=config.enable_expert_parallel,
             quantization=config.quantization,
-            kv_codes=codes,
+            kv_codes=KV_CODES[config.kv_cache_dtype],
         )
         self._model = model_class(model_config, ctx)
         if config.enable_expert_parallel and not any(isinstance(m, SparseMoE) for m in self._model.modules()):
             raise ConfigError("enable_expert_parallel=True: this model has no experts; leave it out")
+        self._layers = [m for m in self._model.modules() if isinstance(m, CachedLayer)]
+        self._backend = self._select_backend(config)
         if config.load_format == "dummy":
             self._model.load_dummy(config.seed or 0)
         else:
             self._model.load(checkpoint)
-        self._layers = [m for m in self._model.modules() if isinstance(m, CachedLayer)]
         self._sampled = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=self._device)  # in the last step
         if memory is None:
             budget = host_cache_memory(config, host_ranks)
@@ -206,10 +201,13 @@ class ModelRunner:
             row += s.num_tokens
         return found
 
+    def _select_backend(self, config: EngineConfig) -> AttentionBackend:
+        specs = [layer.cache_spec for layer in self._layers if isinstance(layer.cache_spec, PagedKVSpec)]
+        return select_backend(
+            *(config.attention_backend, self._device, specs, self._block_size), batch_invariant=config.batch_invariant
+        )
+
     def _bind_caches(self, plan: CachePlan) -> None:
-        for layer in self._layers:
-            if isinstance(layer.cache_spec, PagedKVSpec):
-                require_support(self._backend, self._device, layer.cache_spec, self._block_size)
         self._states = bind_caches(
             self._layers, plan, backend=self._backend, block_size=self._block_size, device=self._device
         )
