@@ -38,7 +38,7 @@ OTHERS = {
     "ways32": "32 sequences sampled and streamed, against greedy generation",
     "all_reduce": "sums between two ranks, through shared memory and by gloo",
     "ranks": "bytes between the processes of a step, and its milliseconds",
-    "context": "a decoding step behind 8,000 tokens, against reading what it needs",
+    "context": "a decoding step behind 8,000 tokens (--max-input), against reading what it needs",
     "accuracy": "KL divergence of bfloat16 to transformers in fp32",
 }
 NAMES = (*ENGINES, "nanovllm-torch")

@@ -25,10 +25,11 @@ class Work:
     states: int
 
     @classmethod
-    def of(cls, config: dict[str, Any], dtype: str) -> Work | None:
+    def of(cls, config: dict[str, Any], dtype: str, kv_cache_dtype: str = "auto") -> Work | None:
         """From a config.json; None for mixtures, of which a step reads what its tokens choose."""
         import torch
 
+        from nanovllm.attention.codes import KV_CODES
         from nanovllm.attention.reference import ReferenceAttention
         from nanovllm.build_context import BuildContext
         from nanovllm.cache_spec import PagedKVSpec, StateSpec
@@ -39,7 +40,8 @@ class Work:
         if config.get("num_experts") or config.get("num_local_experts"):
             return None
         family, kind = model_class(config["architectures"]), getattr(torch, dtype)
-        ctx = BuildContext(torch.device("meta"), kind, ReferenceAttention(), 64)
+        codes = KV_CODES[kv_cache_dtype]
+        ctx = BuildContext(torch.device("meta"), kind, ReferenceAttention(), 64, kv_codes=codes)
         model = family(family.read_config(config), ctx)
         linears = [m for m in model.modules() if isinstance(m, LinearWeights)]
         head, total = model.lm_head.weight.numel(), sum(m.weight.numel() for m in linears)

@@ -94,7 +94,7 @@ struct Gathered {
 template <class W>
 struct Scratchpad {
     static constexpr int64_t STRIDE = SPAN / W::K_PER_STEP * W::PER_STEP;
-    alignas(64) float scores[ROWS][SPAN];  // W::Sum, until they are scaled
+    alignas(64) float scores[ROWS][SPAN];
     alignas(64) typename W::Element weights[ROWS][STRIDE];
     float units[ROWS];  // that weights are multiples of
 };
@@ -113,16 +113,18 @@ void score_tiles(const typename W::Element* q, const Span& span, int64_t tile, i
 #pragma GCC unroll 8
         for (int j = 0; j < NV; ++j)
             b[j] = W::vector(span.keys[tile + j / TILE_VECTORS] + d * STEP_BYTES + j % TILE_VECTORS * W::VECTOR_BYTES);
-        if constexpr (R <= FETCH_ROWS)
-            for (int j = 0; j < N; ++j) __builtin_prefetch(span.values[tile + j] + d * STEP_BYTES, 0, 2);
+        if (R <= FETCH_ROWS && d * STEP_BYTES % 64 == 0)
+            for (int j = 0; j < N; ++j) __builtin_prefetch(span.values[tile + j] + d * STEP_BYTES, 0, W::SCALED ? 3 : 2);
 #pragma GCC unroll 16
         for (int i = 0; i < R; ++i) W::template step<NV>(acc[i], b, q + i * Task<W>::STRIDE + d * W::PER_STEP);
     }
     scores += span.offset(tile);
-#pragma GCC unroll 16
-    for (int i = 0; i < R; ++i)
 #pragma GCC unroll 8
-        for (int j = 0; j < NV; ++j) store(scores + i * SPAN + j * WIDTH, (V)acc[i][j]);
+    for (int j = 0; j < NV; ++j) {
+        const char* scales = span.keys[tile + j / TILE_VECTORS] + steps * STEP_BYTES + j % TILE_VECTORS * sizeof(V);
+#pragma GCC unroll 16
+        for (int i = 0; i < R; ++i) store(scores + i * SPAN + j * WIDTH, W::score(acc[i][j], scales));
+    }
 }
 
 // values[row][dim] of N vectors of dimensions from `dim` on, the last one `lanes` wide, summed over a
@@ -140,7 +142,7 @@ void sum_values(const typename W::Element* weights, const float* units, const Sp
         const typename W::Element* w = weights + span.offset(tile) / W::K_PER_STEP * W::PER_STEP;
         for (int64_t k = 0; k < steps; ++k, v += head_dim * DIM_BYTES, w += W::PER_STEP) {
             if constexpr (R <= FETCH_ROWS) {
-                for (int j = 0; j < N * W::VECTOR_BYTES; j += 64) __builtin_prefetch(fetched + j, 0, 2);
+                for (int j = 0; j < N * W::VECTOR_BYTES; j += 64) __builtin_prefetch(fetched + j, 0, W::SCALED ? 3 : 2);
                 fetched += head_dim * DIM_BYTES;
             }
             V b[N];
@@ -161,6 +163,8 @@ void sum_values(const typename W::Element* weights, const float* units, const Sp
 template <class W, int R>
 void span_scores(const Task<W>& task, int row, const Span& span, Scratchpad<W>& pad) {
     constexpr int N = WIDTH == 16 ? (R > 6 ? 2 : 4) : 1;
+    if (W::SCALED && R <= FETCH_ROWS)
+        for (int64_t i = 0; i < span.tiles(); ++i) __builtin_prefetch(span.values[i] + TILE * task.head_dim);
     int64_t tile = 0;
     for (; tile + N <= span.tiles(); tile += N)
         score_tiles<W, R, N>(task.q[row], span, tile, task.head_dim, pad.scores[row]);
@@ -173,6 +177,8 @@ void span_values(const Task<W>& task, int row, const Span& span, const Scratchpa
                  Gathered* to) {
     constexpr int N = WIDTH == 16 ? (R > 6 ? 2 : 4) : 2;
     const int64_t head_dim = task.head_dim;
+    if (W::SCALED && R <= FETCH_ROWS && next != nullptr)
+        for (int64_t i = 0; i < next->tiles(); ++i) __builtin_prefetch(next->keys[i] + TILE * head_dim);
     int64_t dim = 0;
     for (; dim + N * WIDTH <= head_dim; dim += N * WIDTH)
         sum_values<W, R, N>(pad.weights[row], pad.units + row, span, head_dim, dim, WIDTH, next, to + row);
@@ -239,9 +245,8 @@ void span_softmax(const Task<W>& task, int index, const Softmax& softmax, const 
     const int64_t until = std::min(row.position + 1 - span.start, span.last);
     const int64_t end = divide_up(span.last, TILE) * TILE;
     auto put = [&](int64_t i, V v) { W::put(v, pad.weights[index] + i / W::K_PER_STEP * W::PER_STEP); };
-    auto scales = [&](const char* const* tiles, int64_t i) {  // of the tokens of a vector
-        const int64_t tile = (i - span.first) / TILE;
-        return load(tiles[tile] + TILE * task.head_dim * W::BYTES + i % TILE * sizeof(float));
+    auto scales = [&](int64_t i) {  // of the values of a vector of keys
+        return load(span.values[(i - span.first) / TILE] + TILE * task.head_dim * W::BYTES + i % TILE * sizeof(float));
     };
     to.largest = UNSEEN;
     to.total = 0;
@@ -250,9 +255,6 @@ void span_softmax(const Task<W>& task, int index, const Softmax& softmax, const 
         return;
     }
     const int64_t begin = from / WIDTH * WIDTH, stop = divide_up(until, WIDTH) * WIDTH;
-    if constexpr (W::SCALED)
-        for (int64_t i = begin; i < stop; i += WIDTH)
-            store(scores + i, __builtin_convertvector((typename W::Sum)load(scores + i), V) * scales(span.keys, i));
     if (row.slope != 0.0f)
         for (int64_t i = begin; i < stop; i += WIDTH)
             store(scores + i, softmax.with_bias(row, load(scores + i), lane_numbers() + (float)(span.start + i)));
@@ -277,7 +279,7 @@ void span_softmax(const Task<W>& task, int index, const Softmax& softmax, const 
         V weight = exp2_below(s * scale - to.largest);
         if (partly) weight = s == UNSEEN ? V{} : weight;
         if constexpr (W::SCALED) {
-            V scaled = weight * scales(span.values, i);
+            V scaled = weight * scales(i);
             if (partly) scaled = s == UNSEEN ? V{} : scaled;
             store(scores + i, scaled);
             most_scaled = scaled > most_scaled ? scaled : most_scaled;

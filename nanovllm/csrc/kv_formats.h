@@ -27,6 +27,7 @@ struct PlainKV : Weight {
 
     static V vector(const char* p) { return load(p); }
     static V vector_part(const char* p, int64_t lanes) { return load_part((const float*)p, lanes); }
+    static V score(V sums, const char* /* scales */) { return sums; }
     static V value(V sums, float /* unit */) { return sums; }
 
     // Returns what the copy is to be multiplied by.
@@ -104,6 +105,7 @@ struct Int8KV {
         }
     }
 
+    static V score(I sums, const char* scales) { return __builtin_convertvector(sums, V) * load(scales); }
     static V value(I sums, float unit) { return __builtin_convertvector(sums, V) * unit; }
 
     // The nearest, ties to even. No sum that the compiler would fuse with the product that x is: every level has the
@@ -126,31 +128,38 @@ struct Int8KV {
         memcpy(to, &h, sizeof h);
     }
 
-    static float largest(const float* x, int64_t count) {
-        V most = {};
-        for (int64_t i = 0; i < count; i += WIDTH) {
-            const V v = load_part(x + i, std::min<int64_t>(WIDTH, count - i)), size = v < 0.0f ? -v : v;
-            most = size > most ? size : most;
-        }
-        return reduce(most, [](float a, float b) { return b > a ? b : a; });
+    // f(i, the vector from there) of numbers; zeros behind the last.
+    template <class F>
+    static void vectors(const float* x, int64_t count, F f) {
+        int64_t i = 0;
+        for (; i + WIDTH <= count; i += WIDTH) f(i, load(x + i));
+        if (i < count) f(i, load_part(x + i, count - i));
+    }
+
+    // f(i, vector times a factor that makes the largest magnitude `to`); returns what brings it back.
+    template <class F>
+    static float scaled(const float* x, int64_t count, float to, F f) {
+        V sizes = {};
+        vectors(x, count, [&](int64_t, V v) {
+            const V size = v < 0.0f ? -v : v;
+            sizes = size > sizes ? size : sizes;
+        });
+        const float largest = reduce(sizes, [](float a, float b) { return b > a ? b : a; });
+        const float factor = to / std::max(largest, LEAST);
+        vectors(x, count, [&](int64_t i, V v) { f(i, v * factor); });
+        return largest / to;
     }
 
     static float copy_query(const float* q, Element* to, int64_t count) {
-        const float most = largest(q, count), factor = MOST / std::max(most, LEAST);
-        for (int64_t i = 0; i < count; i += WIDTH)
-            put(load_part(q + i, std::min<int64_t>(WIDTH, count - i)) * factor, to + i / 2);
-        return most / MOST;
+        return scaled(q, count, MOST, [&](int64_t i, V v) { put(v, to + i / 2); });
     }
 
     static float encode(const float* x, int64_t count, int8_t* codes) {
         typedef int8_t Quarter __attribute__((vector_size(NV_WIDTH)));
-        const float most = largest(x, count), factor = MOST_CODE / std::max(most, LEAST);
-        for (int64_t i = 0; i < count; i += WIDTH) {
-            const V v = load_part(x + i, std::min<int64_t>(WIDTH, count - i));
-            const Quarter q = __builtin_convertvector(integers(v * factor), Quarter);
+        return scaled(x, count, MOST_CODE, [&](int64_t i, V v) {
+            const Quarter q = __builtin_convertvector(integers(v), Quarter);
             memcpy(codes + i, &q, sizeof q);
-        }
-        return most / MOST_CODE;
+        });
     }
 
     static void put_token(const float* k, const float* v, int64_t count, int64_t at, bool, char* keys, char* values) {
