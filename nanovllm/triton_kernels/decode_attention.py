@@ -34,9 +34,10 @@ def _tile(itemsize: int, head_dim: int, group: int, *, codes: bool) -> Tile:
         width = max(64, triton.next_power_of_2(head_dim))
         return {64: Tile(16, 32, 4, 3), 128: Tile(16, 64, 8, 2), 256: Tile(16, 32, 8, 3)}[width]
     keys = _TILE_BYTES // (itemsize * max(64, triton.next_power_of_2(head_dim)))
-    if codes:  # half as many bytes to have under way, and more registers
-        return Tile(min(64, rows), keys, 8 if head_dim > 128 or rows > 16 else 4, 3 if head_dim > 128 else 4)
-    return Tile(min(64, rows), keys, 8 if head_dim > 128 else 4, 3)
+    num_warps = 8 if head_dim > 128 else 4
+    if codes:  # which take registers; of half as many bytes there have to be more tiles under way
+        return Tile(min(64, rows), keys // 2 if rows > 16 else keys, num_warps, 3 if head_dim > 128 else 4)
+    return Tile(min(64, rows), keys, num_warps, 3)
 
 
 def division(programs: int, max_seq_len: int) -> tuple[int, int]:
