@@ -79,9 +79,10 @@ def _forbid(
     token_ids, wanted = tokens.T
     vocab_size = logits.shape[1]
     if last is not None:
-        token_ids = torch.where((wanted < 0) | (wanted == last[rows[owners]]), token_ids, vocab_size)
+        token_ids = token_ids.masked_fill((wanted >= 0) & (wanted != last[rows[owners]]), vocab_size)
     banned = torch.zeros(len(rows), vocab_size + 1, dtype=torch.bool, device=logits.device)
-    banned[owners, token_ids] = True
+    # to assign a number of Python's would make a GPU wait for it
+    banned.view(-1).index_fill_(0, owners * (vocab_size + 1) + token_ids, True)
     before = logits[rows]
     left = before.masked_fill(banned[:, :vocab_size], float("-inf"))
     logits[rows] = torch.where(left.amax(dim=1, keepdim=True) > float("-inf"), left, before)

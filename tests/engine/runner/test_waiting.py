@@ -62,11 +62,18 @@ class Copies(TorchFunctionMode):
         if function in COPIES or (function is torch.Tensor.to and moves(*args[1:], *kwargs.values())):
             problem = function.__name__
         else:
-            parts = index if isinstance(index, tuple) else (index,)
-            problem = "an index of the host's" if any(isinstance(part, (list, np.ndarray)) for part in parts) else None
+            problem = index_of_hosts(index if isinstance(index, tuple) else (index,), args[2:])
         if problem and elsewhere():
             raise Waits(problem)
         return function(*args, **kwargs)
+
+
+def index_of_hosts(parts: tuple, values: tuple) -> str | None:
+    """An index that goes to the device; or by the device's own, a number that does."""
+    if any(isinstance(part, (list, np.ndarray)) for part in parts):
+        return "an index of the host's"
+    by_tensor = any(isinstance(part, torch.Tensor) for part in parts)
+    return "a number of the host's" if by_tensor and not all(isinstance(v, torch.Tensor) for v in values) else None
 
 
 def moves(*args) -> bool:
@@ -112,6 +119,7 @@ def no_waiting() -> Iterator[None]:
         lambda x: x[x > 0],
         lambda x: x.__setitem__(x > 0, 0.0),
         lambda x: x.__setitem__([0], 0.0),
+        lambda x: x.__setitem__(torch.arange(2), 0.0),
         lambda x: x.nonzero(),
         lambda x: x.unique(),
         lambda x: torch.equal(x, x),
