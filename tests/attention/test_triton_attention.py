@@ -5,13 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from gpu_cases import CASES, DEVICE, MIXED, Case
+from gpu_cases import CASES, CODED, DEVICE, MIXED, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_backends import CPU, TOLERANCE, SharedPages, Step, make_batch
-from test_codes import cache_of
+from test_backends import CPU, SharedPages, Step, make_batch
 
-from nanovllm.attention.alibi import Alibi, alibi_slopes
+from nanovllm.attention.alibi import Alibi
 from nanovllm.attention.base import select_backend
 from nanovllm.attention.codes import encode, split_pages
 from nanovllm.attention.reference import ReferenceAttention
@@ -24,6 +23,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 from invariant_cases import dots_in_order
+from kernels import normal
 
 from nanovllm.triton_kernels import decode_attention
 from nanovllm.triton_kernels.kv_codes import codes_on, decode
@@ -239,41 +239,18 @@ def test_the_interpreter_runs_only_for_who_asks_for_it(monkeypatch):
     assert BACKEND.unsupported_reason(CPU, torch.float32, SPEC, 16) == "runs on NVIDIA GPUs, not on cpu"
 
 
-CODED = ("GQA", "71 heads of one", "head of 80", "pages of 256", "window", "alibi", "long decodes")
-
-
-def check_codes(backend, case: Case, dtype: torch.dtype) -> None:
-    """Against the reference, with the same codes and scales in every page, to the bit."""
-    step = Step(
-        *(case.sequences, case.heads, case.kv_heads, case.head_dim, case.block_size, dtype), device=DEVICE, seed=1
-    )
-    tokens = sum(new for _, new in case.sequences)
-    q, k, v = (step.normal(tokens, heads, case.head_dim) for heads in (case.heads, case.kv_heads, case.kv_heads))
-    k[0], v[0, 0], k[-1] = 0.0, 1e-20, k[-1] * 100  # of nothing, next to nothing, and large
-    how = {"scale": case.head_dim**-0.5, "window": case.window}
-    if case.bias != "none":
-        how["alibi"] = Alibi(alibi_slopes(case.heads).to(DEVICE))
-    kv = cache_of(step, torch.float8_e4m3fn)
-    caches, found = (kv, kv.clone()), []
-    for each, cache in zip((ReferenceAttention(), backend), caches, strict=True):
-        batch = make_batch(step.sequences, step.tables, step.block_size, each, DEVICE)
-        found.append(each.forward(q, k, v, cache, batch, **how))
-    assert torch.equal(*(cache.view(torch.uint8) for cache in caches))
-    torch.testing.assert_close(found[1], found[0], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
-
-
 @pytest.mark.parametrize("name", CODED)
 def test_codes(name):
-    check_codes(BACKEND, CASES[name], torch.float32)
+    CASES[name].check_codes(BACKEND, torch.float32)
 
 
 @pytest.mark.parametrize("name", ["GQA", "head of 80"])
 def test_codes_for_queries_in_float16(name):
-    check_codes(BACKEND, CASES[name], torch.float16)
+    CASES[name].check_codes(BACKEND, torch.float16)
 
 
 def test_codes_invariant():
-    check_codes(InvariantTritonAttention(), CASES["GQA"], torch.float32)
+    CASES["GQA"].check_codes(InvariantTritonAttention(), torch.float32)
 
 
 def test_codes_are_the_nearest():
@@ -281,14 +258,20 @@ def test_codes_are_the_nearest():
     codes = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     middles = (codes[1:] + codes[:-1]) / 2
     near = torch.cat([codes, middles, middles * (1 - 1e-6), middles * (1 + 1e-6)])
-    x = torch.stack([near, -near]).to(DEVICE)[None]
-    kv = torch.zeros(2, 1, 16, 2, x.shape[2] + 4, dtype=torch.float8_e4m3fn, device=DEVICE)
-    store_kv(x, 3 * x, kv, torch.zeros(1, dtype=torch.int64, device=DEVICE))
-    pages, scales = split_pages(kv)
+    check_stored(torch.stack([near, -near])[None])
+    check_stored(normal(400, 4, 80).bfloat16())  # many of which lie in a middle, but for rounding
+
+
+def check_stored(x: torch.Tensor) -> None:
+    """As keys, and thrice as values."""
+    x, (tokens, heads, head_dim) = x.to(DEVICE), x.shape
+    kv = torch.zeros(2, -(-tokens // 16), 16, heads, head_dim + 4, dtype=torch.float8_e4m3fn, device=DEVICE)
+    store_kv(x, 3 * x, kv, torch.arange(tokens, device=DEVICE))
+    pages, scales = (part.flatten(1, 2)[:, :tokens] for part in split_pages(kv))
     for i, values in enumerate((x, 3 * x)):
-        wanted, scale = encode(values[0], torch.float8_e4m3fn)
-        assert torch.equal(pages[i, 0, 0].view(torch.uint8), wanted.view(torch.uint8))
-        assert torch.equal(scales[i, 0, 0], scale)
+        wanted, scale = encode(values, torch.float8_e4m3fn)
+        assert torch.equal(pages[i].contiguous().view(torch.uint8), wanted.view(torch.uint8))
+        assert torch.equal(scales[i], scale)
 
 
 @triton.jit
