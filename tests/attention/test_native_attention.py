@@ -189,3 +189,19 @@ def test_without_the_library_torch_attends(monkeypatch, tmp_path):
         assert select_backend("auto", CPU, [PagedKVSpec(2, 64, torch.bfloat16)], 16).name == "cpu"
     finally:
         library.library_or_reason.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_only_the_slots_of_a_step_are_written(level, dtype):
+    """By bytes: those of its tokens, and in bfloat16 perhaps what shares a word with the last one's values."""
+    case, backend = Case([(0, 21)], dtype=dtype, block_size=32), NativeAttention()
+    kv, written = case.garbage.clone(), torch.zeros(case.garbage.nbytes, dtype=torch.bool)
+    for seed in range(3):  # a byte may be what it was by chance
+        torch.manual_seed(seed)
+        k, v = torch.randn(2, 21, case.kv_heads, case.head_dim)
+        batch = make_batch([(0, 21)], case.tables, 32, backend)
+        backend.forward(torch.randn(21, case.heads, case.head_dim), k, v, kv, batch, scale=1.0)
+        written |= (kv.view(torch.uint8) != case.garbage.view(torch.uint8)).flatten()
+    words = 21 * 2 * case.kv_heads * case.spec.row * case.spec.stored.itemsize
+    beside = case.kv_heads * case.head_dim * 2 if dtype == torch.bfloat16 else 0
+    assert 0.9 * words < written.sum() <= words + beside
