@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from nanovllm.attention.base import AttentionBackend
 from nanovllm.distributed.group import TPGroup
 from nanovllm.ops.base import Ops
 from nanovllm.ops.torch_ops import TorchOps
@@ -26,7 +25,6 @@ class BuildContext:
 
     device: torch.device
     dtype: torch.dtype
-    attention: AttentionBackend
     max_model_len: int
     tp: TPGroup = field(default_factory=TPGroup)
     ops: Ops = field(default_factory=TorchOps)

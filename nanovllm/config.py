@@ -235,11 +235,8 @@ class EngineConfig:
             )
         dtype = self._resolved_dtype(checkpoint_dtype, device, quantized)
         ranks = self._ranks(launched)
-        if self.batch_invariant and device == "cuda" and ranks > 1:
-            raise ConfigError(
-                "batch_invariant=True: the order in which NCCL sums over GPUs follows the batch; "
-                "set tensor_parallel_size=1"
-            )
+        if self.batch_invariant:
+            self._check_invariance(device, ranks)
         quantization = self._resolved_quantization(device, dtype, quantized)
         self._check_activations(device, quantization)
         hidden = self.executor in ("mp", "ray") or (self.executor == "auto" and (ranks > 1 or device == "cuda"))
@@ -268,6 +265,19 @@ class EngineConfig:
                 "leave it out, or start as many"
             )
         return launched
+
+    def _check_invariance(self, device: str, ranks: int) -> None:
+        if device == "cuda" and ranks > 1:
+            raise ConfigError(
+                "batch_invariant=True: the order in which NCCL sums over GPUs follows the batch; "
+                "set tensor_parallel_size=1"
+            )
+        own = "native" if device == "cpu" else "triton"
+        if self.attention_backend not in ("auto", own, "triton"):
+            raise ConfigError(
+                f"batch_invariant=True: attention_backend={self.attention_backend!r} computes a token in an order that "
+                f"follows the others; set attention_backend={own!r}"
+            )
 
     def _resolved_dtype(self, checkpoint_dtype: str, device: str, quantized: str | None) -> str:
         if self.dtype != "auto":

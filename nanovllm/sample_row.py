@@ -8,6 +8,8 @@ import numpy as np
 
 from nanovllm.sampling_params import SamplingParams
 
+PENDING = -1  # in place of a token that is not known
+
 
 @dataclass(slots=True, eq=False)
 class SampleRow:
@@ -15,7 +17,8 @@ class SampleRow:
 
     seed: of the sequence's random stream; index: the token's place in it, so that a draw
         depends on nothing else (not the batch, not a preemption).
-    prompt, output: token ids so far, int32; views into the sequence, valid for this step.
+    prompt, output: token ids so far, int32; views into the sequence, valid for this step. The last one of the output
+        is PENDING where only the device knows it yet.
     stop_ids: tokens that min_tokens forbids for now; empty when none.
     bad_words: token sequences that must not be completed.
     """
@@ -27,6 +30,10 @@ class SampleRow:
     output: np.ndarray
     stop_ids: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
+
+
+def awaits_token(row: SampleRow) -> bool:
+    return len(row.output) > 0 and row.output[-1] == PENDING
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,25 +51,27 @@ def _room(array: np.ndarray) -> int:
     return -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def to_host(tensor: torch.Tensor, make: Callable[[np.ndarray], T]) -> Future[T]:
-    """What `make` makes of the tensor's values once they are there; at once on CPUs."""
-    if tensor.device.type != "cpu":
-        return _Arriving(tensor, make)
+def to_host(tensors: Sequence[torch.Tensor], make: Callable[..., T]) -> Future[T]:
+    """What `make` makes of the tensors' values, an array of each, once they are there: all at the same time, without
+    letting the host wait before. At once on CPUs."""
+    if any(tensor.device.type != "cpu" for tensor in tensors):
+        return _Arriving(tensors, make)
     future: Future[T] = Future()
-    future.set_result(make(tensor.numpy()))
+    future.set_result(make(*(tensor.numpy() for tensor in tensors)))
     return future
 
 
 class _Arriving(Future[T]):
     """Done when the device has done what it was asked before."""
 
-    def __init__(self, tensor: torch.Tensor, make: Callable[[np.ndarray], T]) -> None:
+    def __init__(self, tensors: Sequence[torch.Tensor], make: Callable[..., T]) -> None:
         super().__init__()
         self._make = make
-        self._copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        self._copy.copy_(tensor, non_blocking=True)
+        self._copies = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
+        for copy, tensor in zip(self._copies, tensors, strict=True):
+            copy.copy_(tensor, non_blocking=True)
         self._event = torch.cuda.Event()
-        self._event.record(torch.cuda.current_stream(tensor.device))
+        self._event.record(torch.cuda.current_stream(tensors[0].device))
 
     def done(self) -> bool:
         return self._event.query()
@@ -77,4 +79,4 @@ class _Arriving(Future[T]):
     def result(self, timeout: float | None = None) -> T:
         assert timeout is None
         self._event.synchronize()
-        return self._make(self._copy.numpy())
+        return self._make(*(copy.numpy() for copy in self._copies))

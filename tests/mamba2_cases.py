@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from kernels import normal
 from torch import nn
 
-from nanovllm.attention.reference import ReferenceAttention
 from nanovllm.batch import Batch
 from nanovllm.build_context import BuildContext
 from nanovllm.distributed.group import TPGroup
@@ -34,7 +33,7 @@ SLOTS = 9
 
 
 def context(ops: Ops, dtype=torch.float32, tp=None, device="cpu") -> BuildContext:
-    return BuildContext(torch.device(device), dtype, ReferenceAttention(), 4096, tp or TPGroup(), ops)
+    return BuildContext(torch.device(device), dtype, 4096, tp or TPGroup(), ops)
 
 
 def make_layer(

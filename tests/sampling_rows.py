@@ -28,6 +28,7 @@ def cuts(rest: float) -> list[dict[str, Any]]:
         {"top_p": 1 - rest},
         {"top_k": 300, "top_p": 0.9, "min_p": 1e-4, "temperature": 1.7},
         {"typical_p": 0.6},
+        {"typical_p": 0.3, "top_p": 0.9, "temperature": 1.4},
         {"temperature": 0.0},
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -70,6 +71,8 @@ _PREFERENCE = {
     "cpu": ("native", "cpu"),
     "cuda": ("flash", "triton", "torch_varlen", "reference"),
 }
+# Those whose queries do not depend on one another, by the device or the backend's own name.
+_INVARIANT = {"cpu": "native", "cuda": "triton, invariant", "triton": "triton, invariant"}
 
 
 def load_backend(name: str) -> AttentionBackend:
@@ -80,49 +83,28 @@ def load_backend(name: str) -> AttentionBackend:
 def select_backend(
     name: str,
     device: torch.device,
-    dtype: torch.dtype,
-    block_size: int = 16,
+    specs: Sequence[PagedKVSpec],
+    block_size: int,
     *,
-    codes: torch.dtype | None = None,
     batch_invariant: bool = False,
 ) -> AttentionBackend:
-    """The configured backend, or for "auto" the first that runs with this device, dtype and page size.
+    """The configured backend, or for "auto" the first that serves all these layers here; ConfigError if none does.
 
-    Whether it serves a given layer is checked once the layer is known (`require_support`).
-    codes: as of PagedKVSpec; ConfigError if none of those for "auto" serves a cache of them here.
-    batch_invariant: a query's bits do not depend on the others; ConfigError if the configured one has no such way.
+    batch_invariant: a query's bits do not depend on the others.
     """
     if batch_invariant:
-        return _invariant_backend(name, device)
-    if name != "auto":
-        return load_backend(name)
-    probe = PagedKVSpec(num_kv_heads=1, head_dim=64, dtype=dtype, codes=codes)
+        candidates: tuple[str, ...] = (_INVARIANT.get(device.type if name == "auto" else name, name),)
+    else:
+        candidates = _PREFERENCE.get(device.type, ("reference",)) if name == "auto" else (name,)
     reasons: list[str] = []
-    for candidate in _PREFERENCE.get(device.type, ("reference",)):
+    for candidate in candidates:
         backend = load_backend(candidate)
-        reason = backend.unsupported_reason(device, dtype, probe, block_size)
+        reason = next(filter(None, (backend.unsupported_reason(device, s.dtype, s, block_size) for s in specs)), None)
         if reason is None:
             if reasons:
-                logger.info("attention %s: %s", candidate, "; ".join(reasons))
+                logger.info("attention %s: %s", candidate, "; ".join(reason.partition(";")[0] for reason in reasons))
             return backend
-        reasons.append(f"{candidate}: {reason}")
-    assert codes is not None, "one of them takes every plain cache"
-    raise ConfigError(f"no attention backend for this quantised cache: {'; '.join(reasons)}")
-
-
-def _invariant_backend(name: str, device: torch.device) -> AttentionBackend:
-    own = "native" if device.type == "cpu" else "triton"
-    if name == "triton" or (name, own) == ("auto", "triton"):
-        return load_backend("triton, invariant")
-    if name in ("auto", own):
-        return load_backend(own)
-    raise ConfigError(
-        f"batch_invariant=True: attention_backend={name!r} computes a token in an order that follows the others; "
-        f"set attention_backend={own!r}"
-    )
-
-
-def require_support(backend: AttentionBackend, device: torch.device, spec: PagedKVSpec, block_size: int) -> None:
-    reason = backend.unsupported_reason(device, spec.dtype, spec, block_size)
-    if reason:
-        raise ConfigError(f"attention_backend={backend.name!r}: {reason}")
+        reasons.append(f"{backend.name}: {reason}" if len(candidates) > 1 else reason)
+    if len(candidates) == 1:
+        raise ConfigError(f"attention_backend={backend.name!r}: {reasons[0]}")
+    raise ConfigError(f"no attention backend serves this model here: {', '.join(reasons)}")

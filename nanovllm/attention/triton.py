@@ -16,12 +16,12 @@ if TYPE_CHECKING:  # not every machine has triton
     from nanovllm.triton_kernels.attention_tile import Scoring
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_MAX_HEAD = {4: 128, 2: 256}  # by the bytes of a number
+_MAX_HEAD = 256
 _LEAST_BLOCK = 16
 
 
 class TritonAttention:
-    """Queries and weights are rounded to the cache's dtype, sums are fp32.
+    """Queries and weights are rounded to the cache's dtype, unless it has codes, and sums are fp32.
 
     Sequences with one query in the step are served by one kernel, others by another, in the same step; both grids
     follow from what the host knows, so that a step can be captured as a CUDA graph.
@@ -37,12 +37,14 @@ class TritonAttention:
         reason = _interpreter_reason(dtype) if device.type == "cpu" else gpu_reason(device)
         if reason is not None:
             return reason
-        if reason := codes_reason(spec.codes):
+        if reason := codes_reason(spec.codes, taken=torch.float8_e4m3fn):
             return reason
         if dtype not in _DTYPES:
             return f"has no kernels for {dtype}"
-        if spec.head_dim > (most := _MAX_HEAD[dtype.itemsize]):
-            return f"takes head sizes of {dtype} up to {most}, not {spec.head_dim}; set attention_backend='reference'"
+        if spec.head_dim > _MAX_HEAD:
+            return f"takes head sizes up to {_MAX_HEAD}, not {spec.head_dim}; set attention_backend='reference'"
+        if spec.codes and dtype == torch.float32 and spec.head_dim > _MAX_HEAD // 2:
+            return f"has no room for float32 heads of {spec.head_dim} beside codes; set kv_cache_dtype='auto'"
         if block_size < _LEAST_BLOCK or block_size & (block_size - 1):
             return f"needs kvcache_block_size to be a power of two from {_LEAST_BLOCK}, not {block_size}"
         return None
@@ -75,8 +77,8 @@ class TritonAttention:
         scoring = Scoring(scale, window)
         if alibi is not None:
             scoring = Scoring(scale, window, alibi.slopes, "rounded" if alibi.rounded else "distance", alibi.factor)
-        queries = side_by_side(q.to(kv.dtype))
-        out = torch.empty(q.shape, dtype=kv.dtype, device=q.device)
+        queries = side_by_side(q if kv.dtype == torch.float8_e4m3fn else q.to(kv.dtype))
+        out = torch.empty(q.shape, dtype=queries.dtype, device=q.device)
         self._attend(queries, kv, out, batch, scoring)
         return out.to(q.dtype)
 

@@ -12,9 +12,10 @@ import torch
 from nanovllm.batch import Batch
 from nanovllm.cli.trace import Divergence, first_divergence, token_rows, watching
 from nanovllm.engine.runner import model_runner
+from nanovllm.layers.sampler import Sampled
 from nanovllm.models.base import CausalLM
 from nanovllm.ops.base import SamplingOps
-from nanovllm.sample_row import SampleRow, TokenLogprobs
+from nanovllm.sample_row import SampleRow
 
 Prefix = tuple[int, int]
 """A token with all before it: how many, and a hash of them. It names a row in every batch."""
@@ -36,13 +37,13 @@ def recorded_logits(known: Container[Prefix] | None = None) -> Iterator[Logits]:
     sample = names["sample"]
 
     def watched(
-        logits: torch.Tensor, rows: Sequence[SampleRow], ops: SamplingOps
-    ) -> tuple[torch.Tensor, list[TokenLogprobs | None]]:
+        logits: torch.Tensor, rows: Sequence[SampleRow], ops: SamplingOps, last: torch.Tensor | None
+    ) -> Sampled:
         for values, row in zip(logits, rows, strict=True):
             prefix = _extend(_START, [*row.prompt.tolist(), *row.output.tolist()])
             if known is None or prefix in known:
                 seen.setdefault(prefix, []).append(values.detach().to("cpu", copy=True))
-        return sample(logits, rows, ops)
+        return sample(logits, rows, ops, last)
 
     names["sample"] = watched
     try:

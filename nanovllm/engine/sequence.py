@@ -8,10 +8,8 @@ from collections.abc import Sequence as Tokens
 import numpy as np
 
 from nanovllm.engine.step import PlannedSequence
-from nanovllm.sample_row import SampleRow
+from nanovllm.sample_row import PENDING, SampleRow
 from nanovllm.sampling_params import SamplingParams
-
-PENDING = -1  # in place of a token that is not known
 
 
 class SequenceStatus(enum.Enum):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from nanovllm.attention.alibi import Alibi
+from nanovllm.attention.base import AttentionBackend
 from nanovllm.batch import Batch
 from nanovllm.build_context import BuildContext
 from nanovllm.cache_spec import CacheSpec, PagedKVSpec
@@ -14,13 +17,13 @@ from nanovllm.cache_spec import CacheSpec, PagedKVSpec
 class CachedLayer(nn.Module):
     """A layer that keeps something between steps: it says what, and gets the memory bound.
 
-    bind receives one tensor for a PagedKVSpec (the backend's kv_shape), and for a StateSpec
+    bind receives for a PagedKVSpec the attention backend and a tensor of its kv_shape, and for a StateSpec
     one [num_slots, *shape] for each of its shapes.
     """
 
     cache_spec: CacheSpec
 
-    def bind(self, *caches: torch.Tensor) -> None:
+    def bind(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError
 
 
@@ -48,14 +51,14 @@ class Attention(CachedLayer):
         self._scale = scale
         self._window = window
         self._alibi = alibi
-        self._backend = ctx.attention
+        self._backend: AttentionBackend | None = None
         self._kv: torch.Tensor | None = None
 
-    def bind(self, *caches: torch.Tensor) -> None:
-        (self._kv,) = caches
+    def bind(self, backend: AttentionBackend, kv: torch.Tensor) -> None:
+        self._backend, self._kv = backend, kv
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> torch.Tensor:
         """q [T, H, D], k and v [T, KH, D] -> [T, H * D]."""
-        assert self._kv is not None, "bind comes before the first step"
+        assert self._backend is not None and self._kv is not None, "bind comes before the first step"
         out = self._backend.forward(q, k, v, self._kv, batch, scale=self._scale, window=self._window, alibi=self._alibi)
         return out.flatten(1)

@@ -15,11 +15,12 @@ from nanovllm.errors import ConfigError
 from nanovllm.ops.formats import Codes, Format, Packed
 from nanovllm.ops.graph import Recorder
 from nanovllm.ops.library import Library, library_or_reason
+from nanovllm.ops.logprob_table import LogprobTable
 from nanovllm.ops.mamba2 import Mamba2Sizes, Mamba2Weights, SumOverRanks
 from nanovllm.ops.native import NativeOps
 from nanovllm.ops.torch_ops import TorchOps
 from nanovllm.ops.triton_support import unsupported_reason
-from nanovllm.sample_row import SampleRow, TokenLogprobs
+from nanovllm.sample_row import SampleRow
 
 logger = logging.getLogger(__name__)
 
@@ -38,14 +39,16 @@ class SamplingOps(Protocol):
 
     def token_logprobs(
         self, logprobs: torch.Tensor, token_ids: torch.Tensor, counts: Sequence[int | None]
-    ) -> list[TokenLogprobs]:
+    ) -> LogprobTable:
         """For each row [V] of log probabilities: the token of token_ids [R], its rank, and the likeliest `count`
         (-1: all of the vocabulary), ties by token id."""
         ...
 
-    def penalise(self, logits: torch.Tensor, rows: Mapping[int, SampleRow]) -> None:
+    def penalise(self, logits: torch.Tensor, rows: Mapping[int, SampleRow], last: torch.Tensor | None = None) -> None:
         """Repetition (Keskar et al. 2019) over prompt and output, then frequency and presence (the
-        OpenAI API's) over the output; in place, in the rows of these numbers."""
+        OpenAI API's) over the output; in place, in the rows of these numbers.
+
+        last: int64 [R]: the last tokens of the rows that wait for them."""
         ...
 
     def draw(self, logits: torch.Tensor, rows: Sequence[SampleRow], uniforms: np.ndarray) -> torch.Tensor:

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from nanovllm.ops.library import Library
+from nanovllm.ops.logprob_table import LogprobTable
 from nanovllm.ops.torch_sampling import HIGHEST_TEMPERATURE, LARGEST_PENALTY, SMALLEST_PENALTY, TorchSampling
-from nanovllm.sample_row import SampleRow, TokenLogprobs
+from nanovllm.sample_row import SampleRow
 
 # DrawRow and PenaltyRow of csrc/kernels.h
 _DRAW = np.dtype(
@@ -43,10 +44,11 @@ class NativeSampling:
 
     def token_logprobs(
         self, logprobs: torch.Tensor, token_ids: torch.Tensor, counts: Sequence[int | None]
-    ) -> list[TokenLogprobs]:
+    ) -> LogprobTable:
         return self._torch.token_logprobs(logprobs, token_ids, counts)
 
-    def penalise(self, logits: torch.Tensor, rows: Mapping[int, SampleRow]) -> None:
+    def penalise(self, logits: torch.Tensor, rows: Mapping[int, SampleRow], last: torch.Tensor | None = None) -> None:
+        assert last is None  # there is no device to know what the host does not
         tokens = [part for row in rows.values() for part in (row.prompt, row.output)]
         ends = np.cumsum([len(part) for part in tokens])
         table = np.empty(len(rows), dtype=_PENALTY)

@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 
-from nanovllm.sample_row import SampleRow, TokenLogprobs
+from nanovllm.ops.logprob_table import LogprobTable, table_of
+from nanovllm.sample_row import SampleRow, awaits_token
+from nanovllm.sampling_params import SamplingParams
 
 # Nucleus sampling looks at this many likeliest tokens before it sorts the whole vocabulary.
 _FIRST_LOOK = 512
@@ -26,25 +28,25 @@ class TorchSampling:
 
     def token_logprobs(
         self, logprobs: torch.Tensor, token_ids: torch.Tensor, counts: Sequence[int | None]
-    ) -> list[TokenLogprobs]:
-        actual = token_ids[:, None]
-        chosen = logprobs.gather(1, actual)
-        ranks = (logprobs > chosen).sum(dim=1) + 1
+    ) -> LogprobTable:
+        ranks = (logprobs > logprobs.gather(1, token_ids[:, None])).sum(dim=1) + 1
         sizes = sizes_of(counts, logprobs.shape[1])
         largest = logprobs.topk(max(sizes), dim=1).values
-        found = []
-        for i, (size, rank) in enumerate(zip(sizes, ranks.tolist(), strict=True)):
-            ids = actual[i]
+        found = token_ids[:, None].repeat(1, 1 + max(sizes))
+        for i, size in enumerate(sizes):
             if size:
                 likeliest = (logprobs[i] >= largest[i, size - 1]).nonzero().squeeze(1)
                 order = logprobs[i, likeliest].argsort(descending=True, stable=True)[:size]
-                ids = torch.cat([ids, likeliest[order]])
-            found.append(TokenLogprobs(ids.cpu().numpy(), logprobs[i, ids].cpu().numpy(), rank))
-        return found
+                found[i, 1 : 1 + size] = likeliest[order]
+        return table_of(ranks, found, logprobs, sizes)
 
-    def penalise(self, logits: torch.Tensor, rows: Mapping[int, SampleRow]) -> None:
+    def penalise(self, logits: torch.Tensor, rows: Mapping[int, SampleRow], last: torch.Tensor | None = None) -> None:
         for i, row in rows.items():
-            _penalise(logits[i], row)
+            output = row.output
+            if awaits_token(row):  # the device is waited for
+                assert last is not None
+                output = np.append(output[:-1], np.int32(last[i].item()))
+            _penalise(logits[i], row.params, row.prompt, output)
 
     def draw(self, logits: torch.Tensor, rows: Sequence[SampleRow], uniforms: np.ndarray) -> torch.Tensor:
         token_ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
@@ -64,17 +66,14 @@ def sizes_of(counts: Sequence[int | None], vocab_size: int) -> list[int]:
     return [vocab_size if count == -1 else count or 0 for count in counts]
 
 
-def _penalise(logits: torch.Tensor, row: SampleRow) -> None:
-    """Repetition (Keskar et al. 2019) over prompt and output, then frequency and presence
-    (the OpenAI API's) over the output."""
-    params = row.params
+def _penalise(logits: torch.Tensor, params: SamplingParams, prompt: np.ndarray, output: np.ndarray) -> None:
     if params.repetition_penalty != 1.0:
-        seen = torch.from_numpy(np.unique(np.concatenate([row.prompt, row.output]))).long().to(logits.device)
+        seen = torch.from_numpy(np.unique(np.concatenate([prompt, output]))).long().to(logits.device)
         values = logits[seen]
         penalty = min(max(params.repetition_penalty, SMALLEST_PENALTY), LARGEST_PENALTY)
         logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    if len(row.output) and (params.frequency_penalty or params.presence_penalty):
-        ids, counts = np.unique(row.output, return_counts=True)
+    if len(output) and (params.frequency_penalty or params.presence_penalty):
+        ids, counts = np.unique(output, return_counts=True)
         amount = params.frequency_penalty * counts + params.presence_penalty
         target = torch.from_numpy(ids).long().to(logits.device)
         logits[target] -= torch.from_numpy(amount).float().to(logits.device)

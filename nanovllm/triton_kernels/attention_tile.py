@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from nanovllm.batch import Batch
+from nanovllm.triton_kernels.kv_codes import cache_arguments, decode, head_sizes, load_scales
 from nanovllm.triton_kernels.variant import Variant
 
 NOT_SPECIALISED = ["table_stride", "window", "num_splits", "span", "num_sequences"]  # they change from step to step
@@ -52,15 +53,11 @@ def is_hopper(device: torch.device) -> bool:
 
 
 def arguments(q: torch.Tensor, kv: torch.Tensor, batch: Batch, scoring: Scoring, tile: Tile) -> dict[str, Any]:
-    """Of both kernels. q: [T, H, D], last dimension contiguous. kv: [2, blocks, block_size, KH, D], contiguous."""
-    _, _, block_size, kv_heads, head_dim = kv.shape
+    """Of both kernels. q: [T, H, D], last dimension contiguous. kv: as in `cache_arguments`."""
     return {
         "q": q,
         "q_token_stride": q.stride(0),
         "q_head_stride": q.stride(1),
-        "kv": kv,
-        "half_stride": kv.stride(0),
-        "kv_heads": kv_heads,
         "query_start": batch.query_start,
         "seq_lens": batch.seq_lens,
         "tables": batch.block_tables,
@@ -69,21 +66,13 @@ def arguments(q: torch.Tensor, kv: torch.Tensor, batch: Batch, scoring: Scoring,
         "window": scoring.window or 0,
         "scale": scoring.scale * math.log2(math.e),
         "factor": scoring.factor * math.log2(math.e),
-        **_sizes(q.shape[1] // kv_heads, scoring.window is not None, scoring.bias, block_size, head_dim, tile),
+        **cache_arguments(kv),
+        **_sizes(q.shape[1] // kv.shape[3], scoring.window is not None, scoring.bias, tile),
     }
 
 
-def _sizes(group: int, windowed: bool, bias: str, block_size: int, head_dim: int, tile: Tile) -> dict[str, Any]:
-    return {
-        "GROUP": group,
-        "WINDOWED": windowed,
-        "BIAS": bias,
-        "BLOCK_SIZE": block_size,
-        "HEAD_DIM": head_dim,
-        "WIDTH": triton.next_power_of_2(head_dim),
-        "BLOCK_M": tile.rows,
-        "BLOCK_N": tile.keys,
-    }
+def _sizes(group: int, windowed: bool, bias: str, tile: Tile) -> dict[str, Any]:
+    return {"GROUP": group, "WINDOWED": windowed, "BIAS": bias, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
 
 
 @dataclass(frozen=True)
@@ -96,39 +85,47 @@ class Case:
     windowed: bool = False
     bias: str = "none"
     block_size: int = 16
+    codes: bool = False
 
     @property
     def itemsize(self) -> int:
         return 4 if self.dtype == "fp32" else 2
 
-    def variant(
-        self, kernel: Any, tile: Tile, chips: tuple[int, ...], types: dict[str, str], sizes: dict[str, Any]
-    ) -> Variant:
+    def variant(self, kernel: Any, tile: Tile, chip: int, types: dict[str, str], sizes: dict[str, Any]) -> Variant:
         """types, sizes: of the kernel's own arguments."""
         common = {
             **dict.fromkeys(("q", "kv"), f"*{self.dtype}:16"),
-            **dict.fromkeys(("q_token_stride", "q_head_stride"), "i32:16"),
+            **({"kv": "*u8:16", "scales": "*fp32:16"} if self.codes else {}),
+            **dict.fromkeys(("q_token_stride", "q_head_stride", "page_stride"), "i32:16"),
             **dict.fromkeys(("query_start", "seq_lens", "tables"), "*i32:16"),
             **dict.fromkeys(("kv_heads", "table_stride", "window"), "i32"),
             **dict.fromkeys(("scale", "factor"), "fp32"),
             "half_stride": "i64:16",
         }
-        slopes = {} if self.bias == "none" else {"slopes": "*fp32:16"}
-        own = _sizes(self.group, self.windowed, self.bias, self.block_size, self.head_dim, tile)
-        constants = {**({} if slopes else {"slopes": None}), **own, **sizes}
-        return Variant(kernel, {**common, **slopes, **types}, constants, tile.num_warps, tile.num_stages, chips)
+        if self.bias != "none":
+            common["slopes"] = "*fp32:16"
+        constants = {
+            **{name: None for name in ("slopes", "scales") if name not in common},
+            "CODES": "none" if not self.codes else "converted" if chip == 90 else "computed",
+            "BLOCK_SIZE": self.block_size,
+            **head_sizes(self.head_dim),
+            **_sizes(self.group, self.windowed, self.bias, tile),
+        }
+        given = {**common, **types}
+        return Variant(kernel, given, {**constants, **sizes}, tile.num_warps, tile.num_stages, (chip,))
 
 
 def cases() -> list[Case]:
     """Head dimensions that fill a tile or not, numbers of heads, and each way to score; the usual first."""
-    wide = ((256, False, "none"), (192, False, "none"), (256, True, "rounded"))
     found = []
     for dtype in ("bf16", "fp16", "fp32"):
         found += [Case(dtype, head_dim) for head_dim in (128, 64, 96, 80)]
         found += [Case(dtype, 64, 71), Case(dtype, 64, 71, bias="rounded"), Case(dtype, 128, 8, windowed=True)]
         found += [Case(dtype, 128, 1, True, "distance", 64), Case(dtype, 128, 16, block_size=256)]
-    # the tiles of float32 have no room for more than 128
-    return [*found, *(Case(dtype, d, 4, w, b) for dtype in ("bf16", "fp16") for d, w, b in wide)]
+        found += [Case(dtype, 256, 4), Case(dtype, 192, 4), Case(dtype, 256, 4, True, "rounded")]
+        found += [Case(dtype, 128, 4, codes=True), Case(dtype, 80, codes=True), Case(dtype, 64, 71, codes=True)]
+        found += [Case(dtype, 64, 8, True, "distance", 64, codes=True)]
+    return [*found, *(Case(dtype, 256, 4, codes=True) for dtype in ("bf16", "fp16"))]
 
 
 @triton.jit
@@ -157,8 +154,10 @@ def attend(
     positions,  # [M] of the queries
     slopes,  # [M] of their heads; times log2(e), or rounded
     kv,  # at this KV head
+    scales,  # at this KV head
     half_stride,
-    slot_stride,
+    page_stride,
+    kv_heads,
     table,
     first,  # a multiple of BLOCK_N
     end,
@@ -173,19 +172,26 @@ def attend(
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    CODES: tl.constexpr,
     INVARIANT: tl.constexpr = False,
 ):
     """Walk over keys first..end; without MASKED all queries see all of them, and end is a multiple too.
 
     INVARIANT: keys that are there for a row's company alone leave its state as it is, to the bit.
     """
+    # of float32: three products on tensor cores, but for queries so wide that their parts would fill all registers
+    precision: tl.constexpr = "tf32x3" if WIDTH <= 128 else "ieee"
     sums, totals, peaks = state
     columns = tl.arange(0, WIDTH)[None, :]
     pages = _pages(table, first, last, BLOCK_SIZE, BLOCK_N)
+    if CODES != "none":
+        key_units, value_units = load_scales(
+            scales, half_stride, page_stride, kv_heads, pages, first, last, BLOCK_SIZE, BLOCK_N, CODES
+        )
     for start in range(first, end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
-        slots = pages.to(tl.int64) * BLOCK_SIZE + keys % BLOCK_SIZE
-        places = kv + (slots * slot_stride)[:, None] + columns
+        slots = pages.to(tl.int64) * page_stride + keys % BLOCK_SIZE * (kv_heads * HEAD_DIM)
+        places = kv + slots[:, None] + columns
         # a tile ahead, for else keys would wait for their page's number
         following = _pages(table, start + BLOCK_N, last, BLOCK_SIZE, BLOCK_N)
         # what lies behind the last key may be no number
@@ -196,7 +202,11 @@ def attend(
             k = tl.load(places)
         else:
             k = tl.load(places, mask=columns < HEAD_DIM, other=0.0)
-        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="tf32x3")
+        if CODES != "none":
+            k = decode(k, q.dtype, CODES)
+        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=precision)
+        if CODES != "none":
+            scores *= key_units[None, :]
         unit = scale
         if BIAS == "distance":
             scores = scores * scale + slopes[:, None] * (keys[None, :] - positions[:, None]).to(tl.float32)
@@ -220,8 +230,14 @@ def attend(
             v = tl.load(places + half_stride)
         else:
             v = tl.load(places + half_stride, mask=columns < HEAD_DIM, other=0.0)
+        if CODES != "none":
+            v = decode(v, q.dtype, CODES)
+            weights *= value_units[None, :]
+            key_units, value_units = load_scales(
+                scales, half_stride, page_stride, kv_heads, following, start + BLOCK_N, last, BLOCK_SIZE, BLOCK_N, CODES
+            )
         pages = following
-        more = tl.dot(weights.to(q.dtype), v.to(q.dtype), sums * fade[:, None], input_precision="tf32x3")
+        more = tl.dot(weights.to(q.dtype), v.to(q.dtype), sums * fade[:, None], input_precision=precision)
         if INVARIANT:
             met = start <= positions
             if WINDOWED:

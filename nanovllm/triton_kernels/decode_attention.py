@@ -21,18 +21,23 @@ from nanovllm.triton_kernels.attention_tile import (
     head_slopes,
     no_keys,
 )
+from nanovllm.triton_kernels.kv_codes import scales_begin
 from nanovllm.triton_kernels.variant import AMPERE_ON, Variant, launch_options
 
 _MAX_SPLITS = 64
 _TILE_BYTES = 16384  # of keys
 
 
-def _tile(itemsize: int, head_dim: int, group: int) -> Tile:
+def _tile(itemsize: int, head_dim: int, group: int, *, codes: bool) -> Tile:
     rows = max(16, triton.next_power_of_2(group))
-    if itemsize == 4:  # multiplied in three parts, which takes many registers
-        return Tile(16, 32, 4, 3) if head_dim <= 64 else Tile(16, 64, 8, 2)
+    if itemsize == 4:  # multiplied in three parts, which takes many registers, or without tensor cores
+        width = max(64, triton.next_power_of_2(head_dim))
+        return {64: Tile(16, 32, 4, 3), 128: Tile(16, 64, 8, 2), 256: Tile(16, 32, 8, 3)}[width]
     keys = _TILE_BYTES // (itemsize * max(64, triton.next_power_of_2(head_dim)))
-    return Tile(min(64, rows), keys, 8 if head_dim > 128 else 4, 3)
+    num_warps = 8 if head_dim > 128 else 4
+    if codes:  # which take registers; of half as many bytes there have to be more tiles under way
+        return Tile(min(64, rows), keys // 2 if rows > 16 else keys, num_warps, 3 if head_dim > 128 else 4)
+    return Tile(min(64, rows), keys, num_warps, 3)
 
 
 def division(programs: int, max_seq_len: int) -> tuple[int, int]:
@@ -58,7 +63,7 @@ def _parts(seq_len, window, num_splits, span, WINDOWED: tl.constexpr):
 @triton.jit(do_not_specialize=NOT_SPECIALISED)
 def decode_kernel(
     q,  # [T, H, D]
-    kv,  # [2, blocks, BLOCK_SIZE, KH, D]
+    kv,  # as in `cache_arguments`
     out,  # [T, H, D], or where contexts are divided [B, H, num_splits, D] fp32
     logs,  # [B, H, num_splits] fp32: log2 of the total weight of a part; parts without keys are not written
     num_splits,
@@ -69,7 +74,9 @@ def decode_kernel(
     table_stride,
     q_token_stride,
     q_head_stride,
+    scales,  # of a cache of codes
     half_stride,
+    page_stride,
     kv_heads,
     slopes,
     window,
@@ -83,6 +90,7 @@ def decode_kernel(
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    CODES: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
     """Grid: (KH * tiles of a group, B, num_splits). Parts begin at multiples of `span`."""
@@ -110,10 +118,13 @@ def decode_kernel(
     place = token.to(tl.int64) * q_token_stride
     queried = tl.load(q + place + (heads * q_head_stride)[:, None] + columns, mask=there, other=0.0)
     positions = tl.full([BLOCK_M], 0, tl.int32) + seq_len - 1
+    scales_here = kv
+    if CODES != "none":
+        scales_here = scales + scales_begin(kv_heads, BLOCK_SIZE, HEAD_DIM) + kv_head
     sums, totals, peaks = attend(
         no_keys(BLOCK_M, WIDTH), queried, positions, head_slopes(slopes, heads, factor, BIAS), kv + kv_head * HEAD_DIM,
-        half_stride, kv_heads * HEAD_DIM, tables + sequence * table_stride, first, end, end,
-        window, scale, factor, True, WINDOWED, BIAS, BLOCK_SIZE, HEAD_DIM, WIDTH, BLOCK_N,
+        scales_here, half_stride, page_stride, kv_heads, tables + sequence * table_stride, first, end, end,
+        window, scale, factor, True, WINDOWED, BIAS, BLOCK_SIZE, HEAD_DIM, WIDTH, BLOCK_N, CODES,
     )  # fmt: skip
     if SPLIT:
         places = (sequence * kv_heads * GROUP + heads) * num_splits + split
@@ -169,8 +180,8 @@ def merge_kernel(
 
 def decode_attention(q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor, batch: Batch, scoring: Scoring) -> None:
     """Rows of `out` [T, H, D], contiguous, of the sequences with one query. q, kv: as in `arguments`."""
-    (kv_heads, head_dim), heads, count = kv.shape[3:], q.shape[1], len(batch.seq_lens)
-    tile = _tile(q.itemsize, head_dim, heads // kv_heads)
+    kv_heads, (heads, head_dim), count = kv.shape[3], q.shape[1:], len(batch.seq_lens)
+    tile = _tile(q.itemsize, head_dim, heads // kv_heads, codes=kv.dtype != q.dtype)
     columns = kv_heads * triton.cdiv(heads // kv_heads, tile.rows)
     seen = batch.max_seq_len if scoring.window is None else min(batch.max_seq_len, scoring.window)
     splits, span = division(columns * count, seen)
@@ -209,11 +220,12 @@ def _merge_sizes(head_dim: int, windowed: bool) -> dict[str, int]:
 def variants() -> list[Variant]:
     found = []
     for case in cases():
-        tile = _tile(case.itemsize, case.head_dim, case.group)
+        tile = _tile(case.itemsize, case.head_dim, case.group, codes=case.codes)
         whole = {"out": f"*{case.dtype}:16", "num_splits": "i32", "span": "i32"}
         parts = {**whole, "out": "*fp32:16", "logs": "*fp32:16"}
-        found.append(case.variant(decode_kernel, tile, AMPERE_ON, parts, {"SPLIT": True}))
-        found.append(case.variant(decode_kernel, tile, AMPERE_ON, whole, {"SPLIT": False, "logs": None}))
+        for chip in AMPERE_ON:
+            found.append(case.variant(decode_kernel, tile, chip, parts, {"SPLIT": True}))
+            found.append(case.variant(decode_kernel, tile, chip, whole, {"SPLIT": False, "logs": None}))
         types = {
             **dict.fromkeys(("parts", "logs"), "*fp32:16"),
             **dict.fromkeys(("query_start", "seq_lens"), "*i32:16"),

@@ -24,6 +24,7 @@ from nanovllm.triton_kernels.attention_tile import (
     is_hopper,
     no_keys,
 )
+from nanovllm.triton_kernels.kv_codes import scales_begin
 from nanovllm.triton_kernels.variant import AMPERE_ON, Variant, launch_options
 
 # (Hopper, bytes of a number, head dimension as a power of two): the largest that neither spill registers nor take more
@@ -37,6 +38,7 @@ _TILES = {
     (False, 2, 256): Tile(64, 32, 8, 2),
     **{(hopper, 4, 64): Tile(32, 32, 8, 2) for hopper in (False, True)},
     **{(hopper, 4, 128): Tile(16, 64, 8, 2) for hopper in (False, True)},
+    **{(hopper, 4, 256): Tile(16, 32, 8, 2) for hopper in (False, True)},
 }
 # Those of prompts and decodes alike: 64 rows, as a decode fills few of them.
 _INVARIANT_TILES = {
@@ -46,10 +48,15 @@ _INVARIANT_TILES = {
     **{(hopper, 2, 128): Tile(64, 32, 4, 3) for hopper in (False, True)},
     **{(hopper, 4, 64): Tile(16, 32, 4, 2) for hopper in (False, True)},
 }
+# To decode them takes registers.
+_CODE_TILES = {(False, 2, 128): Tile(64, 32, 4, 3), (True, 2, 256): Tile(64, 16, 8, 2)}
 
 
-def _tile(hopper: bool, itemsize: int, head_dim: int, invariant: bool) -> Tile:
-    return (_INVARIANT_TILES if invariant else _TILES)[hopper, itemsize, max(64, triton.next_power_of_2(head_dim))]
+def _tile(hopper: bool, itemsize: int, head_dim: int, *, invariant: bool, codes: bool) -> Tile:
+    kind = hopper, itemsize, max(64, triton.next_power_of_2(head_dim))
+    if codes and kind in _CODE_TILES:
+        return _CODE_TILES[kind]
+    return (_INVARIANT_TILES if invariant else _TILES)[kind]
 
 
 class QueryTiles:
@@ -88,7 +95,7 @@ class QueryTiles:
 @triton.jit(do_not_specialize=NOT_SPECIALISED)
 def prompt_kernel(
     q,  # [T, H, D]
-    kv,  # [2, blocks, BLOCK_SIZE, KH, D]
+    kv,  # as in `cache_arguments`
     out,  # [T, H, D], contiguous
     tile_sequences,  # whose queries a tile has; num_sequences behind the last
     tile_starts,  # [B + 1] first tile of each sequence
@@ -99,7 +106,9 @@ def prompt_kernel(
     table_stride,
     q_token_stride,
     q_head_stride,
+    scales,  # of a cache of codes
     half_stride,
+    page_stride,
     kv_heads,
     slopes,
     window,
@@ -113,6 +122,7 @@ def prompt_kernel(
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    CODES: tl.constexpr,
     INVARIANT: tl.constexpr,
 ):
     """Grid: (KH, tiles). INVARIANT: keys are masked from the first on, as the chunk decides which ones all see."""
@@ -137,7 +147,9 @@ def prompt_kernel(
     lowest = context + begin // GROUP
     slope = head_slopes(slopes, heads, factor, BIAS)
     table = tables + sequence.to(tl.int64) * table_stride
-    here = kv + kv_head * HEAD_DIM
+    here, scales_here = kv + kv_head * HEAD_DIM, kv
+    if CODES != "none":
+        scales_here = scales + scales_begin(kv_heads, BLOCK_SIZE, HEAD_DIM) + kv_head
     state = no_keys(BLOCK_M, WIDTH)
     if WINDOWED:
         masked_from = tl.maximum(lowest - window + 1, 0) // BLOCK_N * BLOCK_N
@@ -146,12 +158,14 @@ def prompt_kernel(
     else:
         masked_from = (lowest + 1) // BLOCK_N * BLOCK_N
         state = attend(
-            state, queried, positions, slope, here, half_stride, kv_heads * HEAD_DIM, table, 0, masked_from, end,
-            window, scale, factor, False, WINDOWED, BIAS, BLOCK_SIZE, HEAD_DIM, WIDTH, BLOCK_N,
+            state, queried, positions, slope, here, scales_here, half_stride, page_stride, kv_heads, table,
+            0, masked_from, end, window, scale, factor, False, WINDOWED, BIAS, BLOCK_SIZE, HEAD_DIM, WIDTH, BLOCK_N,
+            CODES,
         )  # fmt: skip
     sums, totals, _ = attend(
-        state, queried, positions, slope, here, half_stride, kv_heads * HEAD_DIM, table, masked_from, end, end,
-        window, scale, factor, True, WINDOWED, BIAS, BLOCK_SIZE, HEAD_DIM, WIDTH, BLOCK_N, INVARIANT,
+        state, queried, positions, slope, here, scales_here, half_stride, page_stride, kv_heads, table,
+        masked_from, end, end, window, scale, factor, True, WINDOWED, BIAS, BLOCK_SIZE, HEAD_DIM, WIDTH, BLOCK_N,
+        CODES, INVARIANT,
     )  # fmt: skip
     places = out + ((tokens * kv_heads * GROUP + heads) * HEAD_DIM)[:, None] + columns
     tl.store(places, (sums / tl.maximum(totals, 1e-30)[:, None]).to(out.dtype.element_ty), mask=there)
@@ -161,8 +175,9 @@ def prompt_attention(
     q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor, batch: Batch, tiles: QueryTiles, scoring: Scoring
 ) -> None:
     """Rows of `out` [T, H, D], contiguous, of the sequences that have tiles. q, kv: as in `arguments`."""
-    kv_heads, head_dim = kv.shape[3:]
-    tile = _tile(is_hopper(q.device), q.itemsize, head_dim, tiles.invariant)
+    kv_heads, head_dim = kv.shape[3], q.shape[2]
+    codes = kv.dtype != q.dtype
+    tile = _tile(is_hopper(q.device), q.itemsize, head_dim, invariant=tiles.invariant, codes=codes)
     sequences, starts = tiles.of(tile.rows, q.shape[1] // kv_heads)
     prompt_kernel[(kv_heads, len(sequences))](
         out=out,
@@ -179,8 +194,8 @@ def variants() -> list[Variant]:
     found = []
     for case in cases():
         for chip, invariant in itertools.product(AMPERE_ON, (False, True)):
-            tile = _tile(chip == 90, case.itemsize, case.head_dim, invariant)
+            tile = _tile(chip == 90, case.itemsize, case.head_dim, invariant=invariant, codes=case.codes)
             types = {"out": f"*{case.dtype}:16", "num_sequences": "i32"}
             types |= dict.fromkeys(("tile_sequences", "tile_starts"), "*i32:16")
-            found.append(case.variant(prompt_kernel, tile, (chip,), types, {"INVARIANT": invariant}))
+            found.append(case.variant(prompt_kernel, tile, chip, types, {"INVARIANT": invariant}))
     return found

@@ -90,7 +90,8 @@ def candidates_kernel(
 def draw(logits: torch.Tensor, settings: torch.Tensor, *, cuts: bool) -> torch.Tensor:
     """Tokens int64 [R] of fp32 logits [R, V].
 
-    settings: float64 [R, 5]: temperature (0: the first of the largest), top_k (0: all), top_p, min_p, uniform.
+    settings: float64 [R, 6]: temperature (0: the first of the largest), top_k (0: all), top_p, min_p, typical_p,
+        uniform.
     cuts: whether any row has one.
     """
     logits = logits if logits.stride(1) == 1 else logits.contiguous()

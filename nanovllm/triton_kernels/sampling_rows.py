@@ -8,7 +8,7 @@ import triton.language as tl
 CHUNK = tl.constexpr(2048)  # tokens of a program
 WINDOWS = tl.constexpr(8)  # one within the other: tokens that are at most 3, 6, ... 24 below the peak
 CAPACITY = tl.constexpr(8192)  # candidates of a row; where there are more, the row itself is searched
-SETTINGS = tl.constexpr(5)  # of a row
+SETTINGS = tl.constexpr(6)  # of a row
 UNITS = tl.constexpr(2.0**42)  # in the mass of the likeliest token; a vocabulary's sum fits into 63 bits
 
 
@@ -35,7 +35,8 @@ def peak_of(peaks, chunks, WIDTH: tl.constexpr):
 
 @triton.jit
 def has_cuts(settings):
-    return (tl.load(settings + 1) > 0) | (tl.load(settings + 2) < 1) | (tl.load(settings + 3) > 0)
+    cuts = (tl.load(settings + 1) > 0) | (tl.load(settings + 2) < 1) | (tl.load(settings + 3) > 0)
+    return cuts | (tl.load(settings + 4) < 1)
 
 
 @triton.jit
@@ -50,7 +51,7 @@ def window_of(settings, counts, sums, totals, chunks, WIDTH: tl.constexpr):
     or more than CAPACITY in it.
 
     top_k's are in it if it has so many tokens; min_p's, if the peak's weight falls below at the edge; top_p's, if there
-    is no other cut, if it has the mass, with a margin as the sums are fp32.
+    is no other cut, if it has the mass, with a margin as the sums are fp32. The typical cut alone may keep any token.
     """
     top_k, top_p, min_p = tl.load(settings + 1), tl.load(settings + 2), tl.load(settings + 3)
     chunk, window = tl.arange(0, WIDTH), tl.arange(0, WINDOWS)

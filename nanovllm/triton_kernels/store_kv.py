@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
+from nanovllm.triton_kernels.kv_codes import cache_arguments, encode, head_sizes, scales_begin
 from nanovllm.triton_kernels.variant import AMPERE_ON, CHIPS, Variant, launch_options
 
 _ROWS = 8  # heads of tokens that a program moves
@@ -15,7 +18,8 @@ _ROWS = 8  # heads of tokens that a program moves
 def store_kv_kernel(
     k,  # [T, KH, D]
     v,
-    kv,  # [2, blocks, block_size, KH, D]
+    kv,  # as in `cache_arguments`
+    scales,
     slots,  # [T] int64
     num_rows,  # T * KH
     num_slots,
@@ -24,7 +28,10 @@ def store_kv_kernel(
     v_token_stride,
     v_head_stride,
     half_stride,
+    page_stride,
     kv_heads,
+    CODES: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
@@ -36,37 +43,49 @@ def store_kv_kernel(
     wanted = (slot >= 0) & (slot < num_slots)
     columns = tl.arange(0, WIDTH)[None, :]
     mask = wanted[:, None] & (columns < HEAD_DIM)
-    keys = tl.load(k + (tokens * k_token_stride + heads * k_head_stride)[:, None] + columns, mask=mask)
-    values = tl.load(v + (tokens * v_token_stride + heads * v_head_stride)[:, None] + columns, mask=mask)
-    places = kv + ((slot * kv_heads + heads) * HEAD_DIM)[:, None] + columns
+    keys = tl.load(k + (tokens * k_token_stride + heads * k_head_stride)[:, None] + columns, mask=mask, other=0.0)
+    values = tl.load(v + (tokens * v_token_stride + heads * v_head_stride)[:, None] + columns, mask=mask, other=0.0)
+    page, place = slot // BLOCK_SIZE, slot % BLOCK_SIZE * kv_heads + heads
+    if CODES != "none":
+        keys, of_keys = encode(keys.to(tl.float32))
+        values, of_values = encode(values.to(tl.float32))
+        scales += page * (page_stride // 4) + scales_begin(kv_heads, BLOCK_SIZE, HEAD_DIM) + place
+        tl.store(scales, of_keys, mask=wanted)
+        tl.store(scales + half_stride // 4, of_values, mask=wanted)
+    places = kv + (page * page_stride + place * HEAD_DIM)[:, None] + columns
     tl.store(places, keys.to(kv.dtype.element_ty), mask=mask)
     tl.store(places + half_stride, values.to(kv.dtype.element_ty), mask=mask)
 
 
 def store_kv(k: torch.Tensor, v: torch.Tensor, kv: torch.Tensor, slots: torch.Tensor) -> None:
-    """k, v: [T, KH, D], last dimension contiguous. kv: [2, blocks, block_size, KH, D], contiguous.
+    """k, v: [T, KH, D], last dimension contiguous. kv: as in `cache_arguments`.
 
     slots: [T] int64; a slot below 0 or beyond the cache is not written.
     Designed against the floor of memory: each number is read once and written once. Not measured yet.
     """
-    tokens, heads, head_dim = k.shape
+    tokens, heads, _ = k.shape
     assert k.stride(2) == v.stride(2) == 1 and kv.is_contiguous()
     store_kv_kernel[(triton.cdiv(tokens * heads, _ROWS),)](
-        *(k, v, kv, slots, tokens * heads, kv.shape[1] * kv.shape[2]),
-        *(k.stride(0), k.stride(1), v.stride(0), v.stride(1), kv.stride(0), heads),
-        **_sizes(head_dim),
+        k=k,
+        v=v,
+        slots=slots,
+        num_rows=tokens * heads,
+        num_slots=kv.shape[1] * kv.shape[2],
+        k_token_stride=k.stride(0),
+        k_head_stride=k.stride(1),
+        v_token_stride=v.stride(0),
+        v_head_stride=v.stride(1),
+        ROWS=_ROWS,
+        **cache_arguments(kv),
         **launch_options(num_warps=4),
     )
 
 
-def _sizes(head_dim: int) -> dict[str, int]:
-    return {"HEAD_DIM": head_dim, "WIDTH": triton.next_power_of_2(head_dim), "ROWS": _ROWS}
-
-
 def variants() -> list[Variant]:
-    strides = ("k_token_stride", "k_head_stride", "v_token_stride", "v_head_stride")
+    strides = ("k_token_stride", "k_head_stride", "v_token_stride", "v_head_stride", "page_stride")
     found = []
-    for given, kept in (("fp32", "fp16"), ("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"), ("fp32", "bf16")):
+    kinds = [("fp32", "fp16"), ("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"), ("fp32", "bf16")]
+    for given, kept in (*kinds, *((given, "u8") for given in ("bf16", "fp16", "fp32"))):
         for head_dim in (256, 128, 80):
             types = {
                 **dict.fromkeys(("k", "v"), f"*{given}:16"),
@@ -76,6 +95,13 @@ def variants() -> list[Variant]:
                 "slots": "*i64:16",
                 "half_stride": "i64:16",
             }
-            chips = AMPERE_ON if "bf16" in (given, kept) else CHIPS
-            found.append(Variant(store_kv_kernel, types, _sizes(head_dim), chips=chips))
+            codes = kept == "u8"
+            sizes: dict[str, Any] = {"CODES": "computed" if codes else "none", "BLOCK_SIZE": 16, "ROWS": _ROWS}
+            sizes |= head_sizes(head_dim)
+            if codes:
+                types["scales"] = "*fp32:16"
+            else:
+                sizes["scales"] = None
+            chips = AMPERE_ON if codes or "bf16" in (given, kept) else CHIPS
+            found.append(Variant(store_kv_kernel, types, sizes, chips=chips))
     return found

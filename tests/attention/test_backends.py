@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nanovllm.attention import base
 from nanovllm.attention.alibi import Alibi, alibi_slopes
-from nanovllm.attention.base import load_backend, require_support, select_backend
+from nanovllm.attention.base import load_backend, select_backend
 from nanovllm.attention.cpu import CPUAttention
 from nanovllm.attention.reference import ReferenceAttention
 from nanovllm.batch import Batch
@@ -298,9 +298,11 @@ def test_queries_that_are_views_of_one_matrix(backend):
 def test_selection(monkeypatch):
     """Of the native one, where it was built: test_native_attention.py; of those for GPUs: test_flash_attention.py."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert select_backend("auto", CPU, torch.float16).name == "cpu"
-    assert select_backend("auto", torch.device("cuda"), torch.bfloat16).name == "reference"
-    assert select_backend("reference", CPU, torch.float32).name == "reference"
+    spec = PagedKVSpec(2, 64, torch.float16)
+    assert select_backend("auto", CPU, [spec], 16).name == "cpu"
+    assert select_backend("auto", torch.device("cuda"), [spec], 16).name == "reference"
+    for device in (CPU, torch.device("cuda")):
+        assert select_backend("reference", device, [spec], 16).name == "reference"
 
 
 @pytest.mark.parametrize("name", base._BACKENDS)
@@ -309,8 +311,5 @@ def test_backends_are_found_by_name(name):
 
 
 def test_a_backend_that_cannot_serve_is_a_config_error_with_the_reason():
-    spec = PagedKVSpec(2, 64, torch.float16)
-    require_support(CPUAttention(), CPU, spec, 16)
-    require_support(ReferenceAttention(), torch.device("cuda"), spec, 16)
     with pytest.raises(ConfigError, match=r"attention_backend='cpu'.*cuda"):
-        require_support(CPUAttention(), torch.device("cuda"), spec, 16)
+        select_backend("cpu", torch.device("cuda"), [PagedKVSpec(2, 64, torch.float16)], 16)

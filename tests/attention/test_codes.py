@@ -7,9 +7,8 @@ import torch
 from test_backends import CPU, MIXED, Step, make_batch
 
 from nanovllm.attention.alibi import Alibi, alibi_slopes
-from nanovllm.attention.base import require_support, select_backend
+from nanovllm.attention.base import select_backend
 from nanovllm.attention.codes import LARGEST, encode, split_pages
-from nanovllm.attention.cpu import CPUAttention
 from nanovllm.attention.gpu import flash_reason
 from nanovllm.attention.reference import ReferenceAttention
 from nanovllm.cache_spec import PagedKVSpec
@@ -55,20 +54,27 @@ def test_codes_and_scales_share_a_page_and_nothing_else(codes):
     assert changed.tolist() == [[page == 2 for page in range(5)]] * 2
 
 
+def cache_of(step: Step, codes: torch.dtype) -> torch.Tensor:
+    """Full of garbage."""
+    shape = step.num_blocks, step.block_size, step.kv_heads, step.head_dim
+    spec = PagedKVSpec(step.kv_heads, step.head_dim, step.dtype, codes=codes)
+    kv = torch.zeros(ReferenceAttention().kv_shape(spec, *shape[:2]), dtype=spec.stored, device=step.device)
+    for part, garbage in zip(split_pages(kv), encode(step.normal(2, *shape), codes), strict=True):
+        part.copy_(garbage)
+    return kv
+
+
 @pytest.mark.parametrize("codes", CODES, ids=str)
 @pytest.mark.parametrize("options", [{}, {"window": 9}, {"alibi": Alibi(alibi_slopes(4))}], ids=str)
 def test_the_reference_attends_over_what_the_codes_stand_for(codes, options):
     step, backend = Step(MIXED), ReferenceAttention()
-    spec = PagedKVSpec(step.kv_heads, step.head_dim, torch.float32, codes=codes)
     q, k, v = (step.normal(sum(new for _, new in MIXED), heads, step.head_dim) for heads in (4, 2, 2))
-    kv = torch.zeros(backend.kv_shape(spec, step.num_blocks, 8), dtype=spec.stored)
+    kv = cache_of(step, codes)
 
     def stands_for() -> torch.Tensor:
         return pages.float() * scales[..., None]
 
     pages, scales = split_pages(kv)
-    for part, garbage in zip((pages, scales), encode(step.normal(2, step.num_blocks, 8, 2, 16), codes), strict=True):
-        part.copy_(garbage)
     plain = stands_for()
     batch = make_batch(MIXED, step.tables, 8, backend)
     found = backend.forward(q, k, v, kv, batch, scale=0.25, **options)
@@ -82,9 +88,9 @@ def test_backends_without_kernels_say_so(codes):
     spec = PagedKVSpec(2, 64, torch.bfloat16, codes=codes)
     assert "set kv_cache_dtype='auto'" in flash_reason(torch.bfloat16, spec)  # also torch_varlen's
     with pytest.raises(ConfigError, match=r"attention_backend='cpu': .* set kv_cache_dtype='auto'"):
-        require_support(CPUAttention(), CPU, spec, 16)
+        select_backend("cpu", CPU, [spec], 16)
 
 
 def test_no_backend_for_all_is_a_config_error():
     with pytest.raises(ConfigError, match=r"native: .* as fp8; .*cpu: .* as fp8"):
-        select_backend("auto", CPU, torch.bfloat16, codes=torch.float8_e4m3fn)
+        select_backend("auto", CPU, [PagedKVSpec(2, 64, torch.bfloat16, codes=torch.float8_e4m3fn)], 16)

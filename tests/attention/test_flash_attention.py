@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -17,6 +18,7 @@ from nanovllm.attention.base import select_backend
 from nanovllm.attention.flash import FlashAttention
 from nanovllm.attention.torch_varlen import TorchVarlenAttention
 from nanovllm.cache_spec import PagedKVSpec
+from nanovllm.errors import ConfigError
 
 pytest.importorskip("triton")
 CUDA = torch.device("cuda")
@@ -170,7 +172,7 @@ def install(monkeypatch, *packages: str) -> None:
 def test_what_auto_takes_on_a_gpu(monkeypatch, hopper, caplog, packages, block_size, chosen):
     install(monkeypatch, *packages)
     caplog.set_level("INFO", base.logger.name)
-    assert select_backend("auto", CUDA, torch.bfloat16, block_size).name == chosen
+    assert select_backend("auto", CUDA, [SPEC], block_size).name == chosen
     if chosen == "triton":
         reason = "flash-attn 2 reads pages of a multiple of 256" if packages else "flash-attn is not installed"
         assert f"attention triton: flash: {reason}" in caplog.text
@@ -179,7 +181,31 @@ def test_what_auto_takes_on_a_gpu(monkeypatch, hopper, caplog, packages, block_s
 
 
 def test_what_no_kernel_serves_goes_to_the_reference(hopper):
-    assert select_backend("auto", CUDA, torch.bfloat16, 8).name == "reference"
+    assert select_backend("auto", CUDA, [SPEC], 8).name == "reference"
+
+
+@pytest.mark.parametrize(
+    ("change", "chosen", "reason"),
+    [
+        ({}, "flash", None),
+        ({"alibi": True}, "triton", "flash: has no ALiBi as this model needs it"),
+        ({"head_dim": 100}, "triton", "flash: takes head sizes up to 256 in steps of 8, not 100"),
+        ({"dtype": torch.float32}, "triton", "flash: has no kernels for torch.float32"),
+        ({"dtype": torch.float32, "head_dim": 256}, "triton", "flash: has no kernels for torch.float32"),
+        ({"head_dim": 288}, "reference", "triton: takes head sizes up to 256, not 288"),
+    ],
+    ids=str,
+)
+def test_auto_takes_what_serves_every_layer(monkeypatch, hopper, caplog, change, chosen, reason):
+    """It took flash by the device alone, and a model with ALiBi, odd heads or float32 was refused."""
+    install(monkeypatch, "flash_attn")
+    caplog.set_level("INFO", base.logger.name)
+    assert select_backend("auto", CUDA, [SPEC, replace(SPEC, **change)], 256).name == chosen
+    assert len(caplog.messages) == (reason is not None)
+    assert reason is None or (reason in caplog.text and "set attention_backend" not in caplog.text)
+    if chosen != "flash":
+        with pytest.raises(ConfigError, match=r"attention_backend='flash': .*set attention_backend='triton'"):
+            select_backend("flash", CUDA, [SPEC, replace(SPEC, **change)], 256)
 
 
 @pytest.mark.parametrize(

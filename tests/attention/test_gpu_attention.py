@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_cases import CASES, DEVICE
+from gpu_cases import CASES, CODED, DEVICE
 
 from nanovllm.attention.base import load_backend
 from nanovllm.cache_spec import PagedKVSpec
@@ -22,3 +22,9 @@ def test_steps(name, dtype, case):
     if reason is not None:
         pytest.skip(reason)
     case.check(backend, dtype)
+
+
+@pytest.mark.parametrize("name", [*CODED, "head of 128", "head of 256", "long chunk"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_codes(dtype, name):
+    CASES[name].check_codes(load_backend("triton"), dtype)

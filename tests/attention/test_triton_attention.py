@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from gpu_cases import CASES, DEVICE, MIXED, Case
+from gpu_cases import CASES, CODED, DEVICE, MIXED, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_backends import CPU, SharedPages, Step, make_batch
 
 from nanovllm.attention.alibi import Alibi
-from nanovllm.attention.base import require_support, select_backend
+from nanovllm.attention.base import select_backend
+from nanovllm.attention.codes import encode, split_pages
 from nanovllm.attention.reference import ReferenceAttention
 from nanovllm.attention.triton import InvariantTritonAttention, TritonAttention
 from nanovllm.batch import Batch
@@ -19,9 +20,13 @@ from nanovllm.cache_spec import PagedKVSpec
 from nanovllm.errors import ConfigError
 
 pytest.importorskip("triton")
+import triton
+import triton.language as tl
 from invariant_cases import dots_in_order
+from kernels import normal
 
 from nanovllm.triton_kernels import decode_attention
+from nanovllm.triton_kernels.kv_codes import codes_on, decode
 from nanovllm.triton_kernels.prompt_attention import QueryTiles
 from nanovllm.triton_kernels.store_kv import store_kv
 
@@ -208,7 +213,7 @@ SPEC = PagedKVSpec(2, 64, torch.float32)
 @pytest.mark.parametrize(
     ("changes", "block_size", "reason"),
     [
-        ({"head_dim": 129}, 16, "head sizes of torch.float32 up to 128, not 129"),
+        ({"head_dim": 257}, 16, "head sizes up to 256, not 257; set attention_backend='reference'"),
         ({"head_dim": 257, "dtype": torch.float16}, 16, "up to 256, not 257"),
         ({"dtype": torch.float64}, 16, "no kernels for torch.float64"),
         ({}, 8, "a power of two from 16, not 8"),
@@ -219,16 +224,67 @@ SPEC = PagedKVSpec(2, 64, torch.float32)
 def test_what_it_does_not_serve_is_a_config_error(changes, block_size, reason):
     spec = PagedKVSpec(**{"num_kv_heads": 2, "head_dim": 64, "dtype": torch.float32, **changes})
     with pytest.raises(ConfigError, match=f"attention_backend='triton'.*{reason}"):
-        require_support(BACKEND, DEVICE, spec, block_size)
-    require_support(BACKEND, DEVICE, SPEC, 16)
+        select_backend("triton", DEVICE, [SPEC, spec], block_size)
+    assert select_backend("triton", DEVICE, [SPEC], 16).name == "triton"
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="of the interpreter")
 def test_the_interpreter_runs_only_for_who_asks_for_it(monkeypatch):
     import triton
 
-    assert select_backend("auto", CPU, torch.float32).name != "triton"
-    assert select_backend("triton", CPU, torch.float32).unsupported_reason(CPU, torch.float32, SPEC, 16) is None
+    assert select_backend("auto", CPU, [SPEC], 16).name != "triton"
+    assert select_backend("triton", CPU, [SPEC], 16).name == "triton"
     assert "interpreter cannot multiply bfloat16" in BACKEND.unsupported_reason(CPU, torch.bfloat16, SPEC, 16)
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     assert BACKEND.unsupported_reason(CPU, torch.float32, SPEC, 16) == "runs on NVIDIA GPUs, not on cpu"
+
+
+@pytest.mark.parametrize("name", CODED)
+def test_codes(name):
+    CASES[name].check_codes(BACKEND, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["GQA", "head of 80"])
+def test_codes_for_queries_in_float16(name):
+    CASES[name].check_codes(BACKEND, torch.float16)
+
+
+def test_codes_invariant():
+    CASES["GQA"].check_codes(InvariantTritonAttention(), torch.float32)
+
+
+def test_codes_are_the_nearest():
+    """Where two are as near, the even one; from both sides of every step, and below the smallest normal code."""
+    codes = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    middles = (codes[1:] + codes[:-1]) / 2
+    near = torch.cat([codes, middles, middles * (1 - 1e-6), middles * (1 + 1e-6)])
+    check_stored(torch.stack([near, -near])[None])
+    check_stored(normal(400, 4, 80).bfloat16())  # many of which lie in a middle, but for rounding
+
+
+def check_stored(x: torch.Tensor) -> None:
+    """As keys, and thrice as values."""
+    x, (tokens, heads, head_dim) = x.to(DEVICE), x.shape
+    kv = torch.zeros(2, -(-tokens // 16), 16, heads, head_dim + 4, dtype=torch.float8_e4m3fn, device=DEVICE)
+    store_kv(x, 3 * x, kv, torch.arange(tokens, device=DEVICE))
+    pages, scales = (part.flatten(1, 2)[:, :tokens] for part in split_pages(kv))
+    for i, values in enumerate((x, 3 * x)):
+        wanted, scale = encode(values, torch.float8_e4m3fn)
+        assert torch.equal(pages[i].contiguous().view(torch.uint8), wanted.view(torch.uint8))
+        assert torch.equal(scales[i], scale)
+
+
+@triton.jit
+def decode_kernel(codes, out, count, N: tl.constexpr, CODES: tl.constexpr):
+    place = tl.arange(0, N)
+    tl.store(out + place, decode(tl.load(codes + place, place < count, 0), out.dtype.element_ty, CODES), place < count)
+
+
+def test_every_code_is_read_as_what_it_stands_for():
+    """But for those that are no number, which no key or value becomes."""
+    codes = torch.arange(256, dtype=torch.uint8, device=DEVICE)
+    codes = codes[codes & 0x7F != 0x7F]
+    found = torch.empty(len(codes), dtype=torch.float16, device=DEVICE)
+    how = codes_on(DEVICE)
+    decode_kernel[(1,)](codes, found, len(codes), 256, how)
+    assert torch.equal(found.float() * (256 if how == "computed" else 1), codes.view(torch.float8_e4m3fn).float())

@@ -12,8 +12,10 @@ from nanovllm.errors import ConfigError
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("family", ["llama", "falcon-rw-1b"])
-def test_greedy_text_is_that_of_the_reference(tiny_model, family):
+@pytest.mark.parametrize(
+    ("family", "cache"), [("llama", "auto"), ("falcon-rw-1b", "auto"), ("llama", "fp8")], ids=lambda value: value
+)
+def test_greedy_text_is_that_of_the_reference(tiny_model, family, cache):
     """Prompts in chunks, beside decodes; one prompt begins as another."""
     random = np.random.default_rng(0)
     prompts = [random.integers(2, 128, n).tolist() for n in (1, 40, 60)]
@@ -27,6 +29,7 @@ def test_greedy_text_is_that_of_the_reference(tiny_model, family):
             device=DEVICE.type,
             dtype="float32",
             attention_backend=backend,
+            kv_cache_dtype=cache,
             max_num_batched_tokens=48,
             max_num_seqs=4,
             num_kvcache_blocks=40,

@@ -9,6 +9,7 @@ import torch
 from kernels import native_library
 
 from nanovllm.attention.base import select_backend
+from nanovllm.cache_spec import PagedKVSpec
 from nanovllm.cli.main import main
 from nanovllm.cli.row_bits import first_module, same_bits
 from nanovllm.engine.runner import model_runner
@@ -17,7 +18,7 @@ from nanovllm.layers.mlp import GatedMLP
 from nanovllm.models.base import CausalLM
 
 native_library()  # torch's bits do depend
-FP32 = select_backend("auto", torch.device("cpu"), torch.float32, 16)
+FP32 = select_backend("auto", torch.device("cpu"), [PagedKVSpec(2, 64, torch.float32)], 16)
 
 
 @pytest.fixture

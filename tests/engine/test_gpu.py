@@ -5,6 +5,7 @@ Bodies run here too, on the CPU with Triton's kernels interpreted, for one small
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 
@@ -118,9 +119,12 @@ def test_ranks_sum_by_nccl_within_graphs(tiny_model, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_a_worker_process_has_the_next_step_waiting(tiny_model):
-    plain, _ = generated(tiny_model("llama"), **ON_GPU)
-    found, _ = generated(tiny_model("llama"), **ON_GPU, executor="mp")
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_a_worker_process_has_the_next_step_waiting(tiny_model, penalty):
+    """Penalties read tokens that no process's host knows yet."""
+    params = dataclasses.replace(GREEDY, repetition_penalty=penalty)
+    plain, _ = generated(tiny_model("llama"), params, **ON_GPU, async_scheduling=False)
+    found, _ = generated(tiny_model("llama"), params, **ON_GPU, executor="mp")
     agree(found, plain, 1e-3)
 
 

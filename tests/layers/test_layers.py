@@ -7,7 +7,6 @@ import torch
 from kernels import normal
 from torch import nn
 
-from nanovllm.attention.reference import ReferenceAttention
 from nanovllm.build_context import BuildContext
 from nanovllm.distributed.group import TPGroup
 from nanovllm.errors import ConfigError, ModelNotSupported
@@ -27,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def context(dtype=torch.float32, max_model_len=128, tp=None) -> BuildContext:
-    return BuildContext(CPU, dtype, ReferenceAttention(), max_model_len, tp or TPGroup())
+    return BuildContext(CPU, dtype, max_model_len, tp or TPGroup())
 
 
 # --- normalisation and activation ----------------------------------------------------------

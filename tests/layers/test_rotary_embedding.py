@@ -15,7 +15,6 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.llama import modeling_llama
 
-from nanovllm.attention.reference import ReferenceAttention
 from nanovllm.build_context import BuildContext
 from nanovllm.errors import ModelNotSupported
 from nanovllm.layers.rotary_embedding import (
@@ -37,7 +36,7 @@ LLAMA3 = {
 
 
 def context(max_model_len: int = 128) -> BuildContext:
-    return BuildContext(torch.device("cpu"), torch.float32, ReferenceAttention(), max_model_len)
+    return BuildContext(torch.device("cpu"), torch.float32, max_model_len)
 
 
 def hf_llama(config: dict, head_dim: int) -> LlamaConfig:

@@ -25,8 +25,7 @@ def ops(request):
     plain = sampler.sample
 
     def sample(logits, rows):
-        token_ids, logprobs = plain(logits, rows, request.param)
-        return token_ids.numpy(), logprobs
+        return plain(logits, rows, request.param).to_host(lambda *found: found).result()
 
     with mock.patch.object(sampler, "sample", sample):
         yield request.param
@@ -451,7 +450,8 @@ def test_the_greedy_token_is_the_first_of_the_likeliest():
 
 def test_token_logprobs_of_given_tokens(ops):
     logprobs = torch.tensor([[0.1, 0.2, 0.7], [0.5, 0.25, 0.25]]).log()
-    one, other = ops.token_logprobs(logprobs, torch.tensor([0, 2]), [2, 0])
+    table = ops.token_logprobs(logprobs, torch.tensor([0, 2]), [2, 0])
+    one, other = table.read(table.values.numpy())
     assert (one.token_ids.tolist(), one.rank) == ([0, 2, 1], 3)
     assert np.exp(one.logprobs) == pytest.approx([0.1, 0.7, 0.2])
     assert (other.token_ids.tolist(), other.rank) == ([2], 2)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from tiny_models import TINY
 
-from nanovllm.attention.reference import ReferenceAttention
 from nanovllm.build_context import BuildContext
 from nanovllm.errors import WeightError
 from nanovllm.models.registry import model_class
@@ -23,7 +22,7 @@ def family(request, tiny_model):
     """The tensors on disk, problem(tensors) -> the message, known_as(name) -> the name after renaming."""
     checkpoint = open_checkpoint(tiny_model(request.param))
     cls = model_class(checkpoint.config["architectures"])
-    ctx = BuildContext(torch.device("cpu"), torch.float32, ReferenceAttention(), 64)
+    ctx = BuildContext(torch.device("cpu"), torch.float32, 64)
     model = cls(cls.config_class.from_hf(checkpoint.config), ctx)
 
     def problem(tensors: list[LazyTensor]) -> str:

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import TINY
 
-from nanovllm.attention.reference import ReferenceAttention
 from nanovllm.build_context import BuildContext
 from nanovllm.models.base import CausalLM
 from nanovllm.models.registry import model_class
@@ -20,7 +19,7 @@ from nanovllm.weights.checkpoint import open_checkpoint
 def loaded(path: Path) -> CausalLM:
     checkpoint = open_checkpoint(path)
     cls = model_class(checkpoint.config["architectures"])
-    ctx = BuildContext(torch.device("cpu"), torch.float32, ReferenceAttention(), 64)
+    ctx = BuildContext(torch.device("cpu"), torch.float32, 64)
     model = cls(cls.config_class.from_hf(checkpoint.config), ctx)
     model.load(checkpoint)
     return model

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from test_parity import all_logits
 
 from nanovllm import LLM
-from nanovllm.attention.reference import ReferenceAttention
 from nanovllm.build_context import BuildContext
 from nanovllm.models.gemma3 import Gemma3Config, Gemma3Model
 
@@ -45,5 +44,5 @@ def test_the_language_model_of_a_multimodal_file(tiny_model, tmp_path, family, p
 def test_embedding_scale_is_rounded_to_the_dtype_of_the_weights(dtype, scale):
     sizes = {"num_hidden_layers": 1, "vocab_size": 8, "hidden_size": 3072, "intermediate_size": 8, "head_dim": 2}
     config = Gemma3Config.from_hf(sizes)
-    model = Gemma3Model(config, BuildContext(torch.device("cpu"), dtype, ReferenceAttention(), 16))
+    model = Gemma3Model(config, BuildContext(torch.device("cpu"), dtype, 16))
     assert model._embed_scale == pytest.approx(scale, abs=1e-6)

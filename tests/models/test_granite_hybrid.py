@@ -14,7 +14,6 @@ from tiny_models import TINY, make_tiny_model
 from transformers import GraniteMoeHybridConfig as TheirConfig
 
 from nanovllm import LLM
-from nanovllm.attention.reference import ReferenceAttention
 from nanovllm.build_context import BuildContext
 from nanovllm.cache_spec import StateSpec
 from nanovllm.errors import ModelNotSupported
@@ -72,7 +71,7 @@ def test_the_published_350m():
     assert [i for i, kind in enumerate(config.layer_types) if kind == "attention"] == [10, 13, 17, 27]
     assert (config.mamba.conv_size, config.mamba.inner_size, config.head_dim) == (1792, 1536, 64)
     assert config.attention_multiplier == 1 / 64 and config.position_embedding_type == "nope"
-    ctx = BuildContext(torch.device("meta"), torch.bfloat16, ReferenceAttention(), 64)
+    ctx = BuildContext(torch.device("meta"), torch.bfloat16, 64)
     model = GraniteMoeHybridForCausalLM(config, ctx)
     assert model.model.rotary_emb is None
     specs = [layer.cache_spec for layer in model.modules() if isinstance(layer, CachedLayer)]

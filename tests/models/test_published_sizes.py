@@ -10,7 +10,6 @@ import torch
 from published_sizes import PUBLISHED
 
 from benchmarks.models import SHAPES
-from nanovllm.attention.reference import ReferenceAttention
 from nanovllm.build_context import BuildContext
 from nanovllm.layers.weight_layer import WeightLayer
 from nanovllm.models.registry import model_class
@@ -22,7 +21,7 @@ ROUNDED = ("mosaicml/mpt-30b", "tiiuae/falcon-11B", "tiiuae/falcon-180B", "ibm-g
 def test_parameters(name):
     architecture, config, published = PUBLISHED[name]
     cls = model_class([architecture])
-    ctx = BuildContext(torch.device("meta"), torch.bfloat16, ReferenceAttention(), 64)
+    ctx = BuildContext(torch.device("meta"), torch.bfloat16, 64)
     model = cls(cls.config_class.from_hf(config), ctx)
     layers = (layer for layer in model.modules() if isinstance(layer, WeightLayer))
     found = sum(

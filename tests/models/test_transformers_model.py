@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from test_parity import GREEDY, TINY_TOLERANCE, Reference, all_logits, prompts_for
 
 from nanovllm import LLM, ConfigError, ModelNotSupported, SamplingParams, WeightError
-from nanovllm.attention.reference import ReferenceAttention
 from nanovllm.build_context import BuildContext
 from nanovllm.cache_spec import PagedKVSpec
 from nanovllm.config import EngineConfig
@@ -382,6 +381,6 @@ def test_several_ranks_are_refused(olmo2):
     read = TransformersConfig.from_hf(json.loads((olmo2 / "config.json").read_text()))
     config = EngineConfig(str(olmo2), device="cpu").resolve(checkpoint_dtype="float32", max_positions=512, cuda=False)
 
-    ctx = BuildContext(torch.device("cpu"), torch.float32, ReferenceAttention(), config.max_model_len, TPGroup(0, 2))
+    ctx = BuildContext(torch.device("cpu"), torch.float32, config.max_model_len, TPGroup(0, 2))
     with pytest.raises(ConfigError, match="set tensor_parallel_size=1"):
         TransformersForCausalLM(read, ctx)

@@ -58,10 +58,17 @@ def test_rows_of_their_own_are_asked_of_the_kernels_that_give_them(interpreter):
             select_ops(name, device, torch.bfloat16, batch_invariant=True)
     with pytest.raises(ConfigError, match="kernels='triton': runs on CUDA devices, not on cpu"):
         select_ops("triton", CPU, torch.float32, batch_invariant=True)
-    with pytest.raises(ConfigError, match=r"attention_backend='flash' computes .*; set attention_backend='triton'"):
-        select_backend("flash", CUDA, torch.bfloat16, batch_invariant=True)
-    assert type(select_backend("auto", CUDA, torch.bfloat16, batch_invariant=True)).__name__.startswith("Invariant")
-    assert select_backend("auto", CPU, torch.bfloat16, batch_invariant=True).name == "native"
+    for name in ("auto", "triton"):
+        assert type(select_backend(name, CUDA, [], 16, batch_invariant=True)).__name__ == "InvariantTritonAttention"
+    assert type(select_backend("triton", CPU, [], 16, batch_invariant=True)).__name__ == "InvariantTritonAttention"
+    assert select_backend("auto", CPU, [], 16, batch_invariant=True).name == "native"
+
+
+@pytest.mark.parametrize(("device", "name", "own"), [("cuda", "flash", "triton"), ("cpu", "cpu", "native")])
+def test_attention_of_their_own_is_asked_of_the_backends_that_give_it(device, name, own):
+    config = EngineConfig(model="m", device=device, batch_invariant=True, attention_backend=name)
+    with pytest.raises(ConfigError, match=f"attention_backend='{name}' computes .*; set attention_backend='{own}'"):
+        config.resolve(checkpoint_dtype="bfloat16", max_positions=64, cuda=True)
 
 
 def test_activations_of_8_bits_take_tritons_kernels():

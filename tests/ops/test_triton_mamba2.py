@@ -1,4 +1,4 @@
-"""Mamba2's Triton kernels against torch's ops, interpreted on the CPU."""
+"""Mamba2's Triton kernels against torch's ops."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton")
-if torch.cuda.is_available():
-    pytest.skip("where there is a GPU, kernels are compiled: see test_triton_mamba2_gpu.py", allow_module_level=True)
 
 import triton_mamba2_cases as cases
 from mamba2_cases import SIZES, make_batch
@@ -18,7 +16,13 @@ from nanovllm.ops.triton_ops import TritonOps
 from nanovllm.triton_kernels.mamba2_plan import CELL, STRETCH, plan_mamba2
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+BFLOAT16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BFLOAT16], ids=str)
+
+
+def those(mark: pytest.MarkDecorator, *dtypes: torch.dtype) -> list:
+    """Every variant in these dtypes."""
+    return [pytest.param(variant, dtype, marks=mark) for variant in cases.MORE for dtype in dtypes]
 
 
 @pytest.mark.parametrize(
@@ -27,37 +31,48 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=st
         *(("groups", torch.float32), ("odd", torch.float32), ("wide", torch.float16)),
         *(pytest.param(v, torch.float32, marks=pytest.mark.slow) for v in ("plain", "limited", "no-history", "wide")),
         *(pytest.param(v, torch.float16, marks=pytest.mark.slow) for v in cases.VARIANTS),
+        *those(pytest.mark.gpu, torch.bfloat16, torch.float16, torch.float32),
     ],
 )
-def test_mixed_steps_are_those_of_torch(variant, dtype):
-    cases.check_mixed_steps("cpu", dtype, variant)
+def test_mixed_steps_are_those_of_torch(device, variant, dtype):
+    cases.check_mixed_steps(device, dtype, variant)
 
 
 @pytest.mark.parametrize(
     ("variant", "dtype"),
-    [("plain", torch.float16), *(pytest.param(v, torch.float32, marks=pytest.mark.slow) for v in cases.MORE)],
+    [
+        ("plain", torch.float16),
+        *those(pytest.mark.slow, torch.float32),
+        *those(pytest.mark.gpu, torch.bfloat16, torch.float16, torch.float32),
+    ],
 )
-def test_a_cut_between_cells_changes_no_bit(variant, dtype):
-    cases.check_cuts_change_no_bit("cpu", dtype, variant)
+def test_a_cut_between_cells_changes_no_bit(device, variant, dtype):
+    cases.check_cuts_change_no_bit(device, dtype, variant)
 
 
 @DTYPES
-def test_padded_rows_harm_nobody(dtype):
-    cases.check_padding("cpu", dtype)
-
-
-def test_an_infinite_sequence_spoils_only_itself():
-    cases.check_infinite_sequence("cpu", torch.float32)
+def test_padded_rows_harm_nobody(device, dtype):
+    cases.check_padding(device, dtype)
 
 
 @DTYPES
-def test_a_norm_over_several_ranks(dtype):
-    cases.check_several_ranks("cpu", dtype)
+def test_an_infinite_sequence_spoils_only_itself(device, dtype):
+    cases.check_infinite_sequence(device, dtype)
+
+
+@DTYPES
+def test_a_norm_over_several_ranks(device, dtype):
+    cases.check_several_ranks(device, dtype)
 
 
 @pytest.mark.parametrize(("dt_bias", "A_log"), [(40.0, 5.0), (-30.0, -8.0), (60.0, -8.0), (-3.0, 5.0)])
-def test_extreme_decays(dt_bias, A_log):
-    cases.check_extreme_decays("cpu", dt_bias, A_log)
+def test_extreme_decays(device, dt_bias, A_log):
+    cases.check_extreme_decays(device, dt_bias, A_log)
+
+
+@pytest.mark.gpu
+def test_a_decoding_step_can_be_captured_and_replayed():
+    cases.check_capture()
 
 
 def test_the_state_is_torchs_with_a_grid_of_cells():

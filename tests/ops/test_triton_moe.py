@@ -1,4 +1,4 @@
-"""The Triton kernels of mixtures of experts against torch's ops, interpreted on the CPU."""
+"""The Triton kernels of mixtures of experts against torch's ops."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton")
-if torch.cuda.is_available():
-    pytest.skip("where there is a GPU, kernels are compiled: see test_triton_moe_gpu.py", allow_module_level=True)
 
 import triton_moe_cases as cases
 from kernels import normal
@@ -23,23 +21,31 @@ from nanovllm.ops.base import Ops
 from nanovllm.weights.loader import fill_dummy_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+BFLOAT16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BFLOAT16], ids=str)
+LARGE = (300, 128, 8, 512, 192)
 
 
 @settings(max_examples=10, deadline=None)
 @given(data=st.data())
-def test_routes_are_those_of_torch(data):
+def test_routes_are_those_of_torch(device, data):
     experts = data.draw(st.integers(1, 130))
-    cases.check_route("cpu", data.draw(st.integers(1, 40)), experts, data.draw(st.integers(1, min(experts, 9))))
+    cases.check_route(device, data.draw(st.integers(1, 40)), experts, data.draw(st.integers(1, min(experts, 9))))
 
 
-@pytest.mark.parametrize("k", range(1, 6))
-def test_any_number_of_choices(k):
-    cases.check_route("cpu", 7, 5, k)
+@pytest.mark.parametrize(
+    ("tokens", "experts", "k"),
+    [
+        *((7, 5, k) for k in range(1, 6)),
+        *(pytest.param(*sizes, marks=pytest.mark.gpu) for sizes in ((40, 128, 8), (1000, 62, 6))),
+    ],
+)
+def test_any_number_of_choices(device, tokens, experts, k):
+    cases.check_route(device, tokens, experts, k)
 
 
-def test_scores_that_are_no_numbers():
-    cases.check_odd_scores("cpu")
+def test_scores_that_are_no_numbers(device):
+    cases.check_odd_scores(device)
 
 
 @pytest.mark.parametrize(
@@ -48,44 +54,62 @@ def test_scores_that_are_no_numbers():
         *((shape, torch.float16) for shape in (*cases.SHAPES, cases.MANY_ROWS)),
         *((shape, torch.float32) for shape in cases.SHAPES[:2]),
         *(pytest.param(shape, torch.float32, marks=pytest.mark.slow) for shape in (*cases.SHAPES[2:], cases.MANY_ROWS)),
+        *(
+            pytest.param(shape, torch.bfloat16, marks=pytest.mark.gpu)
+            for shape in (*cases.SHAPES, cases.MANY_ROWS, LARGE)
+        ),
+        *(pytest.param(LARGE, dtype, marks=pytest.mark.gpu) for dtype in (torch.float16, torch.float32)),
     ],
     ids=str,
 )
-def test_mixtures(shape, dtype):
-    cases.check_mixture("cpu", dtype, shape)
-
-
-def test_another_activation():
-    cases.check_mixture("cpu", torch.float32, cases.SHAPES[1], "gelu_pytorch_tanh")
+def test_mixtures(device, shape, dtype):
+    cases.check_mixture(device, dtype, shape)
 
 
 @DTYPES
-def test_only_chosen_experts_count(dtype):
-    cases.check_few_experts_chosen("cpu", dtype)
+def test_another_activation(device, dtype):
+    cases.check_mixture(device, dtype, cases.SHAPES[1], "gelu_pytorch_tanh")
 
 
 @DTYPES
-def test_experts_that_are_elsewhere_give_nothing(dtype):
-    cases.check_experts_elsewhere("cpu", dtype)
+def test_only_chosen_experts_count(device, dtype):
+    cases.check_few_experts_chosen(device, dtype)
 
 
 @DTYPES
-def test_a_token_has_the_same_bits_in_any_company(dtype):
-    cases.check_company("cpu", dtype)
+def test_experts_that_are_elsewhere_give_nothing(device, dtype):
+    cases.check_experts_elsewhere(device, dtype)
+
+
+@DTYPES
+def test_a_token_has_the_same_bits_in_any_company(device, dtype):
+    cases.check_company(device, dtype)
 
 
 @settings(max_examples=10, deadline=None)
 @given(data=st.data())
-def test_pairs_in_tiles(data):
+def test_pairs_in_tiles(device, data):
     experts = data.draw(st.integers(1, 40))
     tokens, k = data.draw(st.sampled_from([1, 2, 30, 300])), data.draw(st.integers(1, min(experts, 4)))
     start = data.draw(st.integers(0, experts - 1))
-    cases.check_groups("cpu", tokens, experts, k, slice(start, data.draw(st.integers(start + 1, experts))))
+    cases.check_groups(device, tokens, experts, k, slice(start, data.draw(st.integers(start + 1, experts))))
 
 
-def test_many_pairs_in_tiles():
+def test_many_pairs_in_tiles(device):
     """Blocks of pairs are larger then."""
-    cases.check_groups("cpu", 8200, 3, 2, slice(0, 3))
+    cases.check_groups(device, 8200, 3, 2, slice(0, 3))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 300, 40000])
+def test_pairs_of_many_experts(device, tokens):
+    cases.check_groups(device, tokens, 128, 8, slice(0, 128))
+    cases.check_groups(device, tokens, 128, 8, slice(32, 64))
+
+
+@pytest.mark.gpu
+def test_a_mixture_can_be_captured_and_replayed():
+    cases.check_capture()
 
 
 def build(ops: Ops, tp: TPGroup, **options: bool) -> SparseMoE:

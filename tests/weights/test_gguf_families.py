@@ -13,7 +13,6 @@ from gguf_converter import FAMILIES, Kind, convert
 from safetensors.torch import load_file
 from tiny_models import make_tiny_model
 
-from nanovllm.attention.reference import ReferenceAttention
 from nanovllm.build_context import BuildContext
 from nanovllm.errors import ModelNotSupported, WeightError
 from nanovllm.layers.rotary_embedding import RopeConfig, inverse_frequencies
@@ -96,7 +95,7 @@ def test_a_model_loads_the_same_from_either_format(directory, tmp_path, family):
         GGUFCheckpoint(convert(directory(family), tmp_path / "m.gguf")),
     ):
         cls = model_class(checkpoint.config["architectures"])
-        ctx = BuildContext(torch.device("cpu"), torch.float32, ReferenceAttention(), 64)
+        ctx = BuildContext(torch.device("cpu"), torch.float32, 64)
         models.append(cls(cls.config_class.from_hf(checkpoint.config), ctx))
         load_weights(models[-1], checkpoint.tensors(), models[-1].weight_rules)
     for one, other in zip(models[0].named_parameters(), models[1].named_parameters(), strict=True):

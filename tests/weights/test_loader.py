@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nanovllm.attention.reference import ReferenceAttention
 from nanovllm.build_context import BuildContext
 from nanovllm.errors import WeightError
 from nanovllm.layers.weight_layer import WeightLayer
@@ -17,7 +16,7 @@ from nanovllm.weights.tensor_source import LazyTensor
 
 
 def build(config: dict, dtype=torch.float32) -> LlamaForCausalLM:
-    ctx = BuildContext(torch.device("cpu"), dtype, ReferenceAttention(), 64)
+    ctx = BuildContext(torch.device("cpu"), dtype, 64)
     return LlamaForCausalLM(LlamaConfig.from_hf(config), ctx)
 
 

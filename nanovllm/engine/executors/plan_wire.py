@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nanovllm.engine.step import PlannedSequence, StepPlan
-from nanovllm.sample_row import SampleRow
+from nanovllm.sample_row import PENDING, SampleRow
 
 
 class WirePlan(NamedTuple):
@@ -17,6 +17,8 @@ class WirePlan(NamedTuple):
         stop_ids if it samples, else None, and the row that it follows.
     token_ids, pages: of all sequences, int32, end to end.
     samples: {row: SampleRow} of those that the reader does not know.
+    resolved: of each other one that samples: the last output token but one, which may have been pending when it
+        crossed; int32.
     prompts: {row: (num_prompt_logprobs, prompt_targets)}.
     """
 
@@ -24,6 +26,7 @@ class WirePlan(NamedTuple):
     token_ids: bytes
     pages: bytes
     samples: dict[int, SampleRow]
+    resolved: bytes
     prompts: dict[int, tuple[int | None, np.ndarray]]
 
 
@@ -36,12 +39,15 @@ class PlanWriter:
 
     def write(self, plan: StepPlan) -> WirePlan:
         sequences, indices, samples, prompts = plan.sequences, {}, {}, {}
+        resolved: list[int] = []
         known = self._indices
         for i, s in enumerate(sequences):
             if s.sample is not None:
                 index = indices[s.seq_id] = s.sample.index
                 if known.get(s.seq_id) != index - 1 or len(s.token_ids) != 1:
                     samples[i] = s.sample
+                else:
+                    resolved.append(s.sample.output[-2] if index > 1 else PENDING)
             if s.prompt_targets is not None:
                 prompts[i] = s.num_prompt_logprobs, s.prompt_targets
         self._indices = indices
@@ -58,6 +64,7 @@ class PlanWriter:
             np.concatenate([s.token_ids for s in sequences]).tobytes(),
             np.concatenate([s.block_table for s in sequences]).tobytes(),
             samples,
+            np.array(resolved, dtype=np.int32).tobytes(),
             prompts,
         )
 
@@ -72,6 +79,7 @@ class PlanReader:
     def read(self, wire: WirePlan) -> StepPlan:
         token_ids = np.frombuffer(wire.token_ids, np.int32).copy()  # pending ones are to be filled in
         pages = np.frombuffer(wire.pages, np.int32)
+        resolved = iter(np.frombuffer(wire.resolved, np.int32))
         known: dict[int, SampleRow] = {}
         tokens: dict[int, np.ndarray] = {}
         planned: list[PlannedSequence] = []
@@ -84,7 +92,7 @@ class PlanReader:
             if stop_ids is not None:
                 sample = wire.samples.get(i)
                 if sample is None:
-                    last, tokens[seq_id] = self._known[seq_id], self._appended(seq_id, ids)
+                    last, tokens[seq_id] = self._known[seq_id], self._appended(seq_id, next(resolved), ids)
                     index = last.index + 1
                     sample = SampleRow(
                         *(last.params, last.seed, index, last.prompt, tokens[seq_id][:index], stop_ids, last.bad_words)
@@ -100,12 +108,14 @@ class PlanReader:
         self._known, self._tokens = known, tokens
         return StepPlan(planned)
 
-    def _appended(self, seq_id: int, token_id: np.ndarray) -> np.ndarray:
-        """The sequence's output with one more token."""
+    def _appended(self, seq_id: int, resolved: int, token_id: np.ndarray) -> np.ndarray:
+        """The sequence's output with one more token, behind one that is known now."""
         index = self._known[seq_id].index
         room = self._tokens.get(seq_id)
         if room is None or index == len(room):
             room = np.empty(2 * index + 16, dtype=np.int32)
             room[:index] = self._known[seq_id].output
+        if index:
+            room[index - 1] = resolved
         room[index] = token_id[0]
         return room

@@ -25,7 +25,7 @@ def bind_caches(
     for layer in layers:
         spec = layer.cache_spec
         if isinstance(spec, PagedKVSpec):
-            layer.bind(_zeros(backend.kv_shape(spec, plan.num_blocks, block_size), spec.stored, device))
+            layer.bind(backend, _zeros(backend.kv_shape(spec, plan.num_blocks, block_size), spec.stored, device))
         elif isinstance(spec, StateSpec):
             tensors = [
                 _zeros((plan.num_slots, *shape), dtype, device)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from nanovllm.attention.base import select_backend
 from nanovllm.attention.codes import KV_CODES
 from nanovllm.build_context import BuildContext
 from nanovllm.cache_spec import CachePlan, CacheSpec, PagedKVSpec, StateSpec
@@ -61,9 +60,6 @@ def footprint(
     """
     device, dtype = torch.device(config.device), getattr(torch, config.dtype)
     invariant, codes = config.batch_invariant, KV_CODES[config.kv_cache_dtype]
-    backend = select_backend(
-        config.attention_backend, device, dtype, config.kvcache_block_size, codes=codes, batch_invariant=invariant
-    )
     ops = select_ops(
         config.kernels, device, dtype, batch_invariant=invariant, quantize_activations=config.quantize_activations
     )
@@ -71,7 +67,7 @@ def footprint(
     def build(rank: int, size: int) -> CausalLM:
         assert config.max_model_len is not None
         meta, group, experts = torch.device("meta"), TPGroup(rank, size), config.enable_expert_parallel
-        layout = (meta, dtype, backend, config.max_model_len, group, ops, experts, config.quantization, codes)
+        layout = (meta, dtype, config.max_model_len, group, ops, experts, config.quantization, codes)
         model = model_class(model_config, BuildContext(*layout))
         if config.quantization in STORED and checkpoint is not None:
             load_shapes(model, checkpoint.tensors(), model.weight_rules)

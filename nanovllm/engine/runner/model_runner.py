@@ -9,7 +9,7 @@ from concurrent.futures import Future
 import numpy as np
 import torch
 
-from nanovllm.attention.base import AttentionBackend, require_support, select_backend
+from nanovllm.attention.base import AttentionBackend, select_backend
 from nanovllm.attention.codes import KV_CODES
 from nanovllm.batch import Batch
 from nanovllm.build_context import BuildContext
@@ -32,14 +32,16 @@ from nanovllm.layers.sampler import sample
 from nanovllm.models.base import CausalLM, ModelConfig
 from nanovllm.ops.base import select_ops
 from nanovllm.ops.graph import CannotRecord
-from nanovllm.sample_row import SampleRow, TokenLogprobs
-from nanovllm.transfer import to_host
+from nanovllm.sample_row import SampleRow, TokenLogprobs, awaits_token
+from nanovllm.transfer import to_device, to_host
 from nanovllm.weights.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 
 # Prompt logprobs need logits for every prompt token; so many rows at a time bound the memory.
 _LOGITS_ROWS = 256
+
+PromptLogprobs = dict[int, list[Future[list[TokenLogprobs]]]]  # by seq_id, so many rows after the other
 
 
 class ModelRunner:
@@ -63,12 +65,6 @@ class ModelRunner:
         self._device = torch.device(config.device)
         self._block_size = config.kvcache_block_size
         dtype: torch.dtype = getattr(torch, config.dtype)
-        codes = KV_CODES[config.kv_cache_dtype]
-        self._backend: AttentionBackend = select_backend(
-            *(config.attention_backend, self._device, dtype, self._block_size),
-            codes=codes,
-            batch_invariant=config.batch_invariant,
-        )
         memory = DeviceMemory(self._device) if self._device.type == "cuda" else None
         self._looks_up = memory is not None  # tokens that plans do not know, on the device
         if memory is None:
@@ -80,19 +76,20 @@ class ModelRunner:
         )
         self._tp = tp or TPGroup()
         ctx = BuildContext(
-            *(self._device, dtype, self._backend, config.max_model_len, self._tp, self._ops),
+            *(self._device, dtype, config.max_model_len, self._tp, self._ops),
             expert_parallel=config.enable_expert_parallel,
             quantization=config.quantization,
-            kv_codes=codes,
+            kv_codes=KV_CODES[config.kv_cache_dtype],
         )
         self._model = model_class(model_config, ctx)
         if config.enable_expert_parallel and not any(isinstance(m, SparseMoE) for m in self._model.modules()):
             raise ConfigError("enable_expert_parallel=True: this model has no experts; leave it out")
+        self._layers = [m for m in self._model.modules() if isinstance(m, CachedLayer)]
+        self._backend = self._select_backend(config)
         if config.load_format == "dummy":
             self._model.load_dummy(config.seed or 0)
         else:
             self._model.load(checkpoint)
-        self._layers = [m for m in self._model.modules() if isinstance(m, CachedLayer)]
         self._sampled = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=self._device)  # in the last step
         if memory is None:
             budget = host_cache_memory(config, host_ranks)
@@ -129,22 +126,33 @@ class ModelRunner:
         logits, prompt_logprobs = self._logits(plan)
         self._copy_states([(s.state_slot, s.capture_to) for s in plan.sequences if s.capture_to])
         if self._tp.rank > 0:
-            return to_host(self._sampled[:0], lambda none: StepResult(none, []))
+            return to_host([self._sampled[:0]], lambda none: StepResult(none, []))
         rows = [s.sample for s in plan.sequences if s.sample is not None]
-        token_ids, logprobs = sample(logits, rows, self._ops.sampling)
-        self._sampled[: len(token_ids)].copy_(token_ids)
-        return to_host(token_ids, lambda ids: StepResult(ids, logprobs, prompt_logprobs))
+        drawn = sample(logits, rows, self._ops.sampling, self._last_tokens(plan, rows))
+        self._sampled[: len(rows)].copy_(drawn.token_ids)
+
+        def result(token_ids: np.ndarray, logprobs: list[TokenLogprobs | None]) -> StepResult:
+            # what was copied before has arrived before
+            found = {seq_id: [x for part in parts for x in part.result()] for seq_id, parts in prompt_logprobs.items()}
+            return StepResult(token_ids, logprobs, found)
+
+        return drawn.to_host(result)
 
     def _take_pending(self, plan: StepPlan) -> None:
-        """See that the tokens that the plan does not know are where they are needed. On GPUs they are looked up there,
-        but for rows whose sampling reads what was sampled before: these let the host wait."""
-        pending = [s.sample for s in plan.sequences if s.follows >= 0]
-        if not pending:
+        """See that the tokens that the plan does not know are where they are looked up: on GPUs, on the device."""
+        if all(s.follows < 0 for s in plan.sequences):
             return
         if self._tp.size > 1:
             self._sampled.copy_(self._tp.gather(self._sampled[None], len(self._sampled))[0])
-        if not self._looks_up or any(row is not None and _reads_output(row) for row in pending):
-            fill_in(plan, self._sampled.cpu().numpy())
+        if not self._looks_up:
+            fill_in(plan, self._sampled.numpy())
+
+    def _last_tokens(self, plan: StepPlan, rows: list[SampleRow]) -> torch.Tensor | None:
+        """int64 [R]: of the rows that wait for theirs; None if no sampling reads it."""
+        if not self._looks_up or not any(awaits_token(row) and _reads_output(row) for row in rows):
+            return None
+        follows = np.array([max(0, s.follows) for s in plan.sequences if s.sample is not None])
+        return self._sampled[to_device([follows], self._device)[0]]
 
     def _build_batch(self, plan: StepPlan) -> Batch:
         return build_batch(
@@ -156,7 +164,7 @@ class ModelRunner:
             sampled=self._sampled if self._looks_up else None,
         )
 
-    def _logits(self, plan: StepPlan) -> tuple[torch.Tensor, dict[int, list[TokenLogprobs]]]:
+    def _logits(self, plan: StepPlan) -> tuple[torch.Tensor, PromptLogprobs]:
         """Of the rows that are sampled, and what was asked about prompts."""
         if self._graphs is not None and self._graphs.takes(plan):
             try:
@@ -175,12 +183,12 @@ class ModelRunner:
     def _copy_states(self, moves: list[tuple[int, int]]) -> None:
         """Copy whole slots (from, to); all are read before any is written."""
         if moves:
-            sources, targets = torch.tensor(moves, device=self._device).T
+            sources, targets = to_device([np.array(moves).T], self._device)[0]
             for state in self._states:
                 state.index_copy_(0, targets, state.index_select(0, sources))
 
-    def _prompt_logprobs(self, plan: StepPlan, hidden: torch.Tensor) -> dict[int, list[TokenLogprobs]]:
-        found: dict[int, list[TokenLogprobs]] = {}
+    def _prompt_logprobs(self, plan: StepPlan, hidden: torch.Tensor) -> PromptLogprobs:
+        found: PromptLogprobs = {}
         sampling = self._ops.sampling
         row = 0
         for s in plan.sequences:
@@ -191,15 +199,19 @@ class ModelRunner:
                     logits = self._model.compute_logits(hidden[row + i : row + i + len(targets)])
                     counts = [s.num_prompt_logprobs] * len(targets)
                     if self._tp.rank == 0:
-                        token_ids = torch.from_numpy(targets).to(self._device)
-                        mine += sampling.token_logprobs(sampling.log_softmax(logits), token_ids, counts)
+                        (token_ids,) = to_device([targets], self._device)
+                        table = sampling.token_logprobs(sampling.log_softmax(logits), token_ids, counts)
+                        mine.append(to_host([table.values], table.read))
             row += s.num_tokens
         return found
 
+    def _select_backend(self, config: EngineConfig) -> AttentionBackend:
+        specs = [layer.cache_spec for layer in self._layers if isinstance(layer.cache_spec, PagedKVSpec)]
+        return select_backend(
+            *(config.attention_backend, self._device, specs, self._block_size), batch_invariant=config.batch_invariant
+        )
+
     def _bind_caches(self, plan: CachePlan) -> None:
-        for layer in self._layers:
-            if isinstance(layer.cache_spec, PagedKVSpec):
-                require_support(self._backend, self._device, layer.cache_spec, self._block_size)
         self._states = bind_caches(
             self._layers, plan, backend=self._backend, block_size=self._block_size, device=self._device
         )

@@ -1,17 +1,20 @@
 """Steps that decode, padded and replayed; a GPU's recorder is replaced by one that runs everything again."""
 
+import contextlib
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine.runner.cuda_graph import DecodeGraphs, early_sizes, graph_sizes
+from nanovllm.engine.runner.cuda_graph import CUDARecorder, DecodeGraphs, early_sizes, graph_sizes
 from nanovllm.engine.runner.decode_batch import DeviceDecodeBatch
 from nanovllm.engine.runner.largest_step import largest_step
 from nanovllm.engine.step import PlannedSequence
+from nanovllm.errors import ConfigError
 from nanovllm.ops.graph import CannotRecord
 from nanovllm.sample_row import SampleRow
 from nanovllm.transfer import pack, packed_bytes, unpack
@@ -93,7 +96,7 @@ def test_texts_are_those_of_plain_steps(tiny_model, family):
 def on_a_device(llm):
     """Let the engine do what it does on a GPU: plan ahead, look tokens up on the device, replay padded steps."""
     runner, recorder = llm.engine._executor._runner, RunsAgain()
-    decoding = DeviceDecodeBatch(runner._sampled, max_num_seqs=5, max_pages=64, block_size=16)
+    decoding = DeviceDecodeBatch(runner._sampled, max_num_seqs=len(runner._sampled), max_pages=64, block_size=16)
 
     def forward(batch):
         return runner._sampled_logits(runner._model(batch), batch)
@@ -119,6 +122,68 @@ def test_a_model_that_no_graph_holds_runs_op_by_op(tiny_model, monkeypatch):
         llm.engine._executor._runner._graphs._kept.clear()
         assert llm.generate(prompts, params, use_tqdm=False)[0].outputs[0].token_ids == expected
         assert llm.engine._executor._runner._graphs is None
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """torch.cuda without a GPU: a capture runs what it is given, and `end` behind it."""
+    found = SimpleNamespace(end=lambda: None)
+
+    @contextlib.contextmanager
+    def graph(*_, **__):
+        try:
+            yield
+        finally:
+            found.end()
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name in ("graph_pool_handle", "CUDAGraph", "Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    return found
+
+
+@pytest.mark.parametrize("fails", [1, 2], ids=["before the capture", "in it"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=["allocator", "driver", "cuBLAS"],
+)
+def test_too_little_memory_for_a_graph_names_what_to_change(cuda, error, fails):
+    """Steps ran op by op, and slower, where fewer sequences or smaller caches would have left room for graphs."""
+    calls = itertools.count(1)
+
+    def run():
+        if next(calls) == fails:
+            raise error
+        return torch.zeros(1)
+
+    with pytest.raises(ConfigError, match=r"max_num_seqs.*gpu_memory_utilization.*enforce_eager"):
+        CUDARecorder(torch.device("cuda")).record(run)
+
+
+def test_the_first_error_of_a_capture_is_what_counts(cuda):
+    """CUDA complains at the end of a capture that has failed before."""
+    calls = itertools.count(1)
+
+    def end():
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    def run(error):
+        if next(calls) % 2 == 0:
+            raise error
+        return torch.zeros(1)
+
+    cuda.end = end
+    with pytest.raises(ConfigError, match="no memory"):
+        CUDARecorder(torch.device("cuda")).record(lambda: run(torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(CannotRecord, match="previous error"):
+        CUDARecorder(torch.device("cuda")).record(lambda: run(RuntimeError("CUDA error: not permitted when capturing")))
 
 
 def test_the_largest_step_uses_the_budget_and_harms_nobody(tiny_model):
