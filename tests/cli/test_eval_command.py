@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,3 +58,21 @@ def test_a_text_without_tokens(chat_model, tmp_path, capsys):
     (tmp_path / "text").write_text("a")
     assert main(["eval", str(chat_model), "--text", str(tmp_path / "text")]) == 2
     assert "--text holds less than two tokens" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "limit"),
+    [
+        (["--quantization", "dequantize"], 3e-4),
+        ([], 3e-4),
+        (["--quantization", "int4"], 3e-4),  # the file's weights are of this form
+        (["--quantization", "int8"], 2e-3),
+        (["--kv-cache-dtype", "int8"], 2e-3),
+    ],
+)
+def test_smollm2_reads_a_book(smollm2_path, capsys, options, limit):
+    """The beginning of Alice's Adventures in Wonderland (Lewis Carroll, 1865). docs/quantization.md has the numbers."""
+    text = Path(__file__).with_name("alice.txt")
+    perplexity, exact, kl, same = evaluated(capsys, str(smollm2_path), "--text", str(text), *options)
+    assert 20 < exact < 35 and abs(perplexity / exact - 1) < 0.01 and kl < limit and same > 96
