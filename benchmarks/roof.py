@@ -30,7 +30,6 @@ class Work:
         import torch
 
         from nanovllm.attention.codes import KV_CODES
-        from nanovllm.attention.reference import ReferenceAttention
         from nanovllm.build_context import BuildContext
         from nanovllm.cache_spec import PagedKVSpec, StateSpec
         from nanovllm.layers.attention import CachedLayer
@@ -41,7 +40,7 @@ class Work:
             return None
         family, kind = model_class(config["architectures"]), getattr(torch, dtype)
         codes = KV_CODES[kv_cache_dtype]
-        ctx = BuildContext(torch.device("meta"), kind, ReferenceAttention(), 64, kv_codes=codes)
+        ctx = BuildContext(torch.device("meta"), kind, 64, kv_codes=codes)
         model = family(family.read_config(config), ctx)
         linears = [m for m in model.modules() if isinstance(m, LinearWeights)]
         head, total = model.lm_head.weight.numel(), sum(m.weight.numel() for m in linears)

@@ -30,6 +30,8 @@ PARITY = "tests/models/test_parity.py"
 FORMATS = "tests/models/test_formats.py"
 GGUF = "tests/weights/test_gguf_families.py"
 METHODS = "tests/quantization/test_published_models.py"
+SCHEMES = "tests/quantization/test_quantized_models.py"
+CACHES = "tests/models/test_quantised_cache.py"
 FEATURES = {  # column: (test, its parameter beside the variant)
     "logits": ("test_all_logits_of_tiny_models", None),
     "batched": ("test_greedy_text_of_tiny_models", "batched"),
@@ -48,10 +50,14 @@ FILES = {
     "GGUF": ("test_a_model_loads_the_same_from_either_format", None),
 }
 QUANTISED = {
+    "int8": ("test_native_kernels_and_torch_compute_with_the_same_weights", "int8"),
+    "int4": ("test_native_kernels_and_torch_compute_with_the_same_weights", "int4"),
+    "GGUF": ("test_blocks_give_the_bits_of_the_dequantised_model", None),
     "AWQ": ("test_every_family_by_every_method", "awq"),
     "GPTQ": ("test_every_family_by_every_method", "gptq"),
     "compressed-tensors": ("test_every_family_by_every_method", "compressed-tensors"),
     "FP8": ("test_every_family_by_every_method", "fp8"),
+    "int8 KV": ("test_native_kernels_read_what_the_reference_reads", None),
 }
 HEAD = """\
 # Models
@@ -98,13 +104,14 @@ To repeat a row: `pytest tests/models/test_formats.py tests/weights/test_gguf_fa
 
 """
 QUANTISED_HEAD = """
-## Published quantised checkpoints
+## Quantised
 
-With the native kernels each gives, bit for bit, the logits of a checkpoint that holds the weights it stands for
-([quantization.md](quantization.md)). A dash stands where a row is that of another, and for GPT-2: what is published of
-it is transposed. Experts that lie in one tensor (Granite's) stay as they are on disk.
+With the native kernels ([quantization.md](quantization.md)). int8 and int4 while loading, and int8 keys and values,
+give what torch gives with the same codes. GGUF blocks and published checkpoints give, bit for bit, the logits
+of the weights that they stand for; a dash stands where a row is that of another, for families that have no such file,
+and for published GPT-2, which is transposed. Experts that lie in one tensor (Granite's) stay as they are on disk.
 
-To repeat a row: `pytest tests/quantization/test_published_models.py -m "slow or not slow" -k VARIANT`.
+To repeat a row: `pytest tests/quantization tests/models/test_quantised_cache.py -m "slow or not slow" -k VARIANT`.
 
 """
 NATIVE_HEAD = """
@@ -127,7 +134,9 @@ of one sequence. `nanovllm plan MODEL --memory 8GiB` says what fits beside them.
 
 
 def main() -> int:
-    results = run_tests(PARITY, FORMATS, GGUF) | run_tests(METHODS, "-m", "slow or not slow", "-k", "every_family")
+    results = run_tests(PARITY, FORMATS, GGUF)
+    every = "every_family or torch_compute or blocks_give or reference_reads"
+    results |= run_tests(METHODS, SCHEMES, CACHES, "-m", "slow or not slow", "-k", every)
     text = HEAD + architectures() + PARITY_HEAD + matrix(results, FEATURES) + NATIVE_HEAD + native_rows()
     text += FORMATS_HEAD + matrix(results, FILES) + QUANTISED_HEAD + matrix(results, QUANTISED)
     (ROOT / "docs" / "models.md").write_text(text + MEMORY_HEAD + memory_rows(), encoding="utf-8")

@@ -16,7 +16,7 @@ COLUMNS = ("linear", "norm", "rotation", "attention", "other")
 _ACTS = {number: name for name, number in reversed(_ACTIVATIONS.items())}
 _MAPS = ("add", "scale", "divide", "clamp")
 # where the C functions have them
-_BIAS, _RESIDUAL, _ACT, _GATED = 5, 6, 14, 15
+_BIAS, _RESIDUAL, _ACT, _GATED = 6, 7, 15, 16
 _ROW_SIZE, _HALF = 5, 8
 _HEADS, _KV_HEADS, _WINDOW, _SLOPES = 7, 8, 16, 17
 
@@ -65,6 +65,6 @@ _NOTED = {
     "attention": ("attention", _attention),
     "mamba2": ("other", lambda args: "Mamba2"),
     "route": ("other", lambda args: "route"),
-    "mixture": ("other", lambda args: f"mixture of {_ACTS[args[16]]} experts"),
+    "mixture": ("other", lambda args: f"mixture of {_ACTS[args[18]]} experts"),
     "elementwise": ("other", lambda args: _MAPS[args[0]]),
 }

@@ -6,6 +6,7 @@ import pytest
 import torch
 from distributed.families import GREEDY, OPTIONS, PROMPTS, SCARCE
 from kernels import native_library
+from tiny_models import TINY
 
 from nanovllm import LLM, ConfigError
 from nanovllm.cli.main import main
@@ -40,7 +41,9 @@ def logits(path, **options) -> torch.Tensor:
         return all_logits(llm, TOKENS)
 
 
-@pytest.mark.parametrize("family", ["llama", "granite-hybrid", "mpt"])
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=() if f in ("llama", "granite-hybrid", "mpt") else pytest.mark.slow) for f in TINY]
+)
 def test_native_kernels_read_what_the_reference_reads(tiny_model, family):
     path = tiny_model(family)
     native, plain = logits(path, dtype="float32", **INT8), logits(path, dtype="float32")

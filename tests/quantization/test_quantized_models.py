@@ -14,7 +14,7 @@ import torch
 from distributed.families import GREEDY, PROMPTS, SCARCE
 from gguf_converter import FAMILIES, Kind, convert
 from kernels import native_library
-from tiny_models import make_tiny_model
+from tiny_models import TINY, make_tiny_model
 
 from nanovllm import LLM, ConfigError
 from nanovllm.cli.main import main
@@ -133,7 +133,7 @@ def test_bits_are_the_requests_own(tiny_model, capsys, family, scheme):
 
 
 @pytest.mark.parametrize(
-    ("family", "scheme"), cases({"llama3": "int8", "granitemoe": "int4", "mpt": "int4", "qwen3": "", "falcon-40b": ""})
+    ("family", "scheme"), cases(dict.fromkeys(TINY, "") | {"llama3": "int8", "granitemoe": "int4", "mpt": "int4"})
 )
 def test_native_kernels_and_torch_compute_with_the_same_weights(tiny_model, family, scheme):
     path = tiny_model(family)
