@@ -15,7 +15,6 @@ TEST = [
     "import-linter>=2.1",
     "mypy>=1.11",
     "pytest>=8.2",
-    "pytest-cov>=5.0",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
     "ruff>=0.8",

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
         print("\n".join(table(lines.read_text().splitlines() if lines.exists() else [])))
     for options in failed:
         print(f"failed: bench.py {' '.join(options)}")
-    tests = [sys.executable, "-m", "pytest", "-m", "gpu", "-n", "0", "--no-cov", "-q"]
+    tests = [sys.executable, "-m", "pytest", "-m", "gpu", "-n", "0", "-q"]
     sys.exit(subprocess.run(tests, cwd=ROOT).returncode or bool(failed))
 
 

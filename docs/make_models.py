@@ -146,7 +146,7 @@ def main() -> int:
 def run_tests(*asked: str) -> dict[str, bool]:
     """{test with its parameters: passed}; skipped ones are left out."""
     with tempfile.NamedTemporaryFile(suffix=".xml") as report:
-        command = [sys.executable, "-m", "pytest", "--no-cov", "-q", f"--junitxml={report.name}"]
+        command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report.name}"]
         subprocess.run([*command, *asked], cwd=ROOT)
         cases = ElementTree.parse(report.name).iter("testcase")
         return {
