@@ -51,7 +51,7 @@ def test_native_kernels_read_what_the_reference_reads(tiny_model, family):
     fp8 = logits(path, dtype="float32", attention_backend="reference", kv_cache_dtype="fp8")
     int8, its_reference, e4m3 = (kl_divergence(plain, found).mean().item() for found in (native, reference, fp8))
     assert kl_divergence(reference, native).mean() < 0.02 * int8
-    assert 0 < int8 < 5e-5 and int8 == pytest.approx(its_reference, rel=0.05)
+    assert 0 < int8 < 5e-5 and int8 == pytest.approx(its_reference, rel=0.1)
     assert int8 < e4m3 < 2e-3
 
 
