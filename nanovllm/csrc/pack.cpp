@@ -119,12 +119,13 @@ void nv_pack_quantized(int format, const int8_t* codes, const void* scales, cons
                        int threads) {
     const Layout form = layout((Format)format);
     const Values all = {(const char*)scales, (const char*)least, (const char*)outer, (const char*)outer_least};
-#pragma omp parallel for num_threads(threads)  // rows of different panels share no byte
-    for (int64_t p = first / PANEL; p <= (first + n - 1) / PANEL; ++p) {
-        const int64_t panel = half < 0 ? p : 2 * p + half;
-        char* pair = (char*)packed + panel / 2 * form.pair_bytes(k);
-        for (int64_t r = std::max<int64_t>(0, p * PANEL - first); r < std::min(n, (p + 1) * PANEL - first); ++r)
+    const int64_t together = half < 0 ? PAIR : PANEL;  // rows of a pair share words
+#pragma omp parallel for num_threads(threads)
+    for (int64_t t = first / together; t <= (first + n - 1) / together; ++t)
+        for (int64_t r = std::max<int64_t>(0, t * together - first); r < std::min(n, (t + 1) * together - first); ++r) {
+            const int64_t p = (first + r) / PANEL, panel = half < 0 ? p : 2 * p + half;
+            char* pair = (char*)packed + panel / 2 * form.pair_bytes(k);
             pack_row(form, codes + r * k, all.row(form, r, k), k, pair, panel % 2 * PANEL + (first + r) % PANEL);
-    }
+        }
 }
 }
