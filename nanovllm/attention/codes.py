@@ -13,7 +13,8 @@ _LEAST = 1e-30  # smaller magnitudes count as zeros
 def encode(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """x [..., D] -> codes [..., D] of that dtype, the nearest, ties to even; fp32 scales [...]."""
     largest = x.float().abs().amax(-1)
-    factor = LARGEST[dtype] / largest.clamp(min=_LEAST)
+    # divided as the kernels do: torch makes a number over a tensor a product with the reciprocal
+    factor = torch.tensor(LARGEST[dtype]) / largest.clamp(min=_LEAST)
     scaled = x.float() * factor[..., None]
     return (scaled if dtype.is_floating_point else scaled.round()).to(dtype), largest / LARGEST[dtype]
 

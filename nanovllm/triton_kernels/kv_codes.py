@@ -56,7 +56,7 @@ def scales_begin(kv_heads, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr):
 def encode(x):
     """fp32 [M, N] -> codes [M, N], uint8, and scales [M] of its rows: the nearest codes, ties to even."""
     largest = tl.max(tl.abs(x), 1)
-    x = x * (tl.div_rn(1.0, tl.maximum(largest, _LEAST)) * LARGEST)[:, None]  # rounded twice, as torch does
+    x = x * tl.div_rn(LARGEST, tl.maximum(largest, _LEAST))[:, None]
     sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
     bits = tl.abs(x).to(tl.int32, bitcast=True)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (127 - 7) * 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from test_backends import CPU, MIXED, Step, make_batch
@@ -29,6 +30,13 @@ def test_encode(codes, dtype):
     assert (found.float().abs().amax(-1) == LARGEST[codes]).all()
     largest = x.float().abs().amax(-1, keepdim=True)
     assert ((found.float() * scales[..., None] - x.float()).abs() <= 1.001 * ROUNDING[codes] * largest).all()
+
+
+def test_codes_are_those_of_a_true_division():
+    """As in the kernels: the product with a reciprocal falls to the other side of a tie now and then."""
+    x = torch.randn(20_000, 64, generator=torch.Generator().manual_seed(0))
+    factor = np.float32(LARGEST[torch.int8]) / np.abs(x.numpy()).max(-1, keepdims=True)
+    assert np.array_equal(encode(x, torch.int8)[0].numpy(), np.rint(x.numpy() * factor))
 
 
 @pytest.mark.parametrize("codes", CODES, ids=str)

@@ -40,6 +40,18 @@ def test_linear_is_that_of_the_dequantised_weight(level, form, shape):
 
 
 @EACH_FORM
+@pytest.mark.parametrize("gated", [False, True])
+def test_threads_pack_what_one_packs(threads, form, gated):
+    """Two of them once packed the panels of a pair, and lost what the other wrote to a word of both."""
+    codes = random_codes(form, 512, 1024)
+    threads(1)
+    alone = packed(OPS, codes, gated=gated).data
+    threads(2)
+    for _ in range(3):
+        assert torch.equal(packed(OPS, codes, gated=gated).data, alone)
+
+
+@EACH_FORM
 @settings(max_examples=25, deadline=None)
 @given(
     n=st.integers(1, 100), k=st.integers(1, 200), rows=st.integers(1, 90), level=st.sampled_from(LEVELS), data=st.data()
