@@ -65,7 +65,7 @@ void put_parted(const Layout& form, const int8_t* codes, int64_t count, char* to
     uint16_t *words = (uint16_t*)to + row, *uppers = words + form.group * PANEL / 2;
     each_word<2, uint16_t>(codes, count, [=](int64_t c, uint16_t two) {
         const int64_t s = c / 2;
-        two = (two & 0x7f7f) + bias & 0x3f3f;  // no carry from one to the other
+        two = ((two & 0x7f7f) + bias) & 0x3f3f;  // no carry from one to the other
         words[s / 2 * PAIR] |= (two & 0x0f0f) << s % 2 * 4;
         uppers[s / steps * PAIR] |= (two >> 4 & upper_bits) << s % steps * upper;
     });

@@ -30,31 +30,23 @@ inline V numbers(U words, int j) {
 #endif
 }
 
-inline V numbers(const int8_t* codes) {
+inline I wide(const int8_t* codes) {
 #if defined(__AVX512F__)
-    return (V)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)codes)));
+    return (I)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)codes));
 #elif defined(__AVX2__)
-    return (V)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)codes)));
+    return (I)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)codes));
 #else
-    V v;
-    for (int l = 0; l < WIDTH; ++l) v[l] = codes[l];
-    return v;
+    I n;
+    for (int l = 0; l < WIDTH; ++l) n[l] = codes[l];
+    return n;
 #endif
 }
 
+inline V numbers(const int8_t* codes) { return __builtin_convertvector(wide(codes), V); }
+
 // float8 (e4m3), which here has no NaN: the sign and 7 bits lie where a float has its own; their exponent counts from
 // 7, a float's from 127.
-inline V numbers_e4m3(const int8_t* codes) {
-#if defined(__AVX512F__)
-    const I wide = (I)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)codes));
-#elif defined(__AVX2__)
-    const I wide = (I)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)codes));
-#else
-    I wide;
-    for (int l = 0; l < WIDTH; ++l) wide[l] = codes[l];
-#endif
-    return (V)((U)wide << 20 & 0x87f00000u) * 0x1p120f;
-}
+inline V numbers_e4m3(const int8_t* codes) { return (V)((U)wide(codes) << 20 & 0x87f00000u) * 0x1p120f; }
 
 // 32 rows' numbers, each for the two columns of a step.
 // outer: the rows' half-precision numbers that nested ones are multiples of.
