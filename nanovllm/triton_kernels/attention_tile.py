@@ -162,6 +162,7 @@ def attend(
     first,  # a multiple of BLOCK_N
     end,
     last,
+    seen_from,  # the first key that any query sees, if WINDOWED: in the place of pages before it there is page 0
     window,
     scale,  # times log2(e)
     factor,
@@ -186,17 +187,21 @@ def attend(
     pages = _pages(table, first, last, BLOCK_SIZE, BLOCK_N)
     if CODES != "none":
         key_units, value_units = load_scales(
-            scales, half_stride, page_stride, kv_heads, pages, first, last, BLOCK_SIZE, BLOCK_N, CODES
-        )
+            scales, half_stride, page_stride, kv_heads, pages, first, last, seen_from, WINDOWED, BLOCK_SIZE, BLOCK_N,
+            CODES,
+        )  # fmt: skip
     for start in range(first, end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         slots = pages.to(tl.int64) * page_stride + keys % BLOCK_SIZE * (kv_heads * HEAD_DIM)
         places = kv + slots[:, None] + columns
         # a tile ahead, for else keys would wait for their page's number
         following = _pages(table, start + BLOCK_N, last, BLOCK_SIZE, BLOCK_N)
-        # what lies behind the last key may be no number
+        # what lies behind the last key, or in page 0, may be no number
         if MASKED:
-            there = (keys < end)[:, None] & (columns < HEAD_DIM)
+            there = keys < end
+            if WINDOWED:
+                there &= keys >= seen_from
+            there = there[:, None] & (columns < HEAD_DIM)
             k = tl.load(places, mask=there, other=0.0)
         elif WIDTH == HEAD_DIM:
             k = tl.load(places)
@@ -234,8 +239,9 @@ def attend(
             v = decode(v, q.dtype, CODES)
             weights *= value_units[None, :]
             key_units, value_units = load_scales(
-                scales, half_stride, page_stride, kv_heads, following, start + BLOCK_N, last, BLOCK_SIZE, BLOCK_N, CODES
-            )
+                scales, half_stride, page_stride, kv_heads, following, start + BLOCK_N, last, seen_from, WINDOWED,
+                BLOCK_SIZE, BLOCK_N, CODES,
+            )  # fmt: skip
         pages = following
         more = tl.dot(weights.to(q.dtype), v.to(q.dtype), sums * fade[:, None], input_precision=precision)
         if INVARIANT:

@@ -124,7 +124,7 @@ def decode_kernel(
     sums, totals, peaks = attend(
         no_keys(BLOCK_M, WIDTH), queried, positions, head_slopes(slopes, heads, factor, BIAS), kv + kv_head * HEAD_DIM,
         scales_here, half_stride, page_stride, kv_heads, tables + sequence * table_stride, first, end, end,
-        window, scale, factor, True, WINDOWED, BIAS, BLOCK_SIZE, HEAD_DIM, WIDTH, BLOCK_N, CODES,
+        seq_len - window, window, scale, factor, True, WINDOWED, BIAS, BLOCK_SIZE, HEAD_DIM, WIDTH, BLOCK_N, CODES,
     )  # fmt: skip
     if SPLIT:
         places = (sequence * kv_heads * GROUP + heads) * num_splits + split

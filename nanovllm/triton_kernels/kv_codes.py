@@ -88,17 +88,23 @@ def load_scales(
     pages,
     start,
     end,
+    seen_from,
+    WINDOWED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CODES: tl.constexpr,
 ):
-    """fp32 [BLOCK_N] of keys and of values start.., times the 2^8 that `decode` may leave out; 0 from `end` on.
+    """fp32 [BLOCK_N] of keys and of values start.., times the 2^8 that `decode` may leave out; 0 from `end` on, and
+    before `seen_from` if WINDOWED.
 
     scales: at this KV head. pages: of each key, or the one of all."""
     keys = start + tl.arange(0, BLOCK_N)
     places = scales + pages.to(tl.int64) * (page_stride // 4) + keys % BLOCK_SIZE * kv_heads
-    of_keys = tl.load(places, mask=keys < end, other=0.0)
-    of_values = tl.load(places + half_stride // 4, mask=keys < end, other=0.0)
+    there = keys < end
+    if WINDOWED:
+        there &= keys >= seen_from
+    of_keys = tl.load(places, mask=there, other=0.0)
+    of_values = tl.load(places + half_stride // 4, mask=there, other=0.0)
     if CODES == "computed":
         of_keys *= 256.0
         of_values *= 256.0

@@ -151,20 +151,21 @@ def prompt_kernel(
     if CODES != "none":
         scales_here = scales + scales_begin(kv_heads, BLOCK_SIZE, HEAD_DIM) + kv_head
     state = no_keys(BLOCK_M, WIDTH)
+    seen_from = lowest - window + 1
     if WINDOWED:
-        masked_from = tl.maximum(lowest - window + 1, 0) // BLOCK_N * BLOCK_N
+        masked_from = tl.maximum(seen_from, 0) // BLOCK_N * BLOCK_N
     elif INVARIANT:
         masked_from = 0
     else:
         masked_from = (lowest + 1) // BLOCK_N * BLOCK_N
         state = attend(
             state, queried, positions, slope, here, scales_here, half_stride, page_stride, kv_heads, table,
-            0, masked_from, end, window, scale, factor, False, WINDOWED, BIAS, BLOCK_SIZE, HEAD_DIM, WIDTH, BLOCK_N,
+            0, masked_from, end, 0, window, scale, factor, False, WINDOWED, BIAS, BLOCK_SIZE, HEAD_DIM, WIDTH, BLOCK_N,
             CODES,
         )  # fmt: skip
     sums, totals, _ = attend(
         state, queried, positions, slope, here, scales_here, half_stride, page_stride, kv_heads, table,
-        masked_from, end, end, window, scale, factor, True, WINDOWED, BIAS, BLOCK_SIZE, HEAD_DIM, WIDTH, BLOCK_N,
+        masked_from, end, end, seen_from, window, scale, factor, True, WINDOWED, BIAS, BLOCK_SIZE, HEAD_DIM, WIDTH, BLOCK_N,
         CODES, INVARIANT,
     )  # fmt: skip
     places = out + ((tokens * kv_heads * GROUP + heads) * HEAD_DIM)[:, None] + columns

@@ -9,6 +9,7 @@ from gpu_cases import CASES, CODED, DEVICE, MIXED, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_backends import CPU, SharedPages, Step, make_batch
+from test_codes import cache_of
 
 from nanovllm.attention.alibi import Alibi
 from nanovllm.attention.base import select_backend
@@ -134,6 +135,25 @@ def test_divided_contexts_give_what_whole_ones_give(monkeypatch, window):
         found[splits] = attend(step.sequences, step.tables, q, k, v, kv.clone(), window=window)
         torch.testing.assert_close(found[splits], found[1], rtol=1e-5, atol=1e-5)
     assert not torch.equal(found[1], found[3])  # they were divided
+
+
+@pytest.mark.parametrize("codes", [False, True], ids=["numbers", "codes"])
+@pytest.mark.parametrize("window", [9, 300])
+@pytest.mark.parametrize("backend", [TritonAttention(), InvariantTritonAttention()], ids=["usual", "invariant"])
+def test_pages_behind_a_window_are_given_back(backend, window, codes):
+    """Page 0 takes their place, where rows that pad a step write: its values were summed as no number times zero."""
+    step, (q, k, v), kv = random_step([(700, 1), (90, 30), (26, 1), (1030, 1)])
+    if codes:
+        kv = cache_of(step, torch.float8_e4m3fn)
+    expected = attend(step.sequences, step.tables, q, k, v, kv, backend, window=window)
+    for (context, _), table in zip(step.sequences, step.tables, strict=True):
+        behind = max(0, context - window + 1) // 16
+        table[:behind] = [0] * behind
+    if codes:
+        kv[:, 0].view(torch.uint8).fill_(0xFF)
+    else:
+        kv[:, 0] = float("nan")
+    assert torch.equal(attend(step.sequences, step.tables, q, k, v, kv, backend, window=window), expected)
 
 
 @given(st.integers(1, 10**6), st.integers(1, 10**6))
