@@ -78,13 +78,13 @@ class PackedCodes(NamedTuple):
     columns: torch.Tensor | None = None
 
 
-@triton.jit
-def chunk_columns(BITS: tl.constexpr):
+@triton.constexpr_function
+def chunk_columns(BITS):
     return 1024 // BITS
 
 
-@triton.jit
-def chunk_words(BITS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, LEAST: tl.constexpr):
+@triton.constexpr_function
+def chunk_words(BITS, GROUP, SCALE, LEAST):
     """Of the 32 rows of a pair."""
     return 32 * (32 + 1024 // BITS // GROUP * SCALE * (1 + LEAST) // 32 + (SCALE == 8))
 
