@@ -1,4 +1,4 @@
-"""Triton's interpreter, where it does what no chip does."""
+"""Triton's interpreter, where it does what no GPU does."""
 
 from __future__ import annotations
 
@@ -11,15 +11,32 @@ def multiply_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime import interpreter
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        return interpreter.TensorHandle(np.matmul(_numbers(a), _numbers(b)) + d.data, d.dtype.scalar)
+        product = np.matmul(_numbers(a, d), _numbers(b, d), dtype=d.data.dtype)
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
-def _numbers(handle) -> np.ndarray:
-    """In fp32, of 16 or 32 bits."""
-    from triton import language
+def dots_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the interpreter add products along K one after the other, as hardware does for every element of a tile:
+    numpy's products give a row other bits in another place."""
+    from triton.runtime import interpreter
 
-    if handle.dtype.scalar == language.bfloat16:
-        return (handle.data.astype(np.uint32) << 16).view(np.float32)
-    return handle.data.astype(np.float32)
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        products = _numbers(a, d)[:, :, None] * _numbers(b, d)[None]
+        return interpreter.TensorHandle(d.data + products.sum(1), d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+def _numbers(factor, result) -> np.ndarray:
+    """Of a factor, in the result's dtype."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    kind = factor.dtype.scalar
+    if kind == language.bfloat16:
+        return (factor.data.astype(np.uint32) << 16).view(np.float32)
+    if kind.is_floating() and kind.primitive_bitwidth == 8:
+        return interpreter._convert_float(factor.data, kind, language.float16, None).view(np.float16)
+    return factor.data.astype(result.data.dtype)

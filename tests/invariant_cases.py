@@ -3,7 +3,6 @@ GPUs."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 from kernels import normal
 from mamba2_cases import SIZES, forget_everything, step
@@ -14,18 +13,6 @@ from nanovllm.ops.invariant_ops import InvariantTritonOps
 from nanovllm.ops.torch_ops import TorchOps
 
 OPS = InvariantTritonOps()
-
-
-def dots_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the interpreter add products along K one after the other, as hardware does for every element of a tile:
-    numpy's products give a row other bits in another place."""
-    from triton.runtime import interpreter
-
-    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        products = a.data.astype(d.data.dtype)[:, :, None] * b.data.astype(d.data.dtype)[None]
-        return interpreter.TensorHandle(d.data + products.sum(1), d.dtype.scalar)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
 def check_linear(device: str, dtype: torch.dtype, rows: int, shape: tuple[int, int]) -> None:

@@ -23,7 +23,7 @@ from nanovllm.errors import ConfigError
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
-from invariant_cases import dots_in_order
+from interpreter import dots_in_order, multiply_bfloat16
 from kernels import normal
 
 from nanovllm.triton_kernels import decode_attention
@@ -32,6 +32,7 @@ from nanovllm.triton_kernels.prompt_attention import QueryTiles
 from nanovllm.triton_kernels.store_kv import store_kv
 
 BACKEND = TritonAttention()
+ON_A_GPU = pytest.param(torch.bfloat16, marks=pytest.mark.gpu, id="compiled")
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -39,9 +40,22 @@ def test_steps(case):
     case.check(BACKEND, torch.float32)
 
 
+@pytest.fixture(autouse=True)
+def bfloat16(monkeypatch):
+    multiply_bfloat16(monkeypatch)
+
+
 @pytest.mark.parametrize("name", ["GQA", "head of 80", "window"])
 def test_steps_in_float16(name):
     CASES[name].check(BACKEND, torch.float16)
+
+
+QUICK = ("GQA", "71 heads of one", "head of 96", "window", "rounded alibi")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in CASES])
+def test_steps_in_bfloat16(name):
+    CASES[name].check(BACKEND, torch.bfloat16)
 
 
 @settings(deadline=None, max_examples=8)
@@ -102,7 +116,7 @@ def test_the_order_of_a_batch_does_not_change_its_rows():
     assert torch.equal(shuffled, together[rows])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, ON_A_GPU])
 @pytest.mark.parametrize("window", [None, 9])
 def test_a_query_has_the_same_bits_alone_as_in_any_chunk(monkeypatch, dtype, window):
     if DEVICE.type == "cpu":
@@ -137,12 +151,12 @@ def test_divided_contexts_give_what_whole_ones_give(monkeypatch, window):
     assert not torch.equal(found[1], found[3])  # they were divided
 
 
-@pytest.mark.parametrize("codes", [False, True], ids=["numbers", "codes"])
-@pytest.mark.parametrize("window", [9, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, ON_A_GPU])
+@pytest.mark.parametrize(("window", "codes"), [(9, False), (300, False), (300, True)])
 @pytest.mark.parametrize("backend", [TritonAttention(), InvariantTritonAttention()], ids=["usual", "invariant"])
-def test_pages_behind_a_window_are_given_back(backend, window, codes):
+def test_pages_behind_a_window_are_given_back(backend, window, codes, dtype):
     """Page 0 takes their place, where rows that pad a step write: its values were summed as no number times zero."""
-    step, (q, k, v), kv = random_step([(700, 1), (90, 30), (26, 1), (1030, 1)])
+    step, (q, k, v), kv = random_step([(600, 1), (90, 5), (26, 1)], dtype)
     if codes:
         kv = cache_of(step, torch.float8_e4m3fn)
     expected = attend(step.sequences, step.tables, q, k, v, kv, backend, window=window)
@@ -264,9 +278,9 @@ def test_codes(name):
     CASES[name].check_codes(BACKEND, torch.float32)
 
 
-@pytest.mark.parametrize("name", ["GQA", "head of 80"])
-def test_codes_for_queries_in_float16(name):
-    CASES[name].check_codes(BACKEND, torch.float16)
+@pytest.mark.parametrize(("name", "dtype"), [("GQA", torch.bfloat16), ("head of 80", torch.float16)], ids=str)
+def test_codes_for_queries_of_16_bits(name, dtype):
+    CASES[name].check_codes(BACKEND, dtype)
 
 
 def test_codes_invariant():

@@ -14,7 +14,7 @@ from nanovllm.engine.cache_manager import CacheManager
 from nanovllm.errors import ConfigError
 
 pytest.importorskip("triton")
-from invariant_cases import dots_in_order
+from interpreter import dots_in_order
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter
 FAMILIES = ["llama", "gpt2", "mixtral", "granite-hybrid"]

@@ -7,18 +7,16 @@ import torch
 
 pytest.importorskip("triton")
 import invariant_cases as cases
+from interpreter import dots_in_order
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter
-BFLOAT16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BFLOAT16], ids=str)
+FLOAT16 = pytest.param(torch.float16, marks=pytest.mark.slow)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FLOAT16], ids=str)
 
 
-@pytest.fixture
-def device(monkeypatch):
-    if torch.cuda.is_available():
-        return "cuda"
-    cases.dots_in_order(monkeypatch)
-    return "cpu"
+@pytest.fixture(autouse=True)
+def in_order(bfloat16, monkeypatch):
+    dots_in_order(monkeypatch)
 
 
 @DTYPES
@@ -30,8 +28,8 @@ def test_linear(device, dtype, rows, shape):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(1024, 3072), (6144, 1000), (50257, 768)])
-def test_linear_of_sizes_that_models_have(device, dtype, shape):
-    cases.check_linear(device, dtype, 700, shape)
+def test_linear_of_sizes_that_models_have(dtype, shape):
+    cases.check_linear("cuda", dtype, 700, shape)
 
 
 @DTYPES

@@ -16,8 +16,8 @@ from nanovllm.ops.triton_ops import TritonOps
 from nanovllm.triton_kernels.mamba2_plan import CELL, STRETCH, plan_mamba2
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter
-BFLOAT16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BFLOAT16], ids=str)
+FLOAT16 = pytest.param(torch.float16, marks=pytest.mark.slow)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FLOAT16], ids=str)
 
 
 def those(mark: pytest.MarkDecorator, *dtypes: torch.dtype) -> list:
@@ -31,7 +31,8 @@ def those(mark: pytest.MarkDecorator, *dtypes: torch.dtype) -> list:
         *(("groups", torch.float32), ("odd", torch.float32), ("wide", torch.float16)),
         *(pytest.param(v, torch.float32, marks=pytest.mark.slow) for v in ("plain", "limited", "no-history", "wide")),
         *(pytest.param(v, torch.float16, marks=pytest.mark.slow) for v in cases.VARIANTS),
-        *those(pytest.mark.gpu, torch.bfloat16, torch.float16, torch.float32),
+        *those(pytest.mark.slow, torch.bfloat16),
+        *those(pytest.mark.gpu, torch.float16, torch.float32),
     ],
 )
 def test_mixed_steps_are_those_of_torch(device, variant, dtype):

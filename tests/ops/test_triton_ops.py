@@ -10,8 +10,8 @@ pytest.importorskip("triton")
 import triton_cases as cases
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # numpy's, of the interpreter
-BFLOAT16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BFLOAT16], ids=str)
+FLOAT16 = pytest.param(torch.float16, marks=pytest.mark.slow)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FLOAT16], ids=str)
 
 
 @DTYPES

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 import triton_quantized_cases as cases
-from invariant_cases import dots_in_order
+from interpreter import dots_in_order
 from quantized import FORMS
 
 from nanovllm.errors import WeightError
@@ -19,7 +19,7 @@ DEVICES = pytest.mark.parametrize(
     ("device", "dtype"),
     [
         pytest.param("cpu", torch.float16, marks=HERE),
-        pytest.param("cpu", torch.float32, marks=[HERE, pytest.mark.slow]),
+        *(pytest.param("cpu", t, marks=[HERE, pytest.mark.slow]) for t in (torch.bfloat16, torch.float32)),
         *(pytest.param("cuda", t, marks=pytest.mark.gpu) for t in (torch.bfloat16, torch.float16, torch.float32)),
     ],
     ids=str,
