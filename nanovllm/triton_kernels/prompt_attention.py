@@ -165,8 +165,8 @@ def prompt_kernel(
         )  # fmt: skip
     sums, totals, _ = attend(
         state, queried, positions, slope, here, scales_here, half_stride, page_stride, kv_heads, table,
-        masked_from, end, end, seen_from, window, scale, factor, True, WINDOWED, BIAS, BLOCK_SIZE, HEAD_DIM, WIDTH, BLOCK_N,
-        CODES, INVARIANT,
+        masked_from, end, end, seen_from, window, scale, factor, True, WINDOWED, BIAS, BLOCK_SIZE, HEAD_DIM, WIDTH,
+        BLOCK_N, CODES, INVARIANT,
     )  # fmt: skip
     places = out + ((tokens * kv_heads * GROUP + heads) * HEAD_DIM)[:, None] + columns
     tl.store(places, (sums / tl.maximum(totals, 1e-30)[:, None]).to(out.dtype.element_ty), mask=there)

@@ -12,9 +12,11 @@ import time
 import numpy as np
 import pytest
 import torch
+from interpreter import multiply_bfloat16
 from tiny_models import TINY
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.attention import triton as triton_attention
 from nanovllm.distributed.group import TPGroup
 from nanovllm.engine.executors import base
 from nanovllm.engine.runner.cuda_graph import DecodeGraphs
@@ -77,12 +79,16 @@ def test_ways_to_run_change_nothing(tiny_model, options, change):
     assert (preemptions > 0) == ("num_kvcache_blocks" in change)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("family", TINY)
-def test_every_family_in_bfloat16_against_the_reference_in_float32(tiny_model, family):
+def test_every_family_in_bfloat16_against_the_reference_in_float32(tiny_model, options, monkeypatch, family):
     reference = {"device": "cpu", "kernels": "torch", "attention_backend": "reference", "dtype": "float32"}
-    wanted, _ = generated(tiny_model(family), **(ON_GPU | reference), kvcache_memory="64MiB")
-    found, _ = generated(tiny_model(family), **ON_GPU, dtype="bfloat16")
+    params = GREEDY
+    if options is INTERPRETED:
+        multiply_bfloat16(monkeypatch)
+        monkeypatch.setattr(triton_attention, "_interpreter_reason", lambda dtype: None)
+        params = dataclasses.replace(GREEDY, max_tokens=5)
+    wanted, _ = generated(tiny_model(family), params, **(ON_GPU | reference), kvcache_memory="64MiB")
+    found, _ = generated(tiny_model(family), params, **(options | {"dtype": "bfloat16"}))
     agree(found, wanted, CLOSE)
 
 
@@ -136,14 +142,13 @@ def test_two_engines_share_a_gpu(tiny_model):
         assert texts == [[o.outputs[0].token_ids for o in llm.generate(PROMPTS, GREEDY)] for llm in (first, second)]
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("family", ["qwen3", "granite-hybrid"])
-def test_soak(tiny_model, family):
+def test_soak(tiny_model, options, family):
     """Three minutes of requests that come, are aborted and are preempted at random; nothing is lost or leaks."""
-    random = np.random.default_rng(0)
-    options = ON_GPU | {"max_num_seqs": 40, "max_num_batched_tokens": 256, "num_kvcache_blocks": 90}
+    random, seconds = np.random.default_rng(0), 20 if options is INTERPRETED else 90
+    options = options | {"max_num_seqs": 40, "max_num_batched_tokens": 256, "num_kvcache_blocks": 90}
     with LLM(str(tiny_model(family)), **options) as llm:
-        engine, unfinished, end = llm.engine, {}, time.monotonic() + 90
+        engine, unfinished, end = llm.engine, {}, time.monotonic() + seconds
         while time.monotonic() < end or unfinished:
             if time.monotonic() < end and len(unfinished) < 60:
                 length, count = int(random.integers(1, 100)), int(random.integers(1, 27))

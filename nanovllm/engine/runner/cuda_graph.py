@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import logging
-import re
 import time
 from collections.abc import Callable
 
@@ -14,8 +13,8 @@ import torch
 from nanovllm.attention.base import AttentionBackend
 from nanovllm.batch import Batch
 from nanovllm.engine.runner.decode_batch import DeviceDecodeBatch, decodes
+from nanovllm.engine.runner.memory import says_what_helps
 from nanovllm.engine.step import StepPlan
-from nanovllm.errors import ConfigError
 from nanovllm.ops.graph import CannotRecord, Graph, Recorder
 
 logger = logging.getLogger(__name__)
@@ -40,20 +39,13 @@ class CUDARecorder:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
 
+    @says_what_helps(
+        "no memory left to capture decoding steps as CUDA graphs: lower max_num_seqs, lower "
+        "gpu_memory_utilization where the caches have left too little, or set enforce_eager=True"
+    )
     def record(self, run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Graph]:
         """`run` is run once before it is captured, so that kernels are compiled and libraries have their workspaces:
         it must be harmless with what its input tensors hold now. ConfigError if memory does not suffice."""
-        try:
-            return self._record(run)
-        except (RuntimeError, CannotRecord) as error:
-            if _is_out_of_memory(error):
-                raise ConfigError(
-                    "no memory left to capture decoding steps as CUDA graphs: lower max_num_seqs, lower "
-                    "gpu_memory_utilization where the caches have left too little, or set enforce_eager=True"
-                ) from error
-            raise
-
-    def _record(self, run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Graph]:
         current, side = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
         side.wait_stream(current)
         with torch.cuda.stream(side):
@@ -66,16 +58,6 @@ class CUDARecorder:
         except RuntimeError as error:  # of several kinds, CUDA's own among them
             raise CannotRecord(str(error).splitlines()[0]) from error
         return out, graph
-
-
-def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether that is where it began: to end a capture that has failed is an error of its own. Only torch's allocator
-    has a type for it; CUDA and cuBLAS say it in words."""
-    while error is not None:
-        if isinstance(error, torch.OutOfMemoryError) or re.search("out of memory|ALLOC_FAILED", str(error)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 class DecodeGraphs:

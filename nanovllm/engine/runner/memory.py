@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import psutil
 import torch
@@ -11,8 +13,39 @@ from nanovllm.cache_spec import CachePlan, CacheSpec, plan_cache
 from nanovllm.config import EngineConfig, parse_bytes
 from nanovllm.engine.runner.control_group import memory_left
 from nanovllm.errors import ConfigError
+from nanovllm.ops.graph import CannotRecord
 
 _DEFAULT_SHARE = 0.4  # of what is free on the host; pages that are never used cost nothing
+
+WEIGHTS_DO_NOT_FIT = (
+    "the model's weights do not fit in the memory that is free on this device: free some, quantise them "
+    "(quantization='int8' or 'int4'), or use more GPUs (tensor_parallel_size)"
+)
+STEP_DOES_NOT_FIT = (
+    "no memory left on this device for a step: another process has taken some, or the caches too much; lower "
+    "gpu_memory_utilization, max_num_batched_tokens or max_num_seqs"
+)
+
+
+@contextmanager
+def says_what_helps(text: str) -> Iterator[None]:
+    """ConfigError with this text where the memory of a device does not suffice."""
+    try:
+        yield
+    except (RuntimeError, CannotRecord) as error:
+        if _is_out_of_memory(error):
+            raise ConfigError(text) from error
+        raise
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether that is where it began: to end a capture that has failed is an error of its own. Only torch's allocator
+    has a type for it; CUDA and cuBLAS say it in words."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or re.search("out of memory|ALLOC_FAILED", str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def host_cache_memory(config: EngineConfig, ranks: int = 1) -> int:
@@ -43,13 +76,11 @@ class DeviceMemory:
         """
         torch.cuda.empty_cache()
         weights = self._before - self._free()
-        try:
+        with says_what_helps(
+            f"no room for a step of {config.max_num_batched_tokens} tokens beside {weights:,} bytes of weights: "
+            "lower max_num_batched_tokens or max_num_seqs, or use more GPUs (tensor_parallel_size)"
+        ):
             largest_step()
-        except torch.cuda.OutOfMemoryError as error:
-            raise ConfigError(
-                f"no room for a step of {config.max_num_batched_tokens} tokens beside {weights:,} bytes of weights: "
-                "lower max_num_batched_tokens or max_num_seqs, or use more GPUs (tensor_parallel_size)"
-            ) from error
         steps, total = self._before - weights - self._free(), torch.cuda.mem_get_info(self._device)[1]
         share = int(total * config.gpu_memory_utilization)
         left = min(share, self._before) - weights - steps

@@ -21,7 +21,14 @@ from nanovllm.engine.runner.caches import bind_caches
 from nanovllm.engine.runner.cuda_graph import CUDARecorder, DecodeGraphs
 from nanovllm.engine.runner.decode_batch import DecodeBatch, DeviceDecodeBatch
 from nanovllm.engine.runner.largest_step import largest_step
-from nanovllm.engine.runner.memory import DeviceMemory, host_cache_memory, size_caches
+from nanovllm.engine.runner.memory import (
+    STEP_DOES_NOT_FIT,
+    WEIGHTS_DO_NOT_FIT,
+    DeviceMemory,
+    host_cache_memory,
+    says_what_helps,
+    size_caches,
+)
 from nanovllm.engine.runner.step_graphs import StepGraphs
 from nanovllm.engine.runner.threads import set_threads
 from nanovllm.engine.step import StepPlan, StepResult, fill_in
@@ -81,15 +88,17 @@ class ModelRunner:
             quantization=config.quantization,
             kv_codes=KV_CODES[config.kv_cache_dtype],
         )
-        self._model = model_class(model_config, ctx)
+        with says_what_helps(WEIGHTS_DO_NOT_FIT):
+            self._model = model_class(model_config, ctx)
         if config.enable_expert_parallel and not any(isinstance(m, SparseMoE) for m in self._model.modules()):
             raise ConfigError("enable_expert_parallel=True: this model has no experts; leave it out")
         self._layers = [m for m in self._model.modules() if isinstance(m, CachedLayer)]
         self._backend = self._select_backend(config)
-        if config.load_format == "dummy":
-            self._model.load_dummy(config.seed or 0)
-        else:
-            self._model.load(checkpoint)
+        with says_what_helps(WEIGHTS_DO_NOT_FIT):
+            if config.load_format == "dummy":
+                self._model.load_dummy(config.seed or 0)
+            else:
+                self._model.load(checkpoint)
         self._sampled = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=self._device)  # in the last step
         if memory is None:
             budget = host_cache_memory(config, host_ranks)
@@ -117,10 +126,14 @@ class ModelRunner:
     def model(self) -> CausalLM:
         return self._model
 
-    @torch.inference_mode()
+    @says_what_helps(STEP_DOES_NOT_FIT)
     def execute(self, plan: StepPlan) -> Future[StepResult]:
         """Begin a forward pass over the planned tokens, then one token for each sequence that samples: drawn by
         rank 0 alone, so that ranks cannot disagree. On CPUs it is done when this returns."""
+        return self._execute(plan)
+
+    @torch.inference_mode()
+    def _execute(self, plan: StepPlan) -> Future[StepResult]:
         self._take_pending(plan)
         self._copy_states([(s.resume_from, s.state_slot) for s in plan.sequences if s.resume_from])
         logits, prompt_logprobs = self._logits(plan)
@@ -220,7 +233,7 @@ class ModelRunner:
         """Take all memory that steps take, with caches of the write sinks alone."""
         self._bind_caches(CachePlan(num_blocks=1, num_slots=1, num_bytes=0))
         self._graphs = self._record_steps(config)
-        self.execute(largest_step(config)).result()
+        self._execute(largest_step(config)).result()
 
     @torch.inference_mode()
     def _record_steps(self, config: EngineConfig) -> StepGraphs | DecodeGraphs | None:

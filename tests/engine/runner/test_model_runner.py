@@ -170,3 +170,28 @@ def test_what_to_do_where_device_memory_does_not_suffice(monkeypatch):
         before.left(EngineConfig("m"), lambda: device.take(150))
     with pytest.raises(ConfigError, match=r"beside 950 bytes of weights: lower max_num_batched_tokens"):
         before.left(EngineConfig("m"), lambda: device.take(150))
+
+
+def sum_engine_with_a_request():
+    engine = sum_engine(enforce_eager=True)
+    engine.add(engine.prepare([1, 2], SamplingParams(max_tokens=2)))
+    return engine
+
+
+@pytest.mark.parametrize(
+    ("method", "helps"),
+    [
+        ("__init__", "tensor_parallel_size"),
+        ("load_dummy", "quantization='int8'"),
+        ("forward", "max_num_batched_tokens"),
+    ],
+)
+def test_too_little_device_memory_names_what_to_change(monkeypatch, method, helps):
+    """Of weights and steps it said how many MiB torch had wanted."""
+
+    def take(self, *_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(SumModel, method, take)
+    with pytest.raises(ConfigError, match=helps):
+        run_all(sum_engine_with_a_request())

@@ -19,6 +19,7 @@ if torch.cuda.is_available():
     pytest.skip("tensors of the CPU stand for those of a GPU", allow_module_level=True)
 from kernels import normal
 from test_cuda_graph import on_a_device
+from tiny_models import TINY
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.layers.sampler import sample
@@ -188,7 +189,10 @@ def read(drawn):
     return drawn.to_host(lambda *found: found).result()
 
 
-@pytest.mark.parametrize("family", ["llama", "granite-hybrid"])
+USUAL = ("llama", "granite-hybrid", "mixtral")
+
+
+@pytest.mark.parametrize("family", [pytest.param(f, marks=[] if f in USUAL else pytest.mark.slow) for f in TINY])
 def test_no_step_waits(tiny_model, family):
     """Prompts in chunks beside decodes, and all that may be asked of a row and of a prompt."""
     params = [
