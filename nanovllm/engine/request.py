@@ -56,7 +56,8 @@ class RequestPreparer:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
-        self._eos_ids = tuple(eos_ids)
+        # a checkpoint may name an end that its vocabulary has not, which nothing can sample and no row can forbid
+        self._eos_ids = tuple(token for token in eos_ids if 0 <= token < vocab_size)
 
     def prepare(
         self,

@@ -114,3 +114,10 @@ def test_the_files_ends_of_texts_end_texts(path):
             output = llm.generate("hi", SamplingParams(temperature=0), use_tqdm=False)[0].outputs[0]
         assert output.finish_reason == "stop"
         assert len(output.token_ids) <= 3
+
+
+def test_an_end_beyond_the_vocabulary_is_no_end(tiny_model):
+    """min_tokens forbade it in a row of logits that was too short."""
+    params = SamplingParams(max_tokens=4, min_tokens=3)
+    with LLM(str(tiny_model("gpt2")), device="cpu", skip_tokenizer_init=True, kvcache_memory="8MiB") as llm:
+        assert len(llm.generate([[5, 6]], params, use_tqdm=False)[0].outputs[0].token_ids) == 4
