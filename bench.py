@@ -33,6 +33,7 @@ OTHERS = {
     "host_cost": "microseconds of a decoding step beside the model",
     "sampling": "drawing tokens, native against torch",
     "kernels": "Triton's kernels against torch's (needs a CUDA device)",
+    "attention": "attention's backends, beside what bounds them (needs a CUDA device)",
     "gpu": "all that is claimed of GPUs, and their tests (needs one)",
     "mixers": "Mamba2 and mixtures of experts, beside what bounds them (needs a CUDA device)",
     "ways32": "32 sequences sampled and streamed, against greedy generation",

@@ -111,6 +111,8 @@ def _draws() -> Iterator[Case]:
                 logits.nbytes,
                 lambda ops, logits=logits, rows=rows, uniforms=uniforms: _drawn(ops, logits, rows, uniforms),
             )
+        ids = torch.arange(count, device="cuda")
+        yield Case(f"20 logprobs, {count} rows", logits.nbytes, lambda ops, x=logits, ids=ids: _logprobs(ops, x, ids))
 
 
 def _drawn(ops: TorchOps, logits: torch.Tensor, rows: list[SampleRow], uniforms: np.ndarray) -> np.ndarray:
@@ -118,6 +120,11 @@ def _drawn(ops: TorchOps, logits: torch.Tensor, rows: list[SampleRow], uniforms:
         ops.sampling.penalise(logits, dict(enumerate(rows)))
     greedy = rows[0].params.greedy
     return (ops.sampling.argmax(logits) if greedy else ops.sampling.draw(logits, rows, uniforms)).cpu().numpy()
+
+
+def _logprobs(ops: TorchOps, logits: torch.Tensor, ids: torch.Tensor) -> np.ndarray:
+    found = ops.sampling.log_softmax(logits)
+    return ops.sampling.token_logprobs(found, ids, [20] * len(ids)).values.cpu().numpy()
 
 
 def random(*shape: int) -> torch.Tensor:

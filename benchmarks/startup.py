@@ -1,8 +1,9 @@
-"""Seconds from `python` to the first token."""
+"""Seconds from `python` to the first token, and those of them that capture decoding steps as CUDA graphs."""
 
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 import subprocess
 import sys
@@ -14,16 +15,18 @@ from benchmarks import models
 from benchmarks.report import finish
 
 _PROGRAM = """
-import sys
+import logging, sys
 from nanovllm import LLM, SamplingParams
+logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stdout)
 llm = LLM(sys.argv[1])
-print(next(llm.stream("The capital of France is", SamplingParams(temperature=0))), flush=True)
+print("first:", next(llm.stream("The capital of France is", SamplingParams(temperature=0))), flush=True)
 """
 _RANDOM = """
-import sys
+import logging, sys
 from nanovllm import LLM, SamplingParams
+logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stdout)
 llm = LLM(sys.argv[1], load_format="dummy", skip_tokenizer_init=True)
-print(llm.generate([[5, 6, 7]], SamplingParams(max_tokens=1), use_tqdm=False)[0]["token_ids"], flush=True)
+print("first:", llm.generate([[5, 6, 7]], SamplingParams(max_tokens=1), use_tqdm=False)[0]["token_ids"], flush=True)
 """
 
 
@@ -34,16 +37,22 @@ def run(args: argparse.Namespace) -> None:
             found = models.shape(args.shape, Path(folder))
             name, program, model = found.name, _RANDOM, found.paths["own"]
         # the first fetches the model and fills the file cache
-        seconds = [_seconds(program, model) for _ in range(args.rounds + 1)]
-    median = statistics.median(seconds[1:])
-    print(f"from `python` to the first token of {name}: {median:.2f} s (median of {args.rounds})")
-    finish(args, model=name, rounds=args.rounds, startup=median)
+        found = [_seconds(program, model) for _ in range(args.rounds + 1)][1:]
+    started, captured = (statistics.median(part) for part in zip(*found, strict=True))
+    print(f"from `python` to the first token of {name}: {started:.2f} s (median of {args.rounds})")
+    if captured:
+        print(f"of which graphs of decoding steps: {captured:.2f} s")
+    finish(args, model=name, rounds=args.rounds, startup=started, capture=captured)
 
 
-def _seconds(program: str, model: str) -> float:
-    start = time.perf_counter()
-    with subprocess.Popen([sys.executable, "-c", program, model], stdout=subprocess.PIPE) as process:
+def _seconds(program: str, model: str) -> tuple[float, float]:
+    """To the first token, and to capture graphs, 0.0 where there are none."""
+    start, captured = time.perf_counter(), 0.0
+    with subprocess.Popen([sys.executable, "-c", program, model], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        if not process.stdout.readline():
-            raise SystemExit("the engine did not start")
-        return time.perf_counter() - start
+        for line in process.stdout:
+            if line.startswith("first:"):
+                return time.perf_counter() - start, captured
+            if graphs := re.match(r"captured decoding steps of .* in (\d+\.\d+) s", line):
+                captured = float(graphs[1])
+    raise SystemExit("the engine did not start")

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, models, plot, report, roof, workload
+from benchmarks import attention, gpu, models, plot, report, roof, startup, workload
 from benchmarks.compare import contenders
+from nanovllm.attention.reference import ReferenceAttention
 
 ROOT = Path(__file__).parents[1]
 PROBE = {"read_gb_per_s": 40.0, "bf16_gflop_per_s": 800.0}
@@ -227,14 +228,46 @@ def test_without_matplotlib(monkeypatch):
 
 def test_the_table_of_a_gpu_is_made_of_what_runs_write():
     row = {"seconds": 3.5, "input": 1000.4, "output": 2000.0, "load": 1.0, "of_roof": 0.756}
-    both = {"nanovllm": row, "batch_invariant=true": {**row, "seconds": 4.0}}
+    both = {"nanovllm": row, "batch_invariant=true": {"seconds": 4.0, "input": 1.0, "output": 2.0}}
     lines = [
         {"model": "a", "presets": {"nano": {"shape": "256 x ...", "results": both}}},
-        {"model": "a", "startup": 7.1234},
-        {"device": "a GPU", "microseconds": {}},
+        {"model": "a", "startup": 7.1234, "capture": 2.5},
+        {"microseconds": {"decodes": {"us": 300.0, "floor": 240.0}, "rms_norm, 1": {"triton": 2.0, "torch": 5.0}}},
     ]
     assert gpu.table([json.dumps(line) for line in lines])[4:] == [
-        "| a | nano: 256 x ... | 3.50 | 1000, 2000 | 76% |",
-        "| a | nano: 256 x ..., batch_invariant=true | 4.00 | 1000, 2000 | 76% |",
-        "| a | from `python` to the first token | 7.12 | | |",
+        "| a | nano: 256 x ... | 2.65 s | 3.5 s | 76% | 1000, 2000 |",
+        "| a | nano: 256 x ..., batch_invariant=true | | 4 s | | 1, 2 |",
+        "| a | from `python` to the first token | | 7.12 s | | |",
+        "| a | of which graphs are captured | | 2.50 s | | |",
+        "| decodes | | 240 us | 300 us | 80% | |",
+        "| rms_norm, 1 | | 5 us (other kernels) | 2 us | 250% | |",
     ]
+
+
+def test_floors_of_attention():
+    """Reading 4096 tokens of 4 KiB for each of 64; half of 2048 x 2048 products of 16 heads for each of 8."""
+    decodes, prompts = (
+        next(c for c in attention.CASES if c.name == n) for n in ("64 decodes behind 4096", "8 prompts of 2048")
+    )
+    assert decodes.floor(PROBE) == pytest.approx(64 * 4096 * 4096 / 40e9 * 1e6)
+    assert prompts.floor(PROBE) == pytest.approx(8 * 2048**2 / 2 * 4 * 16 * 128 / 800e9 * 1e6)
+    behind = attention.Case("", [(100, 50)])
+    assert behind.floor(PROBE) == pytest.approx((100 * 50 + 50**2 / 2) * 4 * 16 * 128 / 800e9 * 1e6)
+
+
+def test_what_is_timed_of_attention_stores_nothing():
+    case = attention.Case("", [(300, 1), (0, 5)])
+    attend, store = attention.calls(case, ReferenceAttention(), torch.device("cpu"), torch.float32)
+    before = attend()
+    assert before.shape == (6, 16, 128) and torch.equal(attend(), before)
+    store()
+    assert not torch.equal(attend(), before)
+
+
+def test_how_long_it_takes_to_start_and_to_capture():
+    program = "print('captured decoding steps of [4, 2] sequences in 1.5 s', 'first: 7', sep='\\n')"
+    seconds, captured = startup._seconds(program, "a model")
+    assert 0 < seconds < 60 and captured == 1.5
+    assert startup._seconds("print('first: 7')", "a model")[1] == 0
+    with pytest.raises(SystemExit, match="did not start"):
+        startup._seconds("print('last')", "a model")
