@@ -38,7 +38,7 @@ from nanovllm.models.base import CausalLM
 from nanovllm.tokenizer.tokenizer import Tokenizer
 
 VOCAB = 512
-BATCHES = (1, 32, 256, 1024)
+BATCHES = (1, 32, 256, 1024, 4096)
 WAITING = 10_000
 STEPS, PROMPT = 200, 512  # steps measured, tokens of each prompt
 KINDS: dict[str, dict[str, Any]] = {
