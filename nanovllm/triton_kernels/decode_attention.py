@@ -36,7 +36,7 @@ def _tile(itemsize: int, head_dim: int, group: int, *, codes: bool) -> Tile:
     keys = _TILE_BYTES // (itemsize * max(64, triton.next_power_of_2(head_dim)))
     num_warps = 8 if head_dim > 128 else 4
     if codes:  # which take registers; of half as many bytes there have to be more tiles under way
-        return Tile(min(64, rows), keys // 2 if rows > 16 else keys, num_warps, 3 if head_dim > 128 else 4)
+        return Tile(min(64, rows), min(32, keys // 2) if rows > 16 else keys, num_warps, 3 if head_dim > 128 else 4)
     return Tile(min(64, rows), keys, num_warps, 3)
 
 
