@@ -28,11 +28,12 @@ from nanovllm.triton_kernels.kv_codes import scales_begin
 from nanovllm.triton_kernels.variant import AMPERE_ON, Variant, launch_options
 
 # (Hopper, bytes of a number, head dimension as a power of two): the largest that neither spill registers nor take more
-# shared memory than a block has. float32 is multiplied in three parts on tensor cores, which takes many registers.
+# shared memory than a block has, by Triton 3.6 and 3.9. float32 is multiplied in three parts on tensor cores, which
+# takes many registers.
 _TILES = {
     (True, 2, 64): Tile(128, 64, 8, 3),
     (True, 2, 128): Tile(128, 64, 8, 3),
-    (True, 2, 256): Tile(128, 32, 8, 2),
+    (True, 2, 256): Tile(128, 32, 8, 3),
     (False, 2, 64): Tile(64, 64, 4, 3),
     (False, 2, 128): Tile(128, 32, 8, 3),
     (False, 2, 256): Tile(64, 32, 8, 2),
@@ -46,10 +47,14 @@ _INVARIANT_TILES = {
     (True, 2, 64): Tile(64, 64, 4, 3),
     (True, 2, 256): Tile(64, 32, 8, 2),
     **{(hopper, 2, 128): Tile(64, 32, 4, 3) for hopper in (False, True)},
-    **{(hopper, 4, 64): Tile(16, 32, 4, 2) for hopper in (False, True)},
+    **{(hopper, 4, 64): Tile(16, 32, 8, 2) for hopper in (False, True)},
 }
 # To decode them takes registers.
-_CODE_TILES = {(False, 2, 128): Tile(64, 32, 4, 3), (True, 2, 256): Tile(64, 16, 8, 2)}
+_CODE_TILES = {
+    (False, 2, 128): Tile(64, 32, 8, 3),
+    (False, 2, 256): Tile(64, 16, 8, 3),
+    (True, 2, 256): Tile(64, 16, 8, 2),
+}
 
 
 def _tile(hopper: bool, itemsize: int, head_dim: int, *, invariant: bool, codes: bool) -> Tile:

@@ -142,16 +142,18 @@ def test_two_engines_share_a_gpu(tiny_model):
         assert texts == [[o.outputs[0].token_ids for o in llm.generate(PROMPTS, GREEDY)] for llm in (first, second)]
 
 
+@pytest.mark.parametrize(("device", "seconds"), [pytest.param("cuda", 90, marks=pytest.mark.gpu), ("cpu", 1)])
 @pytest.mark.parametrize("family", ["qwen3", "granite-hybrid"])
-def test_soak(tiny_model, options, family):
+def test_soak(tiny_model, family, device, seconds):
     """Three minutes of requests that come, are aborted and are preempted at random; nothing is lost or leaks."""
-    random, seconds = np.random.default_rng(0), 20 if options is INTERPRETED else 90
-    options = options | {"max_num_seqs": 40, "max_num_batched_tokens": 256, "num_kvcache_blocks": 90}
+    random = np.random.default_rng(0)
+    options = ON_GPU | {"max_num_seqs": 40, "max_num_batched_tokens": 256, "num_kvcache_blocks": 90}
+    options |= {"device": device, "async_scheduling": True}
     with LLM(str(tiny_model(family)), **options) as llm:
         engine, unfinished, end = llm.engine, {}, time.monotonic() + seconds
         while time.monotonic() < end or unfinished:
-            if time.monotonic() < end and len(unfinished) < 60:
-                length, count = int(random.integers(1, 100)), int(random.integers(1, 27))
+            while time.monotonic() < end and len(unfinished) < 60:
+                length, count = (int(n) for n in random.integers(1, 64, 2))
                 kinds = [{"temperature": 0}, {"top_p": 0.9}, {"top_k": 5, "repetition_penalty": 1.3}, {"logprobs": 3}]
                 params = SamplingParams(max_tokens=count, ignore_eos=True, seed=length, **random.choice(kinds))
                 request = engine.prepare(random.integers(1, 90, length).tolist(), params)
