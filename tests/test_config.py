@@ -118,6 +118,22 @@ def test_resolve_device(asked, cuda, device):
     assert resolve(device=asked, cuda=cuda).device == device
 
 
+@pytest.mark.parametrize(
+    ("options", "cuda", "ahead"),
+    [
+        ({}, True, True),
+        ({"async_scheduling": False}, True, False),
+        ({}, False, False),
+        ({"executor": "mp"}, False, True),
+        ({"async_scheduling": True}, False, True),
+    ],
+    ids=str,
+)
+def test_steps_are_planned_ahead_where_the_host_would_wait(options, cuda, ahead):
+    config = EngineConfig("m", **options).resolve(checkpoint_dtype="bfloat16", max_positions=64, cuda=cuda)
+    assert config.async_scheduling is ahead
+
+
 def test_cuda_without_a_device_is_refused():
     with pytest.raises(ConfigError, match="device='cuda'"):
         resolve(device="cuda")
