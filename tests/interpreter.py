@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 
 def multiply_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the interpreter multiply bfloat16 too: it takes the bits for whole numbers."""
+    """Let the interpreter multiply bfloat16 too, of which it takes the bits for whole numbers, and round to it: to the
+    nearest, as GPUs do, where it cuts bits off."""
+    from triton import language
     from triton.runtime import interpreter
+
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def create_fp_trunc(self, src, dst_type):
+        if src.dtype.scalar != language.float32 or dst_type.scalar != language.bfloat16:
+            return cast(self, src, dst_type)
+        rounded = torch.from_numpy(np.array(src.data)).bfloat16()
+        return interpreter.TensorHandle(rounded.view(torch.uint16).numpy(), language.bfloat16)
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
         product = np.matmul(_numbers(a, d), _numbers(b, d), dtype=d.data.dtype)
         return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fp_trunc", create_fp_trunc)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
