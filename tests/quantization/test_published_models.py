@@ -212,10 +212,22 @@ def test_two_ranks_have_the_weights_of_one(tmp_path, scheme):
     """Whose columns are parted where groups end; those in another order are widened first."""
     model = make_tiny_model("llama", tmp_path, **SIZES | {"intermediate_size": 512})
     path, _ = publish(model, tmp_path, SCHEMES[scheme])
-    for alone, shared in zip(*(generated(path, n) for n in (1, 2)), strict=True):
+    assert_alike(*(generated(path, n) for n in (1, 2)))
+
+
+def assert_alike(one: list, two: list) -> None:
+    for alone, shared in zip(one, two, strict=True):
         assert alone.token_ids == shared.token_ids
         pairs = zip(alone.token_ids, alone.logprobs, shared.logprobs, strict=True)
         assert max(abs(a[t].logprob - b[t].logprob) for t, a, b in pairs) < 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_two_ranks_have_the_experts_of_one(tmp_path, method):
+    sizes = SIZES | {"intermediate_size": 512, "num_key_value_heads": 2}
+    path, _ = publish(make_tiny_model("mixtral", tmp_path, **sizes), tmp_path, METHODS[method])
+    assert_alike(*(generated(path, n) for n in (1, 2)))
 
 
 def test_ranks_do_not_part_groups(published):
