@@ -176,6 +176,17 @@ def test_a_plan_is_what_is_allocated(published, scheme):
     assert planned(path) == sum(weights.values())
 
 
+def test_a_plan_needs_the_headers_of_the_weights(published, capsys):
+    """It told to fetch again what it had not asked for."""
+    path = published(awq(128))
+    assert main(["plan", str(path), "--memory", "1GiB"]) == 0
+    for file in path.glob("*.safetensors"):
+        file.unlink()
+    assert main(["plan", str(path / "config.json"), "--quantization", "dequantize", "--memory", "1GiB"]) == 0
+    assert main(["plan", str(path / "config.json"), "--memory", "1GiB"]) == 2
+    assert "headers of their files: give a folder that has these, or plan for 'dequantize'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("how", "bits"), [(awq(128), 4.5), (gptq(8, 128), 8.5), (fp8((128, 128)), 8.25)])
 def test_weights_take_what_codes_and_scales_do(published, how, bits):
     path = published(how)
