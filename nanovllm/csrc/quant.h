@@ -164,7 +164,8 @@ template <class Q>
 void widen_pair(const char* pair, int64_t steps, uint16_t* out) {
     Q::widen(pair, steps, [out](int64_t s, const Widened& w) {
 #pragma GCC unroll 16
-        for (int i = 0; i < 2 * R; ++i) store_bf16(out + s * 2 * PAIR + i * WIDTH, w.v[i / R][i % R]);
+        for (int i = 0; i < 2 * R; i += 2)
+            store_bf16(out + s * 2 * PAIR + i * WIDTH, w.v[i / R][i % R], w.v[i / R][i % R + 1]);
     });
 }
 

@@ -1,4 +1,4 @@
-"""int8: a signed byte for each weight; 16 columns of a row share a scale, a whole multiple of a number of the row's.
+"""int8: a signed byte for each weight; 8 columns of a row share a scale, a whole multiple of a number of the row's.
 
 A weight is rounded twice, to a code and then to bfloat16, which has fewer digits than code times scale. So each scale
 is searched for: of a few multiples that is kept whose weights, rounded both times, have the smallest squared error.
@@ -61,7 +61,7 @@ def quantize_int8(weight: torch.Tensor) -> Int8Blocks:
 
 
 def _quantize(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[rows, groups, 16] in fp32 -> codes [rows, cols], scales and units."""
+    """[rows, groups, 8] in fp32 -> codes [rows, cols], scales and units."""
     wanted = groups.abs().amax(dim=-1) / 127
     units = _half_above(wanted.amax(dim=-1) / 127)
     unit = units.float()[:, None]
