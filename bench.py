@@ -27,7 +27,7 @@ from benchmarks.workload import PRESETS, Preset
 
 OTHERS = {
     "startup": "seconds from python to the first token",
-    "load": "peak memory of loading a model (Linux)",
+    "load": "memory of a process that loads a model (Linux)",
     "pool": "page pools of 1,000 and 1,000,000 pages",
     "linear": "linear layers, native against torch's",
     "host_cost": "microseconds of a decoding step beside the model",

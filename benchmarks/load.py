@@ -1,56 +1,76 @@
-"""Peak memory of loading a model (Linux)."""
+"""Memory of a process that loads a model (Linux).
+
+python bench.py --preset load --ab quantization=int8
+"""
 
 from __future__ import annotations
 
 import argparse
-import math
-import statistics
+import json
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+from benchmarks.compare import contenders
+from benchmarks.models import unquantized
 from benchmarks.report import finish
 
 _PROGRAM = """
-import sys
+import json, re, sys
 from nanovllm import LLM
-LLM(sys.argv[1], dtype=sys.argv[2], load_format=sys.argv[3], max_model_len=64, max_num_seqs=1,
-    kvcache_memory="64MiB", skip_tokenizer_init=True)
+
+def anonymous():
+    return int(re.search("RssAnon: *(.*) kB", open("/proc/self/status").read())[1]) * 1024
+
+imported = anonymous()
+llm = LLM(sys.argv[1], **json.loads(sys.argv[2]))
+(weights,) = llm.apply_model(lambda model: {id(p): p.numel() * p.itemsize for p in model.parameters()})
+print(json.dumps({"weights": sum(weights.values()), "imported": imported, "loaded": anonymous()}))
 """
+_SMALL = {"max_model_len": 64, "max_num_seqs": 1, "kvcache_memory": "4MiB", "skip_tokenizer_init": True}
+_COLUMNS = ("weights", "imported", "peak", "loaded", "resident")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Peak memory of a process that loads the model, with hardly any cache.
-
-    Anonymous memory is what the process owns; pages of mapped files come on top of it in the
-    total, and go back to the system when it needs them.
-    """
-    from nanovllm.weights.checkpoint import open_checkpoint
+    """By contender, the largest of the rounds: weights, and anonymous memory, which the process owns: once nanovllm is
+    imported, at its peak, and when the model is loaded. Pages of mapped files, which go back to the system when it
+    needs them, are in the peak of all resident memory beside it."""
     from nanovllm.weights.hub import resolve_model
 
-    path = resolve_model(args.model)
-    elements = sum(math.prod(tensor.shape) for tensor in open_checkpoint(path, args.load_format).tensors())
-    size = elements * (4 if args.dtype == "float32" else 2)
-    runs = [_peak_memory([sys.executable, "-c", _PROGRAM, str(path), args.dtype, args.load_format])
-            for _ in range(args.rounds)]  # fmt: skip
-    found = {key: max(run[key] for run in runs) for key in ("anonymous", "total")}
-    seconds = statistics.median(run["seconds"] for run in runs)
-    print(f"{args.model}, {args.dtype}: weights of {size / 2**30:.2f} GiB; peak {found['anonymous'] / 2**30:.2f} GiB "
-          f"anonymous, {found['total'] / 2**30:.2f} GiB with mapped files; {seconds:.1f} s")  # fmt: skip
-    finish(args, model=args.model, dtype=args.dtype, model_bytes=size, peak_bytes=found, seconds=seconds)
+    path = str(resolve_model(args.model))
+    common = {**_SMALL, **unquantized(path), "dtype": args.dtype, "load_format": args.load_format}
+    asked = {c.label: common | c.options for c in contenders(["nanovllm"], args.ab)}
+    results: dict[str, dict[str, float]] = {}
+    for _ in range(args.rounds):
+        for label, options in asked.items():
+            found, old = _measure(path, options), results.get(label, {})
+            results[label] = {key: max(value, old.get(key, 0)) for key, value in found.items()}
+    width = max(map(len, results))
+    print(f"{args.model} in {args.dtype}, MiB; largest of {args.rounds}")
+    print(f"{'':{width}} {' '.join(f'{column:>8}' for column in _COLUMNS)}  seconds")
+    for label, row in results.items():
+        sizes = " ".join(f"{row[column] / 2**20:8.0f}" for column in _COLUMNS)
+        print(f"{label:{width}} {sizes} {row['seconds']:8.1f}")
+    finish(args, model=args.model, dtype=args.dtype, results=results)
 
 
-def _peak_memory(command: list[str]) -> dict[str, float]:
+def _measure(path: str, options: dict[str, Any]) -> dict[str, float]:
     """Bytes and seconds of a process: the kernel keeps the peak of the total, its parts are sampled."""
     start, peaks = time.perf_counter(), {"RssAnon": 0, "VmHWM": 0}
-    with subprocess.Popen(command) as process:
+    command = [sys.executable, "-c", _PROGRAM, path, json.dumps(options)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
         while process.poll() is None:
             for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
                 key, _, value = line.partition(":")
                 if key in peaks:
                     peaks[key] = max(peaks[key], int(value.split()[0]) * 1024)
             time.sleep(0.005)
+        printed = process.stdout.read()
     if process.returncode:
         raise SystemExit(f"loading ended with status {process.returncode}")
-    return {"anonymous": peaks["RssAnon"], "total": peaks["VmHWM"], "seconds": time.perf_counter() - start}
+    found = json.loads(printed.splitlines()[-1])
+    seconds = time.perf_counter() - start
+    return {**found, "peak": peaks["RssAnon"], "resident": peaks["VmHWM"], "seconds": seconds}

@@ -315,14 +315,16 @@ class EngineConfig:
         if asked == "auto":
             return asked
         own_device, backend = _QUANTISED_CACHES[asked]
-        if self.attention_backend not in ("auto", backend, "reference"):
+        if self.attention_backend in (backend, "reference"):
+            return asked
+        if device != own_device:
+            (other,) = (name for name, (its_device, _) in _QUANTISED_CACHES.items() if its_device == device)
+            raise ConfigError(f"kv_cache_dtype={asked!r} is for device={own_device!r}; on {device} set {other!r}")
+        if self.attention_backend != "auto":
             raise ConfigError(
                 f"kv_cache_dtype={asked!r}: attention_backend={self.attention_backend!r} has no kernels for it; set "
                 f"attention_backend={backend!r}, or kv_cache_dtype='auto'"
             )
-        if self.attention_backend == "auto" and device != own_device:
-            (other,) = (name for name, (its_device, _) in _QUANTISED_CACHES.items() if its_device == device)
-            raise ConfigError(f"kv_cache_dtype={asked!r} is for device={own_device!r}; on {device} set {other!r}")
         return asked
 
     def _check_activations(self, device: str, quantization: str | None) -> None:

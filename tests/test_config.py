@@ -176,6 +176,7 @@ def test_resolve_dtype(asked, checkpoint, cuda, dtype):
         ("fp8", False, {}, "device='cuda'; on cpu set 'int8'"),
         ("int8", False, {"attention_backend": "cpu"}, "set attention_backend='native'"),
         ("fp8", True, {"attention_backend": "flash"}, "set attention_backend='triton'"),
+        ("fp8", False, {"attention_backend": "native"}, "device='cuda'; on cpu set 'int8'"),
     ],
 )
 def test_resolve_kv_cache_dtype(asked, cuda, options, resolved):

@@ -12,7 +12,7 @@ import torch
 from nanovllm.cache_spec import CachePlan
 from nanovllm.cli.options import engine_options
 from nanovllm.cli.units import size_text
-from nanovllm.config import EngineConfig, parse_bytes
+from nanovllm.config import STORED, EngineConfig, parse_bytes
 from nanovllm.engine.build import find_model, fit_model_len
 from nanovllm.engine.runner.memory import free_host_memory
 from nanovllm.engine.runner.memory_plan import Footprint, footprint, plan_memory
@@ -20,6 +20,7 @@ from nanovllm.errors import ConfigError
 from nanovllm.weights.checkpoint import Checkpoint, open_checkpoint
 from nanovllm.weights.hub import resolve_model
 
+_WEIGHTS = (".safetensors", ".bin")
 _RANKS = (2, 4, 8, 16)  # to try when one is not enough
 
 
@@ -66,6 +67,13 @@ class Case:
             cuda=options.get("device") == "cuda" or torch.cuda.is_available(),
             quantized=checkpoint.quantization,
         )
+        folder = checkpoint.path
+        is_bare = folder.is_dir() and not any(file.suffix in _WEIGHTS for file in folder.iterdir())
+        if config.quantization in STORED and is_bare:
+            raise ConfigError(
+                f"{folder} holds no weights, and what those take that are quantised by {config.quantization!r} "
+                "is in the headers of their files: give a folder that has these, or plan for 'dequantize'"
+            )
         model = footprint(family, model_config, config, tp, checkpoint)
         return cls(checkpoint, family.__name__, options, tp, config, model)
 

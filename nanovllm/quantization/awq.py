@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from nanovllm.quantization.published import HALVES, Expected, Grid, Raw, Weight, fields, integer_form, matrix, require
+from nanovllm.quantization.published import Grid, Weight, integer_form
+from nanovllm.quantization.raw import HALVES, Expected, Raw, fields, matrix, require
 from nanovllm.quantization.settings import Settings
 
 
@@ -31,8 +32,9 @@ class AWQ:
 
     @classmethod
     def of(cls, settings: Settings) -> AWQ:
-        settings.choice("version", "gemm", "GEMM", default="gemm")
-        settings.choice("backend", "autoawq", default="autoawq")
+        settings.choice(settings.first("version", "format", "checkpoint_format"), "gemm", "GEMM", default="gemm")
+        if settings.get("backend") == "llm-awq":  # others name kernels, this one a layout
+            raise settings.unsupported("backend='llm-awq'", "use a version that AutoAWQ wrote")
         settings.choice("bits", 4)
         return cls(settings.group_size(), settings.choice("zero_point", True, False, default=True))
 

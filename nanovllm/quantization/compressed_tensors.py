@@ -6,24 +6,13 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from nanovllm.errors import ModelNotSupported, WeightError
 from nanovllm.quantization.fp8 import SCALES, block_size, fp8_weight, one_scale, scales_of_rows
-from nanovllm.quantization.published import (
-    HALVES,
-    Expected,
-    Grid,
-    Raw,
-    Weight,
-    fields,
-    integer_form,
-    matrix,
-    require,
-    signed,
-)
+from nanovllm.quantization.published import Grid, Weight, integer_form
+from nanovllm.quantization.raw import HALVES, Expected, Raw, fields, matrix, require, signed
 from nanovllm.quantization.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -85,13 +74,12 @@ class Group:
     ordered: bool
 
     @classmethod
-    def of(cls, name: str, group: Mapping[str, Any], layout: str | None) -> Group:
-        where = f"quantization_config, {name}"
-        formed = Settings({**group, "format": group.get("format") or layout}, where)
-        if not isinstance(group.get("weights"), dict):
-            raise formed.unsupported("a group without weights", "use a version that has none")
-        weights = Settings(group["weights"], where)
-        layout = formed.choice("format", _PACKED, _INTEGERS, _FLOATS, _NAIVE)
+    def of(cls, group: Settings, layout: str | None) -> Group:
+        """layout: of groups that do not say theirs."""
+        if not group.get("weights"):
+            raise group.unsupported("a group without weights", "use a version that has none")
+        weights = group.within("weights")
+        layout = group.choice("format", _PACKED, _INTEGERS, _FLOATS, _NAIVE, default=layout)
         is_float = weights.choice("type", "int", "float", default="int") == "float"
         if is_float != (layout == _FLOATS) and layout != _NAIVE:
             raise weights.unsupported(f"type={weights.get('type')!r} in format={layout!r}", "use another version")
@@ -174,16 +162,16 @@ class CompressedTensors:
 
     @classmethod
     def of(cls, settings: Settings) -> CompressedTensors:
-        settings.choice("quantization_status", "compressed", default="compressed")
-        sparsity = settings.get("sparsity_config") or {}
-        Settings(sparsity, "sparsity_config").choice("format", "dense", default="dense")
-        Settings(settings.get("transform_config") or {}, "transform_config").refuse("config_groups")
+        # "frozen" is what early versions wrote of weights that they had compressed
+        settings.choice("quantization_status", "compressed", "frozen", default="compressed")
+        settings.within("sparsity_config").choice("format", "dense", default="dense")
+        settings.within("transform_config").refuse("config_groups")
         if settings.get("kv_cache_scheme"):
             logger.warning("kv_cache_scheme: keys and values stay as they are, in the model's dtype")
-        groups, layout = settings.get("config_groups"), settings.get("format")
-        if not isinstance(groups, dict) or not groups:
-            raise settings.unsupported(f"config_groups={groups!r}", "it must tell how weights are quantised")
-        found = tuple(Group.of(name, group, layout) for name, group in groups.items())
+        groups = settings.within("config_groups")
+        if not groups.names():
+            raise settings.unsupported("config_groups={}", "it must tell how weights are quantised")
+        found = tuple(Group.of(groups.within(name), settings.get("format")) for name in groups.names())
         return cls(found, tuple(settings.get("ignore") or ()))
 
     def weight(self, module: str, parts: Mapping[str, Raw]) -> Weight | None:

@@ -9,7 +9,8 @@ import torch
 
 from nanovllm.errors import ModelNotSupported, WeightError
 from nanovllm.ops.formats import E4M3_128
-from nanovllm.quantization.published import HALVES, Grid, Raw, Weight, matrix, require
+from nanovllm.quantization.published import Grid, Weight
+from nanovllm.quantization.raw import HALVES, Raw, matrix, require
 from nanovllm.quantization.settings import Settings
 
 SCALES = (torch.float32, *HALVES)
@@ -36,7 +37,9 @@ class FP8:
 
     block: tuple[int, int] | None
     method = "fp8"
-    companions = frozenset({"weight", "weight_scale", "weight_scale_inv", "input_scale", "output_scale"})
+    companions = frozenset(
+        {"weight", "weight_scale", "weight_scale_inv", "input_scale", "output_scale", "activation_scale"}
+    )
 
     @classmethod
     def of(cls, settings: Settings) -> FP8:

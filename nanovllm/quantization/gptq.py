@@ -7,18 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from nanovllm.quantization.published import (
-    HALVES,
-    Expected,
-    Grid,
-    Raw,
-    Weight,
-    fields,
-    integer_form,
-    matrix,
-    require,
-    signed,
-)
+from nanovllm.quantization.published import Grid, Weight, integer_form
+from nanovllm.quantization.raw import HALVES, Expected, Raw, fields, matrix, require, signed
 from nanovllm.quantization.settings import Settings
 
 
@@ -60,13 +50,12 @@ class GPTQ:
         settings.choice("pack_dtype", "int32", default="int32")
         if any(not rule.startswith("-:") for rule in settings.get("dynamic") or ()):
             raise settings.unsupported("dynamic, other settings for some modules,", "use a version without it")
-        written = "checkpoint_format" if settings.get("checkpoint_format") is not None else "format"
-        written = settings.choice(written, "gptq", "gptq_v2", default="gptq")
+        layout = settings.choice(settings.first("checkpoint_format", "format"), "gptq", "gptq_v2", default="gptq")
         return cls(
             settings.choice("bits", 4, 8),
             settings.group_size(),
             settings.choice("desc_act", False, True, default=False),
-            written == "gptq",
+            layout == "gptq",
         )
 
     def weight(self, module: str, parts: Mapping[str, Raw]) -> Weight:

@@ -4,42 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
 
 from nanovllm.errors import ModelNotSupported, WeightError
-from nanovllm.ops.formats import (
-    Q4_32,
-    Q4_64,
-    Q4_128,
-    Q8_128,
-    Q8_LEAST_32,
-    Q8_LEAST_128,
-    Codes,
-    Format,
-)
+from nanovllm.ops.formats import Q4_32, Q4_64, Q4_128, Q8_128, Q8_LEAST_32, Q8_LEAST_128, Codes, Format
 from nanovllm.quantization.blocks import Blocks
 from nanovllm.quantization.pieces import row_pieces
+from nanovllm.quantization.raw import Raw
 
-HALVES = (torch.float16, torch.bfloat16)
-Expected = dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]
-"""{last part of a tensor's name: (its shape, types that it may have)}."""
 _PIECE = 1 << 20  # weights that are unpacked together
-
-
-@dataclass(frozen=True, slots=True)
-class Raw:
-    """A tensor of a file, of whatever type. load: reads it."""
-
-    file: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    load: Callable[[], torch.Tensor]
 
 
 class Grid(NamedTuple):
@@ -190,51 +167,10 @@ class Published(Blocks):
 
 def integer_form(module: str, bits: int, span: int, cols: int, *, zeros: bool) -> Format:
     """For integers of 4 or 8 bits; ModelNotSupported for groups that there is no form for."""
-    forms = {
-        (4, True): (Q4_128, Q4_64, Q4_32),
-        (4, False): (Q4_128, Q4_64, Q4_32),
-        (8, True): (Q8_LEAST_128, Q8_LEAST_32),
-        (8, False): (Q8_128, Q8_LEAST_32),
-    }[bits, zeros]
-    for form in forms:
+    of_bytes = (Q8_LEAST_128 if zeros else Q8_128), Q8_LEAST_32
+    for form in (Q4_128, Q4_64, Q4_32) if bits == 4 else of_bytes:
         if span >= cols or span % form.group == 0:
             return form
     raise ModelNotSupported(
         f"{module}: groups of {span} columns are not supported; multiples of 32 are, and whole rows"
     )
-
-
-def fields(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """int32 [..., n] -> uint8 [..., n, 32 / bits], the lowest bits first. bits: 4 or 8."""
-    data = words.contiguous().view(torch.uint8).unflatten(-1, (-1, 4))
-    return data if bits == 8 else torch.stack([data & 15, data >> 4], dim=-1).flatten(-2)
-
-
-def signed(numbers: torch.Tensor, bits: int) -> torch.Tensor:
-    """Of 8 bits, 0 to 255 -> int8 -128 to 127; of 4 bits they stay as they are."""
-    return (numbers if bits == 4 else numbers ^ 128).view(torch.int8)
-
-
-def require(module: str, parts: Mapping[str, Raw], expected: Expected) -> None:
-    """WeightError unless these tensors are there and have such shapes and types."""
-    for name, (shape, dtypes) in expected.items():
-        raw = _typed(module, parts, name, dtypes)
-        if raw.shape != shape:
-            raise WeightError(f"{raw.name} is {raw.shape}, should be {shape} by the module's other tensors")
-
-
-def matrix(module: str, parts: Mapping[str, Raw], name: str, dtype: torch.dtype) -> tuple[int, int]:
-    """The shape of a tensor that says how large the weight is; WeightError as in `require`."""
-    raw = _typed(module, parts, name, (dtype,))
-    if len(raw.shape) != 2:
-        raise WeightError(f"{raw.name} is {raw.shape}, should be a matrix")
-    return raw.shape[0], raw.shape[1]
-
-
-def _typed(module: str, parts: Mapping[str, Raw], name: str, dtypes: tuple[torch.dtype, ...]) -> Raw:
-    if name not in parts:
-        raise WeightError(f"{module} is quantised, but lacks {name}")
-    raw = parts[name]
-    if raw.dtype not in dtypes:
-        raise WeightError(f"{raw.name} is {raw.dtype}; {' or '.join(map(str, dtypes))} is supported")
-    return raw

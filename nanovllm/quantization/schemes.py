@@ -17,7 +17,7 @@ _SCHEMES = {scheme.method: scheme for scheme in (AWQ, GPTQ, CompressedTensors, F
 
 def read_scheme(config: Any, path: str) -> Scheme:
     """config: quantization_config. path: for messages. ModelNotSupported for what there is no code for."""
-    method = str(config.get("quant_method") if isinstance(config, dict) else config)
+    method = str(config.get("quant_method", "no quant_method") if isinstance(config, dict) else config)
     if method not in _SCHEMES or not isinstance(config, dict):
         raise ModelNotSupported(
             f"{path} is quantised ({method}), which is not supported ({', '.join(_SCHEMES)} are); use such a version, "

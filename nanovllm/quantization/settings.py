@@ -18,6 +18,20 @@ class Settings:
     def get(self, key: str) -> Any:
         return self._config.get(key)
 
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._config)
+
+    def first(self, *keys: str) -> str:
+        """The first of these keys that has a value, else the last."""
+        return next((key for key in keys if self._config.get(key) is not None), keys[-1])
+
+    def within(self, key: str) -> Settings:
+        """What is under a key; no settings where it has no value."""
+        found = self._config.get(key) or {}
+        if not isinstance(found, Mapping):
+            raise self.unsupported(f"{key}={found!r}", "it must hold settings of its own")
+        return Settings(found, f"{self._where}, {key}")
+
     def choice(self, key: str, *supported: Any, default: Any = None) -> Any:
         """The value of a key, or `default` where there is none."""
         value = self._config.get(key)

@@ -8,12 +8,12 @@ from typing import Any, Protocol
 
 from nanovllm.errors import ConfigError, ModelNotFound, ModelNotSupported, WeightError
 from nanovllm.json_file import read_json
-from nanovllm.quantization.published import Raw
+from nanovllm.quantization.raw import Raw
 from nanovllm.quantization.schemes import read_scheme
 from nanovllm.tokenizer.tokenizer import Tokenizer
 from nanovllm.weights.gguf import GGUFCheckpoint
-from nanovllm.weights.published import joined
-from nanovllm.weights.shards import as_lazy, read_shard
+from nanovllm.weights.published import joined, plain
+from nanovllm.weights.shards import read_shard
 from nanovllm.weights.tensor_source import LazyTensor
 
 # by load_format: the name of a single file, and the pattern of several without an index. Other files
@@ -69,7 +69,8 @@ class HFCheckpoint:
         self.dtype = self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
         if self.dtype not in ("float32", "float16", "bfloat16"):
             raise ModelNotSupported(f"{path}/config.json: dtype {self.dtype!r} is not supported")
-        quantized = self.config.get("quantization_config")
+        # the second is what llm-compressor called it in 2024
+        quantized = self.config.get("quantization_config") or self.config.get("compression_config")
         self._scheme = read_scheme(quantized, str(path)) if quantized else None
         self.quantization: str | None = None if self._scheme is None else self._scheme.method
 
@@ -78,7 +79,7 @@ class HFCheckpoint:
 
     def tensors(self) -> Iterator[LazyTensor]:
         """WeightError for files and tensors that are damaged, missing or there twice."""
-        return map(as_lazy, self._raws()) if self._scheme is None else joined(self._raws(), self._scheme)
+        return plain(self._raws()) if self._scheme is None else joined(self._raws(), self._scheme)
 
     def _raws(self) -> Iterator[Raw]:
         weight_map, names = self._weight_files()

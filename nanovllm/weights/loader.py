@@ -41,7 +41,8 @@ def load_weights(model: nn.Module, tensors: Iterable[LazyTensor], rules: Sequenc
         if destination is None:
             continue
         if any(target not in missing for target in destination.targets):
-            unexpected.append(tensor.name)
+            if not tensor.spare:
+                unexpected.append(tensor.name)
             continue
         shapes = [missing.pop(target) for target in destination.targets]
         if _shapes_after(destination.convert, tensor.shape) != shapes:

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nanovllm.errors import WeightError
-from nanovllm.quantization.published import Raw
+from nanovllm.quantization.raw import Raw
 from nanovllm.weights.tensor_source import LazyTensor
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -16,6 +16,7 @@ class LazyTensor:
 
     kind: name of what it is quantised in, for messages. load_blocks: the matrix of all its rows [..., row], if there
     is code for the kind; for device "meta" its shape alone. transposed: whether these rows are the tensor's columns.
+    spare: whether models may do without it.
     """
 
     name: str
@@ -24,3 +25,4 @@ class LazyTensor:
     kind: str | None = None
     load_blocks: Callable[[str], Blocks] | None = None
     transposed: bool = False
+    spare: bool = False

@@ -106,7 +106,10 @@ CONFIGS = [
     (compressed("pack-quantized", INTEGER | {"strategy": "tensor_group"}), "strategy='tensor_group' is not supported"),
     (compressed("pack-quantized", INTEGER, sparsity_config={"format": "sparse-24"}), "format='sparse-24' is not sup"),
     (compressed("pack-quantized", INTEGER, transform_config={"config_groups": {"a": 1}}), "transform_config: config_g"),
-    (compressed("pack-quantized", INTEGER, quantization_status="frozen"), "quantization_status='frozen' is not sup"),
+    (
+        compressed("pack-quantized", INTEGER, quantization_status="calibration"),
+        "quantization_status='calibration' is not sup",
+    ),
     (compressed("pack-quantized", INTEGER, config_groups={}), "config_groups={} is not supported"),
 ]
 

@@ -176,6 +176,17 @@ def test_a_plan_is_what_is_allocated(published, scheme):
     assert planned(path) == sum(weights.values())
 
 
+def test_a_plan_needs_the_headers_of_the_weights(published, capsys):
+    """It told to fetch again what it had not asked for."""
+    path = published(awq(128))
+    assert main(["plan", str(path), "--memory", "1GiB"]) == 0
+    for file in path.glob("*.safetensors"):
+        file.unlink()
+    assert main(["plan", str(path / "config.json"), "--quantization", "dequantize", "--memory", "1GiB"]) == 0
+    assert main(["plan", str(path / "config.json"), "--memory", "1GiB"]) == 2
+    assert "headers of their files: give a folder that has these, or plan for 'dequantize'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("how", "bits"), [(awq(128), 4.5), (gptq(8, 128), 8.5), (fp8((128, 128)), 8.25)])
 def test_weights_take_what_codes_and_scales_do(published, how, bits):
     path = published(how)
@@ -212,10 +223,22 @@ def test_two_ranks_have_the_weights_of_one(tmp_path, scheme):
     """Whose columns are parted where groups end; those in another order are widened first."""
     model = make_tiny_model("llama", tmp_path, **SIZES | {"intermediate_size": 512})
     path, _ = publish(model, tmp_path, SCHEMES[scheme])
-    for alone, shared in zip(*(generated(path, n) for n in (1, 2)), strict=True):
+    assert_alike(*(generated(path, n) for n in (1, 2)))
+
+
+def assert_alike(one: list, two: list) -> None:
+    for alone, shared in zip(one, two, strict=True):
         assert alone.token_ids == shared.token_ids
         pairs = zip(alone.token_ids, alone.logprobs, shared.logprobs, strict=True)
         assert max(abs(a[t].logprob - b[t].logprob) for t, a, b in pairs) < 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_two_ranks_have_the_experts_of_one(tmp_path, method):
+    sizes = SIZES | {"intermediate_size": 512, "num_key_value_heads": 2}
+    path, _ = publish(make_tiny_model("mixtral", tmp_path, **sizes), tmp_path, METHODS[method])
+    assert_alike(*(generated(path, n) for n in (1, 2)))
 
 
 def test_ranks_do_not_part_groups(published):
