@@ -103,6 +103,12 @@ class Ops(Protocol):
         takes, into half 0 or 1. out: uint8 [bytes], zeros where they go."""
         ...
 
+    def quantize(self, weight: torch.Tensor, form: Format) -> Codes:
+        """A weight [N, K] of any float dtype in one of the forms that scales are searched for: Q4, Q8_FINE. The same
+        bits by every maker on CPUs. NaN stays NaN, of the other weights of its group (Q4) or row (Q8_FINE) too; so do
+        numbers that half-precision scales do not reach."""
+        ...
+
     def linear(
         self,
         x: torch.Tensor,

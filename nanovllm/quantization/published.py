@@ -23,7 +23,7 @@ from nanovllm.ops.formats import (
     Format,
 )
 from nanovllm.quantization.blocks import Blocks
-from nanovllm.quantization.pieces import row_pieces
+from nanovllm.ops.pieces import row_pieces
 
 HALVES = (torch.float16, torch.bfloat16)
 Expected = dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]
@@ -147,12 +147,6 @@ class Published(Blocks):
         order = self._order(tensors)
         for rows in row_pieces(*self.shape, _PIECE):
             yield rows.start, self[rows]._codes(tensors, order)
-
-    def dequantize(self) -> torch.Tensor:
-        found, order = torch.empty(self.shape), self.order()
-        for start, codes in self.pieces():
-            found[start : start + len(codes.codes)] = codes.dequantize()
-        return found if order is None else found[:, order.argsort()]
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return {name: raw.load() for name, raw in self.weight.parts.items()}
