@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 
 from nanovllm.ops.formats import Q4, Q4_NESTED, Q5, Q5_NESTED, Q6_FINE, Q8, Codes, Format
-from nanovllm.quantization.blocks import Blocks
 from nanovllm.ops.pieces import row_pieces, weights_of_piece
+from nanovllm.quantization.blocks import Blocks
 
 
 class Kind(NamedTuple):

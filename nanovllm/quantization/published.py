@@ -22,8 +22,8 @@ from nanovllm.ops.formats import (
     Codes,
     Format,
 )
-from nanovllm.quantization.blocks import Blocks
 from nanovllm.ops.pieces import row_pieces
+from nanovllm.quantization.blocks import Blocks
 
 HALVES = (torch.float16, torch.bfloat16)
 Expected = dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]

@@ -18,8 +18,8 @@ _PIECE = 1 << 22  # weights that are quantised together: threads share them
 
 @dataclass(frozen=True)
 class Searched(Blocks):
-    """weight: [rows, cols], floats or blocks of another form, of which a piece at a time is widened and quantised. kept:
-    the columns that these are, of rows whose scales are those of the whole."""
+    """weight: [rows, cols], floats or blocks of another form, of which a piece at a time is widened and quantised.
+    kept: the columns that these are, of rows whose scales are those of the whole."""
 
     ops: Ops
     wanted: Format

@@ -9,7 +9,6 @@ from nanovllm.quantization.linear_method import LinearMethod, UnquantizedLinearM
 from nanovllm.quantization.quantized_method import DequantizedLinearMethod, QuantizedLinearMethod
 from nanovllm.quantization.stored import StoredLinearMethod
 
-
 _FORMS = {"int8": Q8_FINE, "int4": Q4}
 
 
@@ -29,5 +28,6 @@ def _method(ctx: BuildContext, name: str | None) -> LinearMethod:
         return StoredLinearMethod(ops)
     if name not in _FORMS:
         return UnquantizedLinearMethod(ops)
-    method = QuantizedLinearMethod if ops.packs_quantized else DequantizedLinearMethod
-    return method(ops, _FORMS[name])
+    if ops.packs_quantized:
+        return QuantizedLinearMethod(ops, _FORMS[name])
+    return DequantizedLinearMethod(ops, _FORMS[name])
