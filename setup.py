@@ -27,7 +27,7 @@ CSRC = Path("nanovllm/csrc")
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 # one source, compiled for each instruction set; the library chooses when it is loaded
-LEVELS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"]}
+LEVELS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni", "-mavx512vbmi"]}
 
 EXACTLY = ["-ffp-contract=off"]  # no product is added to something before it is rounded
 

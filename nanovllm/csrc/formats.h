@@ -72,7 +72,7 @@ constexpr Layout layout(Format format) {
         case Format::Q5_NESTED:
             return {5, 32, 1, true};
         case Format::Q8_FINE:
-            return {8, 16, 1, false};
+            return {8, 8, 1, false};
         case Format::Q6_FINE:
             return {6, 16, 1, false};
         case Format::Q4_32:

@@ -1,5 +1,5 @@
 // Compiled with this instruction set switched on (setup.py); without it there is no such level.
-#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
 #include "level.h"
 
 static const Kernels kernels = table("avx512bf16", avx512bf16::quantize);

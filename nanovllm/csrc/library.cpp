@@ -17,8 +17,10 @@ const Kernels* supported(int level) {
 #if defined(__x86_64__)
     switch (level) {
         case 3:
-            return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") ? avx512bf16_kernels
-                                                                                                : nullptr;
+            return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+                           __builtin_cpu_supports("avx512vbmi")
+                       ? avx512bf16_kernels
+                       : nullptr;
         case 2:
             return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")

@@ -48,6 +48,28 @@ inline V numbers(const int8_t* codes) { return __builtin_convertvector(wide(code
 // 7, a float's from 127.
 inline V numbers_e4m3(const int8_t* codes) { return (V)((U)wide(codes) << 20 & 0x87f00000u) * 0x1p120f; }
 
+#if defined(__AVX512VBMI__)
+// Where the bytes of 16 floats come from: of 64 numbers those from 16 i on, and, from 64 on, what makes floats of them.
+struct Places {
+    alignas(64) uint8_t bytes[4][64] = {};
+
+    constexpr Places() {
+        for (int i = 0; i < 4; ++i)
+            for (int b = 0; b < 64; ++b) bytes[i][b] = b % 4 == 2 ? 16 * i + b / 4 : 64 + b % 4;
+    }
+};
+constexpr Places PLACES;
+constexpr int ABOVE = 128;
+
+// Bytes below 128, those from 16 i on, and 128 more: they are the first digits of floats that begin there.
+inline V above(U bytes, int i) {
+    const __m512i places = _mm512_load_si512(PLACES.bytes[i]);
+    return (V)_mm512_permutex2var_epi8((__m512i)bytes, places, _mm512_castps_si512(_mm512_set1_ps(ABOVE)));
+}
+#else
+constexpr int ABOVE = 0;
+#endif
+
 // 32 rows' numbers, each for the two columns of a step.
 // outer: the rows' half-precision numbers that nested ones are multiples of.
 template <int BYTES>
@@ -70,6 +92,8 @@ template <Format F>
 struct Quantised {
     static constexpr Layout FORM = layout(F);
     static constexpr int WORDS = 16 / WIDTH;  // vectors of 16 words
+    // By how much widened codes of 6 bits are more than what they stand for.
+    static constexpr float MORE = FORM.bias() == 0 ? 0 : FORM.bias() + ABOVE;
 
     // f(s, step) for each step of a pair.
     template <class Each>
@@ -104,7 +128,7 @@ private:
         return w;
     }
 
-    // Step `s` of a group whose codes have 5 or 6 bits, as if these were signed bytes.
+    // Step `s` of a group whose codes have 5 or 6 bits.
     static inline Widened parted(const char* codes, int64_t s) {
         constexpr int UPPER = FORM.upper_bits(), STEPS = 8 / UPPER;
         constexpr uint32_t LOWER_BITS = 0x0f0f0f0f, UPPER_BITS = ((1 << UPPER) - 1) * 0x10101010;
@@ -117,7 +141,14 @@ private:
             const U moved = left > 0 ? upper[i] << left : upper[i] >> -left;
             lower[i] = (lower[i] >> right & LOWER_BITS) | (moved & UPPER_BITS);
         }
+#if defined(__AVX512VBMI__)
+        Widened w;
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) w.v[i / R][i % R] = above(lower[0], i) - (MORE > 0 ? 0.0f : ABOVE);
+        return w;
+#else
         return bytes((const char*)lower);
+#endif
     }
 
     // Step `s` of a group whose codes begin there.
@@ -135,9 +166,9 @@ private:
         if constexpr (FORM.least) {
             each_twice<FORM.scale_bytes>(at, outer + PAIR * 2, least);
             at += PAIR * FORM.scale_bytes;
-        } else if constexpr (FORM.bias() > 0) {
+        } else if constexpr (MORE > 0) {
 #pragma GCC unroll 8
-            for (int i = 0; i < 2 * R; ++i) least[i / R][i % R] = scale[i / R][i % R] * (float)-FORM.bias();
+            for (int i = 0; i < 2 * R; ++i) least[i / R][i % R] = scale[i / R][i % R] * -MORE;
         }
         auto step = [&](int64_t s) {
             Widened w = codes(at, s);
@@ -146,7 +177,7 @@ private:
                 V& v = w.v[i / R][i % R];
                 v *= scale[i / R][i % R];
                 // the product is exact: scales have 11 digits
-                if constexpr (FORM.least || FORM.bias() > 0) v += least[i / R][i % R];
+                if constexpr (FORM.least || MORE > 0) v += least[i / R][i % R];
             }
             f(first + s, w);
         };
@@ -164,7 +195,8 @@ template <class Q>
 void widen_pair(const char* pair, int64_t steps, uint16_t* out) {
     Q::widen(pair, steps, [out](int64_t s, const Widened& w) {
 #pragma GCC unroll 16
-        for (int i = 0; i < 2 * R; ++i) store_bf16(out + s * 2 * PAIR + i * WIDTH, w.v[i / R][i % R]);
+        for (int i = 0; i < 2 * R; i += 2)
+            store_bf16(out + s * 2 * PAIR + i * WIDTH, w.v[i / R][i % R], w.v[i / R][i % R + 1]);
     });
 }
 

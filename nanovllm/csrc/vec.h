@@ -100,6 +100,17 @@ inline void store_bf16(uint16_t* p, V v) {
     memcpy(p, &h, sizeof h);
 }
 
+// Two vectors, one behind the other.
+inline void store_bf16(uint16_t* p, V first, V second) {
+#if defined(__AVX512BF16__)
+    const __m512bh h = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    memcpy(p, &h, sizeof h);
+#else
+    store_bf16(p, first);
+    store_bf16(p + WIDTH, second);
+#endif
+}
+
 inline V load_bf16(const uint16_t* p) {
     H h;
     memcpy(&h, p, sizeof h);

@@ -152,9 +152,9 @@ def widened(
     else:
         code = ((words << (24 - 8 * PART)) >> 24).to(tl.float32)
     scale, least = scale[:, None], least[:, None]
-    if GROUP == 16:
-        second, _ = _of_group(places, there, PART * 2 + 1, BITS, GROUP, SCALE, LEAST)
-        scale = tl.where((tl.arange(0, 32) < 16)[None, :], scale, second[:, None])
+    for i in tl.static_range(1, 32 // GROUP):  # groups of 16 and 8, which have no least values
+        another, _ = _of_group(places, there, PART * (32 // GROUP) + i, BITS, GROUP, SCALE, LEAST)
+        scale = tl.where((tl.arange(0, 32) < i * GROUP)[None, :], scale, another[:, None])
     value = code * scale  # exact in all forms with least values
     if LEAST:
         value += least

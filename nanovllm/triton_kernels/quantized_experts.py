@@ -94,10 +94,11 @@ def _tile(tokens: int, fast: bool) -> tuple[dict[str, int], int, int]:
 
 def variants() -> list[Variant]:
     made = []
-    q4, fine = CodeLayout(4, 32, scale=16, least=True), CodeLayout(8, 16, scale=8, least=False)
+    q4 = CodeLayout(4, 32, scale=16, least=True)
+    fine, finest = (CodeLayout(8, group, scale=8, least=False) for group in (16, 8))
     for layout, tokens, size_n, size_k, kind, dtype, chips in (
         (q4, 64, 768, 2048, "silu", "bf16", AMPERE_ON),
-        (fine, 16, 2048, 768, "none", "fp16", AMPERE_ON),
+        (finest, 16, 2048, 768, "none", "fp16", AMPERE_ON),
         (fine, 64, 768, 2048, "silu", "fp32", CHIPS),
         (q4, 16, 2048, 768, "none", "fp16", (75,)),
     ):

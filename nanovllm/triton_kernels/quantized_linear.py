@@ -200,11 +200,12 @@ def _tile(rows: int, tokens: int, fast: bool) -> tuple[dict[str, int], int, int]
 def variants() -> list[Variant]:
     made = []
     q4, q8 = CodeLayout(4, 32, scale=16, least=True), CodeLayout(8, 32, scale=16, least=False)
-    fine, nested = CodeLayout(8, 16, scale=8, least=False), CodeLayout(4, 32, scale=8, least=True)
+    fine, finest = (CodeLayout(8, group, scale=8, least=False) for group in (16, 8))
+    nested = CodeLayout(4, 32, scale=8, least=True)
     e4m3, wide = CodeLayout(8, 128, scale=32, least=False, e4m3=True), CodeLayout(4, 128, scale=32, least=True)
     for layout, tokens, rows, size_k, kind, dtype, given, chips in (
         (q4, 64, 28672, 4096, "silu", "bf16", ("bias",), AMPERE_ON),
-        (fine, 64, 4096, 14336, "none", "bf16", ("residual",), AMPERE_ON),
+        (finest, 64, 4096, 14336, "none", "bf16", ("residual",), AMPERE_ON),
         (nested, 16, 4096, 14336, "none", "fp16", ("bias", "residual"), AMPERE_ON),
         (e4m3, 16, 4096, 14336, "none", "bf16", (), AMPERE_ON),
         (wide, 64, 14336, 4096, "silu", "bf16", (), AMPERE_ON),

@@ -188,7 +188,7 @@ def test_quantised_weights_are_small(wide_model):
     plain, int8, int4 = (planned(wide_model, quantization=q, dtype="bfloat16") for q in (None, *SCHEMES))
     head = embedding = 128 * 256 * 2
     linears = plain - head - embedding
-    assert int8 - embedding < 0.54 * (plain - embedding)
+    assert int8 - embedding < 0.57 * (plain - embedding)
     assert int4 - embedding - head // 2 < 0.34 * linears
 
 
