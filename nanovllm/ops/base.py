@@ -105,8 +105,8 @@ class Ops(Protocol):
 
     def quantize(self, weight: torch.Tensor, form: Format) -> Codes:
         """A weight [N, K] of any float dtype in one of the forms that scales are searched for: Q4, Q8_FINE. The same
-        bits by every maker on CPUs. NaN stays NaN, of the other weights of its group (Q4) or row (Q8_FINE) too; so do
-        numbers that half-precision scales do not reach."""
+        bits by every maker on CPUs. A weight that is NaN or infinite makes NaN of its group (Q4) or row (Q8_FINE);
+        those that half-precision scales do not reach become infinite or NaN."""
         ...
 
     def linear(

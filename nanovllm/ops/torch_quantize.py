@@ -22,7 +22,7 @@ _Found = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 def quantize(weight: torch.Tensor, form: Format) -> Codes:
     """weight: [rows, cols] of any float dtype, of which no more than a piece is there in fp32. form: Q4 or Q8_FINE."""
     search = {Q4: search_int4, Q8_FINE: search_int8}[form]
-    pieces = row_pieces(*weight.shape, weights_of_piece(weight.device))
+    pieces = row_pieces(len(weight), weight.shape[1], weights_of_piece(weight.device))
     found = [search(_in_groups(weight[rows], form.group)) for rows in pieces]
     codes, scales, halves = (torch.cat(parts) for parts in zip(*found, strict=True))
     return found_codes(form, codes[:, : weight.shape[1]], scales, halves)

@@ -53,7 +53,7 @@ class Searched(Blocks):
         return dataclasses.replace(self, weight=self.weight.to(device))
 
     def pieces(self) -> Iterator[tuple[int, Codes]]:
-        for rows in row_pieces(*self.weight.shape, _PIECE):
+        for rows in row_pieces(len(self), self.weight.shape[1], _PIECE):
             yield rows.start, self[rows].unpack()
 
     def unpack(self) -> Codes:
