@@ -29,6 +29,8 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefe
 # one source, compiled for each instruction set; the library chooses when it is loaded
 LEVELS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni", "-mavx512vbmi"]}
 
+EXACTLY = ["-ffp-contract=off"]  # no product is added to something before it is rounded
+
 
 class BuildNative(build_ext):
     """A shared library with a plain C interface, loaded by ctypes: no Python headers, no Python symbols."""
@@ -39,13 +41,21 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        x86 = platform.machine() in ("x86_64", "AMD64")
+        levels = LEVELS if platform.machine() in ("x86_64", "AMD64") else {}
         objects: list[str] = []
         for source in ext.sources:
-            flags = LEVELS.get(Path(source).stem.removeprefix("level_"), []) if x86 else []
-            flags = ["-std=c++17", "-O3", "-fopenmp", *flags]
-            objects += self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=flags)
+            name = Path(source).stem
+            if name == "quantize":
+                for level, flags in {"generic": [], **levels}.items():
+                    objects += self._compiled(source, level, [*flags, *EXACTLY, f"-DLEVEL={level}"])
+            else:
+                objects += self._compiled(source, "", levels.get(name.removeprefix("level_"), []))
         self.compiler.link_shared_object(objects, str(target), extra_postargs=["-fopenmp"], target_lang="c++")
+
+    def _compiled(self, source: str, folder: str, flags: list[str]) -> list[str]:
+        flags = ["-std=c++17", "-O3", "-fopenmp", *flags]
+        place = str(Path(self.build_temp, folder))
+        return self.compiler.compile([source], output_dir=place, extra_postargs=flags)
 
 
 NATIVE = Extension(
@@ -54,7 +64,7 @@ NATIVE = Extension(
     # it must be one that runs everywhere
     sources=[
         str(CSRC / f"{name}.cpp")
-        for name in ("library", "pack", "level_generic", *(f"level_{level}" for level in LEVELS))
+        for name in ("library", "pack", "level_generic", *(f"level_{level}" for level in LEVELS), "quantize")
     ],
     depends=sorted(str(path) for path in CSRC.glob("*.h")),
     optional=True,  # without a compiler torch's kernels run

@@ -276,6 +276,20 @@ struct GatherRanks : GroupCall {
     int64_t work() const { return rows * out_bytes / 4; }
 };
 
+// Codes of a float weight, and scales that are searched for (quantize.cpp).
+struct QuantizeCall {
+    Format format;       // Q4 or Q8_FINE
+    const void* weight;  // [rows][cols], float, or bfloat16 if bf16
+    bool bf16;
+    int64_t rows, cols;
+    int8_t* codes;     // [rows][cols]
+    void* scales;      // [rows][groups]
+    uint16_t* halves;  // in half precision: Q4's least values [rows][groups], or what Q8_FINE's scales of a row are
+                       // multiples of, [rows]
+
+    int64_t work() const { return rows * cols * 64; }
+};
+
 template <class Call>
 using Kernel = void (*)(const Call&, Team&);
 
@@ -297,7 +311,14 @@ struct Kernels {
     Kernel<RmsScale> rms_scale;
     Kernel<AllReduce> all_reduce;
     Kernel<GatherRanks> gather_ranks;
+    Kernel<QuantizeCall> quantize;
 };
+
+// quantize.cpp, compiled for each level; here results are the same at all of them
+namespace generic { void quantize(const QuantizeCall&, Team&); }
+namespace avx2 { void quantize(const QuantizeCall&, Team&); }
+namespace avx512 { void quantize(const QuantizeCall&, Team&); }
+namespace avx512bf16 { void quantize(const QuantizeCall&, Team&); }
 
 // null where this build has no such level
 extern const Kernels *const generic_kernels, *const avx2_kernels, *const avx512_kernels, *const avx512bf16_kernels;

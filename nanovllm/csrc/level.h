@@ -12,7 +12,7 @@
 
 namespace {
 
-constexpr Kernels table(const char* name) {
+constexpr Kernels table(const char* name, Kernel<QuantizeCall> quantize) {
     return {name,
             linear,
             route,
@@ -30,7 +30,8 @@ constexpr Kernels table(const char* name) {
             mamba2,
             rms_scale,
             all_reduce,
-            gather_ranks};
+            gather_ranks,
+            quantize};
 }
 
 }  // namespace

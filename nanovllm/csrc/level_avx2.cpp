@@ -2,7 +2,7 @@
 #if defined(__AVX2__) && defined(__FMA__)
 #include "level.h"
 
-static const Kernels kernels = table("avx2");
+static const Kernels kernels = table("avx2", avx2::quantize);
 const Kernels* const nanovllm::avx2_kernels = &kernels;
 #else
 #include "kernels.h"

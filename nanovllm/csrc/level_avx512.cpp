@@ -2,7 +2,7 @@
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include "level.h"
 
-static const Kernels kernels = table("avx512");
+static const Kernels kernels = table("avx512", avx512::quantize);
 const Kernels* const nanovllm::avx512_kernels = &kernels;
 #else
 #include "kernels.h"

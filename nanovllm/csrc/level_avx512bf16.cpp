@@ -2,7 +2,7 @@
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
 #include "level.h"
 
-static const Kernels kernels = table("avx512bf16");
+static const Kernels kernels = table("avx512bf16", avx512bf16::quantize);
 const Kernels* const nanovllm::avx512bf16_kernels = &kernels;
 #else
 #include "kernels.h"

@@ -92,7 +92,7 @@ void submit(Kernel<Call> kernel, const Call& call, int threads) {
 extern "C" {
 
 // Raised whenever a function below changes; ops/library.py must agree.
-int nv_abi() { return 10; }
+int nv_abi() { return 11; }
 
 const char* nv_level() { return active->name; }
 
@@ -254,6 +254,12 @@ void nv_rms_scale(const float* x, const float* squares, const float* weight, int
                   float eps, float* y, int threads) {
     const RmsScale call = {x, squares, weight, rows, size, over, eps, y};
     submit(active->rms_scale, call, threads);
+}
+
+void nv_quantize(int format, const void* weight, int bf16, int64_t rows, int64_t cols, int8_t* codes, void* scales,
+                 uint16_t* halves, int threads) {
+    const QuantizeCall call = {(Format)format, weight, bf16 != 0, rows, cols, codes, scales, halves};
+    submit(active->quantize, call, threads);
 }
 
 // --- between the ranks of a group ---------------------------------------------------------------------------

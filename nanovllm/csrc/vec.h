@@ -73,6 +73,15 @@ inline bool any(I lanes) {
 
 inline V splat(float x) { return x - V{}; }  // not x + 0: that would lose the sign of -0
 
+inline V limited(V x, float least, float most) {  // NaN stays
+#if defined(__AVX512F__)
+    return (V)_mm512_min_ps((__m512)splat(most), _mm512_max_ps((__m512)splat(least), (__m512)x));
+#else
+    x = least > x ? splat(least) : x;
+    return most < x ? splat(most) : x;
+#endif
+}
+
 // The upper half of each float, rounded to nearest, ties to even; NaN stays NaN.
 inline U bf16_bits(V v) {
     const U bits = (U)v;

@@ -103,6 +103,12 @@ class Ops(Protocol):
         takes, into half 0 or 1. out: uint8 [bytes], zeros where they go."""
         ...
 
+    def quantize(self, weight: torch.Tensor, form: Format) -> Codes:
+        """A weight [N, K] of any float dtype in one of the forms that scales are searched for: Q4, Q8_FINE. The same
+        bits by every maker on CPUs. A weight that is NaN or infinite makes NaN of its group (Q4) or row (Q8_FINE);
+        those that half-precision scales do not reach become infinite or NaN."""
+        ...
+
     def linear(
         self,
         x: torch.Tensor,

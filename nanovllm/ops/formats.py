@@ -70,6 +70,15 @@ class Codes:
         others = (None if x is None else x.to(device) for x in (self.least, self.outer, self.outer_least))
         return Codes(self.form, self.codes.to(device), self.scales.to(device), *others)
 
+    def columns(self, part: slice) -> Codes:
+        """Whole groups, of rows that have one outer number."""
+        if part == slice(0, self.codes.shape[1]):
+            return self
+        groups = slice(part.start // self.form.group, -(-part.stop // self.form.group))
+        outer = None if self.outer is None else self.outer[:, : -(-(part.stop - part.start) // _OUTER)]
+        least = None if self.least is None else self.least[:, groups]
+        return Codes(self.form, self.codes[:, part], self.scales[:, groups], least, outer)
+
     def dequantize(self) -> torch.Tensor:
         """fp32 [rows, cols]: exact but for one rounding, of the sum."""
         codes = self.codes.view(torch.float8_e4m3fn) if self.form.e4m3 else self.codes

@@ -11,7 +11,7 @@ from typing import Any
 from nanovllm.errors import ConfigError
 
 _PATH = Path(__file__).parents[1] / "csrc" / "libnanovllm.so"
-_ABI = 10  # of csrc/library.cpp
+_ABI = 11  # of csrc/library.cpp
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _GROUP = [_POINTER, _LONG, _LONG, ctypes.c_double]  # region, rank, size, timeout in seconds
 _ROWS = [_POINTER, _LONG, _LONG, _LONG, _LONG, _LONG]  # x, outer, inner, their strides, size
@@ -26,6 +26,13 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
             *(_INT, _POINTER, _POINTER, _POINTER),  # format, codes, scales, least values
             *(_POINTER, _POINTER, _LONG, _LONG),  # what these two are multiples of, rows, columns
             *(_LONG, _INT, _POINTER, _INT),  # first row or half, packed, threads
+        ],
+    ),
+    "nv_quantize": (
+        None,
+        [
+            *(_INT, _POINTER, _INT, _LONG, _LONG),  # format, weight, bfloat16?, rows, columns
+            *(_POINTER, _POINTER, _POINTER, _INT),  # codes, scales, numbers in half precision, threads
         ],
     ),
     "nv_linear": (
@@ -117,6 +124,7 @@ class Library:
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
         self.pack, self.pack_quantized = library.nv_pack, library.nv_pack_quantized
+        self.quantize = library.nv_quantize
         self.linear = library.nv_linear
         self.route = library.nv_route
         self.mixture = library.nv_mixture

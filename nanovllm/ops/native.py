@@ -15,6 +15,7 @@ from nanovllm.ops.mamba2 import Mamba2Sizes, Mamba2Weights, SumOverRanks
 from nanovllm.ops.native_sampling import NativeSampling
 from nanovllm.ops.recorder import NativeRecorder
 from nanovllm.ops.torch_activation import activate
+from nanovllm.ops.torch_quantize import found_codes
 
 _PANEL = 16  # rows of a weight that lie side by side once packed; csrc/kernels.h
 _STRIP = 32  # channels of a Mamba2 layer that lie side by side in its state; csrc/kernels.h
@@ -79,6 +80,17 @@ class NativeOps:
             *(codes.form.number, numbers.data_ptr(), *(v.data_ptr() for v in values), *numbers.shape),
             *(first, -1 if half is None else half, out.data_ptr(), torch.get_num_threads()),
         )
+
+    def quantize(self, weight: torch.Tensor, form: Format) -> Codes:
+        if weight.dtype not in (torch.float32, torch.bfloat16):
+            weight = weight.float()
+        (rows, cols), bf16 = weight.shape, weight.dtype == torch.bfloat16
+        weight, groups = weight.contiguous(), -(-cols // form.group)
+        codes, scales = torch.empty(rows, cols, dtype=torch.int8), torch.empty(rows, groups, dtype=form.scale)
+        halves = torch.empty(rows, groups if form.least else 1, dtype=torch.float16)
+        addresses = (x.data_ptr() for x in (codes, scales, halves))
+        self._library.quantize(form.number, weight.data_ptr(), bf16, rows, cols, *addresses, torch.get_num_threads())
+        return found_codes(form, codes, scales, halves)
 
     def linear(
         self,

@@ -14,6 +14,7 @@ from nanovllm.ops.formats import Codes, Format, Packed
 from nanovllm.ops.mamba2 import Mamba2Sizes, Mamba2Weights, SumOverRanks
 from nanovllm.ops.ssm_plan import GRID, plan_scan
 from nanovllm.ops.torch_activation import activate
+from nanovllm.ops.torch_quantize import quantize
 from nanovllm.ops.torch_sampling import TorchSampling
 
 
@@ -59,6 +60,9 @@ class TorchOps:
 
     def pack_codes(self, codes: Codes, first: int, out: torch.Tensor, *, half: int | None = None) -> None:
         raise NotImplementedError
+
+    def quantize(self, weight: torch.Tensor, form: Format) -> Codes:
+        return quantize(weight, form)
 
     def linear(
         self,

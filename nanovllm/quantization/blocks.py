@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from nanovllm.ops.formats import Codes, Format
-from nanovllm.quantization.pieces import row_pieces
+from nanovllm.ops.pieces import row_pieces
 
 
 class Blocks(ABC):
@@ -59,4 +59,7 @@ class Blocks(ABC):
 
     def dequantize(self) -> torch.Tensor:
         """fp32 [rows, cols], columns as in the matrix."""
-        return self.unpack().dequantize()
+        found, order = torch.empty(self.shape), self.order()
+        for start, codes in self.pieces():
+            found[start : start + len(codes.codes)] = codes.dequantize()
+        return found if order is None else found[:, order.argsort()]

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 
 from nanovllm.ops.formats import Q4, Q4_NESTED, Q5, Q5_NESTED, Q6_FINE, Q8, Codes, Format
+from nanovllm.ops.pieces import row_pieces, weights_of_piece
 from nanovllm.quantization.blocks import Blocks
-from nanovllm.quantization.pieces import row_pieces, weights_of_piece
 
 
 class Kind(NamedTuple):
@@ -76,14 +76,6 @@ class GGMLBlocks(Blocks):
 def row_bytes(kind: str, cols: int) -> int:
     """Of a row; the last block of ours may be short of columns."""
     return -(-cols // KINDS[kind].cols) * KINDS[kind].bytes
-
-
-def q4_1_blocks(codes: torch.Tensor, scales: torch.Tensor, least: torch.Tensor) -> GGMLBlocks:
-    """codes: uint8 [rows, groups, 32]. scales, least: fp16 [rows, groups]."""
-    rows, groups, cols = codes.shape
-    low, high = codes.chunk(2, dim=-1)
-    values = torch.stack([scales, least], dim=-1).view(torch.uint8)  # [rows, groups, 4]
-    return GGMLBlocks("Q4_1", torch.cat([values, low | high << 4], dim=-1).view(rows, -1), groups * cols)
 
 
 # --- ggml's types ------------------------------------------------------------------------------------

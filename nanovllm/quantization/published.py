@@ -12,8 +12,8 @@ import torch
 
 from nanovllm.errors import ModelNotSupported, WeightError
 from nanovllm.ops.formats import Q4_32, Q4_64, Q4_128, Q8_128, Q8_LEAST_32, Q8_LEAST_128, Codes, Format
+from nanovllm.ops.pieces import row_pieces
 from nanovllm.quantization.blocks import Blocks
-from nanovllm.quantization.pieces import row_pieces
 from nanovllm.quantization.raw import Raw
 
 _PIECE = 1 << 20  # weights that are unpacked together
@@ -124,12 +124,6 @@ class Published(Blocks):
         order = self._order(tensors)
         for rows in row_pieces(*self.shape, _PIECE):
             yield rows.start, self[rows]._codes(tensors, order)
-
-    def dequantize(self) -> torch.Tensor:
-        found, order = torch.empty(self.shape), self.order()
-        for start, codes in self.pieces():
-            found[start : start + len(codes.codes)] = codes.dequantize()
-        return found if order is None else found[:, order.argsort()]
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return {name: raw.load() for name, raw in self.weight.parts.items()}

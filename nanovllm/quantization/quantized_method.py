@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -11,30 +11,30 @@ from nanovllm.ops.base import Ops
 from nanovllm.ops.formats import Format, Packed, Segment
 from nanovllm.quantization.blocks import Blocks
 from nanovllm.quantization.linear_method import LinearWeights, Stack, UnquantizedLinearMethod
-
-Quantize = Callable[[torch.Tensor], Blocks]
+from nanovllm.quantization.searched import Searched
 
 
 class DequantizedLinearMethod(UnquantizedLinearMethod):
     """Quantised, and widened again while it is loaded: the values of a scheme, without what it saves."""
 
-    def __init__(self, ops: Ops, quantize: Quantize, form: Format) -> None:
+    def __init__(self, ops: Ops, form: Format) -> None:
         super().__init__(ops)
-        self._quantize, self.group = quantize, form.group
+        self._form, self.group = form, form.group
 
     def convert(self, tensor: torch.Tensor | Blocks) -> torch.Tensor:
         assert isinstance(tensor, torch.Tensor)
-        return self._quantize(tensor).dequantize()
+        return self._ops.quantize(tensor, self._form).dequantize()
 
 
 class QuantizedLinearMethod(UnquantizedLinearMethod):
-    """Quantises each tensor as it comes and packs it at once, so that no more than one is there unquantised."""
+    """Quantises and packs each tensor as it comes, a piece after the other, where the layer is. What is quantised on
+    disk is widened by such pieces."""
 
-    def __init__(self, ops: Ops, quantize: Quantize, form: Format, device: torch.device) -> None:
-        """device: that quantises."""
+    takes_blocks = True
+
+    def __init__(self, ops: Ops, form: Format) -> None:
         super().__init__(ops)
-        self._quantize, self._form, self.group = quantize, form, form.group
-        self._device, self.embeds = device, True
+        self._form, self.group, self.embeds = form, form.group, True
 
     def create(self, layer: LinearWeights, rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> None:
         layer.rows, layer.cols, layer.packed = rows, cols, True
@@ -50,8 +50,7 @@ class QuantizedLinearMethod(UnquantizedLinearMethod):
         return Stack(Packed(data, segments, dtype=dtype))
 
     def convert(self, tensor: torch.Tensor | Blocks) -> Blocks:
-        assert isinstance(tensor, torch.Tensor)
-        return self._quantize(tensor.to(self._device))
+        return Searched.whole(self._ops, self._form, tensor)
 
     def load(self, layer: LinearWeights, tensor: torch.Tensor | Blocks, rows: slice) -> None:
         assert isinstance(tensor, Blocks)

@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
-import torch
-
 from nanovllm.build_context import BuildContext
 from nanovllm.config import STORED
-from nanovllm.ops.formats import Q4, Q8_FINE, Format
-from nanovllm.quantization.blocks import Blocks
-from nanovllm.quantization.int4 import quantize_int4
-from nanovllm.quantization.int8 import quantize_int8
+from nanovllm.ops.formats import Q4, Q8_FINE
 from nanovllm.quantization.linear_method import LinearMethod, UnquantizedLinearMethod
 from nanovllm.quantization.quantized_method import DequantizedLinearMethod, QuantizedLinearMethod
 from nanovllm.quantization.stored import StoredLinearMethod
 
-
-class Scheme(NamedTuple):
-    quantize: Callable[[torch.Tensor], Blocks]
-    form: Format
-
-
-_SCHEMES = {"int8": Scheme(quantize_int8, Q8_FINE), "int4": Scheme(quantize_int4, Q4)}
+_FORMS = {"int8": Q8_FINE, "int4": Q4}
 
 
 def linear_method(ctx: BuildContext) -> LinearMethod:
@@ -40,9 +26,8 @@ def _method(ctx: BuildContext, name: str | None) -> LinearMethod:
     ops = ctx.ops
     if name in STORED and ops.packs_quantized:
         return StoredLinearMethod(ops)
-    if name not in _SCHEMES:
+    if name not in _FORMS:
         return UnquantizedLinearMethod(ops)
-    quantize, form = _SCHEMES[name]
     if ops.packs_quantized:
-        return QuantizedLinearMethod(ops, quantize, form, ctx.device)
-    return DequantizedLinearMethod(ops, quantize, form)
+        return QuantizedLinearMethod(ops, _FORMS[name])
+    return DequantizedLinearMethod(ops, _FORMS[name])

@@ -11,11 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels import normal
 
+from nanovllm.ops.formats import Q4, Q8_FINE
+from nanovllm.ops.torch_ops import TorchOps
 from nanovllm.quantization.ggml import KINDS, GGMLBlocks, row_bytes
-from nanovllm.quantization.int4 import quantize_int4
-from nanovllm.quantization.int8 import quantize_int8
+from nanovllm.quantization.searched import Searched
 
 HALVES = {"Q4_1": 2, "Q5_1": 2, "Q4_K": 2, "Q5_K": 2}  # half-precision numbers that a block begins with
+
+
+def quantize_int4(weight: torch.Tensor | GGMLBlocks) -> Searched:
+    return Searched.whole(TorchOps(), Q4, weight)
+
+
+def quantize_int8(weight: torch.Tensor | GGMLBlocks) -> Searched:
+    return Searched.whole(TorchOps(), Q8_FINE, weight)
 
 
 def random_blocks(kind: str, rows: int, blocks: int) -> np.ndarray:
@@ -103,3 +112,18 @@ def test_what_int4_can_hold_is_kept():
     data = quantize((normal(8, 128) * 0.02).numpy(), GGMLQuantizationType.Q4_1)
     weight = torch.from_numpy(dequantize(data, GGMLQuantizationType.Q4_1))
     torch.testing.assert_close(quantize_int4(weight).dequantize(), weight, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("quantize", [quantize_int4, quantize_int8])
+def test_pieces_and_columns_are_those_of_whole_rows(quantize, monkeypatch):
+    """Of floats, and of another file's blocks, which are widened piece by piece."""
+    blocks = GGMLBlocks("Q6_K", torch.from_numpy(random_blocks("Q6_K", 80, 2)), 512)
+    weight = blocks.dequantize()
+    whole = quantize(weight).dequantize()
+    monkeypatch.setattr("nanovllm.quantization.searched._PIECE", 32 * 512)
+    for source in (weight, blocks):
+        found = quantize(source)
+        assert [start for start, _ in found.pieces()] == [0, 32, 64]
+        assert torch.equal(found.dequantize(), whole)
+        assert torch.equal(found.columns(slice(64, 320)).columns(slice(64, 128)).dequantize(), whole[:, 128:192])
+        assert torch.equal(found[torch.tensor([70, 3])].dequantize(), whole[[70, 3]])

@@ -19,13 +19,3 @@ def row_pieces(rows: int, cols: int, weights: int = _WEIGHTS) -> Iterator[slice]
     """Slices of whole pairs of panels, but for the last."""
     step = max(1, weights // (cols * _PANELS)) * _PANELS
     return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
-
-
-def in_groups(weight: torch.Tensor, group: int) -> torch.Tensor:
-    """[rows, cols] of any float dtype -> fp32 [rows, groups, group]. The last group is filled up with its last number,
-    which widens no range."""
-    rows, cols = weight.shape
-    weight = weight.float()
-    if padding := -cols % group:
-        weight = torch.cat([weight, weight[:, -1:].expand(-1, padding)], dim=1)
-    return weight.view(rows, -1, group)
