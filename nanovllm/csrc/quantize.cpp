@@ -205,7 +205,7 @@ void quantize_4(const QuantizeCall& call, int64_t block) {
 // --- 8 bits: see search_int8 ---------------------------------------------------------------------------------
 
 constexpr int GROUP_8 = layout(Format::Q8_FINE).group;
-constexpr float TRIED[] = {-1.0f, 1.0f, 2.0f};
+constexpr float TRIED[] = {-1, 1, 2, 3, 4, 5, 6, 7, 8};
 
 inline V code_8(V x, V inverse) { return rounded(limited(x * inverse, -128.0f, 127.0f)); }
 
