@@ -42,7 +42,7 @@ class Case(NamedTuple):
     def floor(self, probe: dict[str, float]) -> float:
         """Microseconds: of decodes for reading their keys and values, of prompts for multiplying with them."""
         cached = _spec(self.codes).block_bytes(1)
-        work = Work(layers=0, head=0, item=2, cached=cached, attention=4 * HEADS * HEAD, states=0)
+        work = Work(layers=0, head=0, weights=0, cached=cached, attention=4 * HEADS * HEAD, states=0)
         before = [([0] * context, 1) for context, _ in self.sequences]
         after = [([0] * (context + new), 1) for context, new in self.sequences]
         if all(new == 1 for _, new in self.sequences):

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +65,12 @@ def run(args: argparse.Namespace, presets: dict[str, Preset]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """probe: of the machine, before it. seconds: by label, of those that are still there."""
+    """probe: of the machine, before it. answers: by label, of those that are still there: seconds, and what they say
+    of themselves."""
 
     probe: dict[str, float]
     sequences: list[tuple[list[int], int]]
-    seconds: dict[str, float]
+    answers: dict[str, dict[str, Any]]
 
 
 def _model(args: argparse.Namespace, wanted: Sequence[Contender], folder: Path) -> models.Model:
@@ -120,33 +121,35 @@ def _round(
 ) -> Round:
     sequences = make_sequences(preset, model.config["vocab_size"], args.seed + number)
     machine = {key: value for key, value in probe.ask([]).items() if key != "seconds"}
-    seconds = {}
+    answers = {}
     for label, worker in list(workers.items()):
         try:
-            seconds[label] = worker.ask(sequences)["seconds"]
+            answers[label] = worker.ask(sequences)
         except EngineEnded as error:
             print(f"{label}: left out from here on: {error}")
             del workers[label]
     if number:
-        speeds = ", ".join(f"{label} {speed(preset, sequences, s):.0f}" for label, s in seconds.items())
+        speeds = ", ".join(f"{label} {speed(preset, sequences, a['seconds']):.0f}" for label, a in answers.items())
         print(f"round {number}: {probe_text(machine)}: {speeds} tok/s", flush=True)
-    return Round(machine, sequences, seconds)
+    return Round(machine, sequences, answers)
 
 
 def _medians(
     preset: Preset, rounds: Sequence[Round], workers: dict[str, Worker], work: Work | None
 ) -> dict[str, dict[str, Any]]:
-    """By label; of_roof: for nanovllm, whose sums the roof counts (a peer may compute with quantised weights)."""
+    """By label; of_roof: for nanovllm, which says what its weights are."""
     results = {}
     for label, worker in workers.items():
+        timed = [(r, r.answers[label]["seconds"]) for r in rounds]
         median = {
-            "seconds": statistics.median(r.seconds[label] for r in rounds),
-            "input": statistics.median(sum(len(p) for p, _ in r.sequences) / r.seconds[label] for r in rounds),
-            "output": statistics.median(sum(n for _, n in r.sequences) / r.seconds[label] for r in rounds),
+            "seconds": statistics.median(s for _, s in timed),
+            "input": statistics.median(sum(len(p) for p, _ in r.sequences) / s for r, s in timed),
+            "output": statistics.median(sum(n for _, n in r.sequences) / s for r, s in timed),
             "load": worker.load,
         }
         if work is not None and worker.engine == "nanovllm":
-            shares = [work.seconds(r.sequences, preset.shared, r.probe) / r.seconds[label] for r in rounds]
+            mine = replace(work, weights=rounds[0].answers[label]["weights"])
+            shares = [mine.seconds(r.sequences, preset.shared, r.probe) / s for r, s in timed]
             median["of_roof"] = statistics.median(shares)
         results[label] = median
     return results

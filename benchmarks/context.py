@@ -12,13 +12,14 @@ import statistics
 import tempfile
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.compare import contenders
 from benchmarks.models import find, unquantized
 from benchmarks.probe import Probe, probe_text
 from benchmarks.report import finish
-from benchmarks.roof import Work
+from benchmarks.roof import Work, linear_bytes
 from nanovllm import LLM, SamplingParams
 
 FEW, MANY = 4, 68  # tokens
@@ -35,6 +36,7 @@ def run(args: argparse.Namespace) -> None:
         raise SystemExit(f"{args.model}: what a step of a mixture of experts reads depends on its tokens")
     with ExitStack() as stack:
         llms = {c.label: stack.enter_context(LLM(args.model, **(options | c.options))) for c in asked}
+        works = {label: replace(work, weights=linear_bytes(llms[label])) for label, work in works.items()}
         rng, vocab = random.Random(args.seed), llms["nanovllm"].get_tokenizer().vocab_size
         prompts = [[rng.randrange(vocab) for _ in range(context)] for _ in range(count)]
         for llm in llms.values():

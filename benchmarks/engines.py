@@ -8,11 +8,13 @@ from typing import Any, Protocol
 
 from benchmarks.llamacpp import LlamaCpp
 from benchmarks.models import unquantized
+from benchmarks.roof import linear_bytes
 from benchmarks.workload import Job, Refused, Sequences, shared_beginning
 
 
 class Engine(Protocol):
-    def run(self, sequences: Sequences) -> None: ...
+    def run(self, sequences: Sequences) -> dict[str, Any] | None:
+        """What it says of itself, if anything: `weights`, the bytes that a step reads of them."""
 
 
 class NanoVLLM:
@@ -24,13 +26,14 @@ class NanoVLLM:
             self._llm = LLM(job.paths["own"], dtype=job.dtype, skip_tokenizer_init=True, **options | job.options)
         except ConfigError as error:
             raise Refused(str(error)) from error
-        self._params = SamplingParams
+        self._params, self._weights = SamplingParams, linear_bytes(self._llm)
 
-    def run(self, sequences: Sequences) -> None:
+    def run(self, sequences: Sequences) -> dict[str, Any]:
         self._llm.reset_prefix_cache()
         params = [self._params(temperature=0, ignore_eos=True, max_tokens=n) for _, n in sequences]
         outputs = self._llm.generate([p for p, _ in sequences], params, use_tqdm=False)
         assert [len(o["token_ids"]) for o in outputs] == [n for _, n in sequences]
+        return {"weights": self._weights}
 
 
 class HuggingFace:

@@ -4,29 +4,35 @@ its sequences' keys and values, reads and writes their recurrent states."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.workload import Sequences
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from nanovllm import LLM
 
 _STEP = 2048  # prompt tokens that share a reading of the weights
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """layers, head: elements of weights that a token is multiplied by, without and in the head. item: bytes of
-    an element. cached: bytes of keys and values a token. attention: operations for a query and a key. states: bytes
-    of a sequence's recurrent states."""
+    """layers, head: elements of weights that a token is multiplied by, without and in the head. weights: bytes of them
+    all. cached: bytes of keys and values a token. attention: operations for a query and a key. states: bytes of a
+    sequence's recurrent states."""
 
     layers: int
     head: int
-    item: int
+    weights: int
     cached: int
     attention: int
     states: int
 
     @classmethod
     def of(cls, config: dict[str, Any], dtype: str, kv_cache_dtype: str = "auto") -> Work | None:
-        """From a config.json; None for mixtures, of which a step reads what its tokens choose."""
+        """From a config.json, with weights in that dtype; None for mixtures, of which a step reads what its tokens
+        choose."""
         import torch
 
         from nanovllm.attention.codes import KV_CODES
@@ -49,7 +55,7 @@ class Work:
         width = _heads(config) * paged[0].head_dim if paged else 0
         states = sum(spec.slot_bytes for spec in specs if isinstance(spec, StateSpec))
         cached = sum(spec.block_bytes(1) for spec in paged)
-        return cls(total - head, head, kind.itemsize, cached, 4 * width * len(paged), states)
+        return cls(total - head, head, total * kind.itemsize, cached, 4 * width * len(paged), states)
 
     def seconds(self, sequences: Sequences, shared: int, probe: dict[str, float]) -> float:
         """That prompts, of which `shared` tokens are common, and then the outputs need at least."""
@@ -59,14 +65,25 @@ class Work:
         tokens = shared + sum(own)
         pairs = shared**2 / 2 + sum(n * (shared + n / 2) for n in own)
         flop = 2 * (self.layers * tokens + self.head * len(own)) + self.attention * pairs
-        weights = (self.layers + self.head) * self.item
-        total = max(flop / multiply, weights * -(-tokens // _STEP) / read)
+        total = max(flop / multiply, self.weights * -(-tokens // _STEP) / read)
         for made in range(1, max(count for _, count in sequences)):
             seen = [n + made for n, (_, count) in zip(lengths, sequences, strict=True) if made < count]
             flop = 2 * (self.layers + self.head) * len(seen) + self.attention * sum(seen)
-            moved = weights + self.cached * sum(seen) + 2 * self.states * len(seen)
+            moved = self.weights + self.cached * sum(seen) + 2 * self.states * len(seen)
             total += max(flop / multiply, moved / read)
         return total
+
+
+def linear_bytes(llm: LLM) -> int:
+    """Of its linear layers' weights, in whatever form they are, and the head's."""
+    return sum(llm.apply_model(_linear_bytes))
+
+
+def _linear_bytes(model: nn.Module) -> int:
+    from nanovllm.quantization.linear_method import LinearWeights
+
+    linears = [m for m in model.modules() if isinstance(m, LinearWeights)]
+    return sum({id(p): p.nbytes for m in linears for p in m.parameters()}.values())  # a tied head once
 
 
 def _heads(config: dict[str, Any]) -> int:

@@ -16,6 +16,7 @@ import torch
 
 from benchmarks import attention, gpu, models, plot, report, roof, startup, workload
 from benchmarks.compare import contenders
+from nanovllm import LLM
 from nanovllm.attention.reference import ReferenceAttention
 
 ROOT = Path(__file__).parents[1]
@@ -89,8 +90,8 @@ def test_the_roof_of_a_shape():
     assert (work.layers, work.head) == (28 * layer, 151936 * 1024)
     assert (work.cached, work.attention) == (28 * 2 * 8 * 128 * 2, 28 * 4 * 16 * 128)
     one = [([5] * 10, 3)]
-    weights = (work.layers + work.head) * 2
-    expected = (3 * weights + work.cached * (11 + 12)) / 40e9
+    assert work.weights == (work.layers + work.head) * 2
+    expected = (3 * work.weights + work.cached * (11 + 12)) / 40e9
     assert work.seconds(one, 0, PROBE) == pytest.approx(expected)
     many = [([5] * 100, 1)] * 20
     flop = 2 * (work.layers * 2000 + work.head * 20) + work.attention * 20 * 100**2 / 2
@@ -99,11 +100,23 @@ def test_the_roof_of_a_shape():
     assert roof.Work.of({"num_local_experts": 8}, "bfloat16") is None
 
 
+def test_the_roof_counts_weights_as_they_are(tiny_model):
+    """It counted those of bfloat16 for quantised engines, which then did twice what can be done."""
+    path, found = str(tiny_model("llama")), {}
+    options = {"num_kvcache_blocks": 4, "max_model_len": 16, "skip_tokenizer_init": True}
+    for quantization in (None, "int8"):
+        with LLM(path, dtype="bfloat16", quantization=quantization, **options) as llm:
+            found[quantization] = roof.linear_bytes(llm)
+            total = sum(llm.apply_model(lambda m: sum(p.nbytes for p in m.parameters())))
+            assert 0 < found[quantization] < total
+    assert found["int8"] < 0.7 * found[None]
+
+
 def test_the_roof_counts_states_read_and_written():
     work = roof.Work.of(models.SHAPES["granite-4.0-h-350m"], "bfloat16")
     assert work.states == 28 * (4 * 48 * 32 * 128 + 2 * 3 * (48 * 32 + 2 * 128))
     step = work.seconds([([5], 2)] * 200, 0, PROBE) - work.seconds([([5], 1)] * 200, 0, PROBE)
-    moved = (work.layers + work.head) * 2 + 200 * (2 * work.states + 2 * work.cached)
+    moved = work.weights + 200 * (2 * work.states + 2 * work.cached)
     assert step == pytest.approx(moved / 40e9)
 
 
