@@ -51,7 +51,7 @@ def run(args: argparse.Namespace, presets: dict[str, Preset]) -> None:
     found: dict[str, Any] = {}
     wanted = contenders(args.engine, args.ab)
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
-        model = _model(args, wanted, Path(scratch))
+        model = model_of(args, wanted, Path(scratch))
         work = Work.of(model.config, args.dtype)
         with _workers(args, wanted, model, presets) as (probe, workers):
             for name, preset in presets.items():
@@ -73,7 +73,7 @@ class Round:
     answers: dict[str, dict[str, Any]]
 
 
-def _model(args: argparse.Namespace, wanted: Sequence[Contender], folder: Path) -> models.Model:
+def model_of(args: argparse.Namespace, wanted: Sequence[Contender], folder: Path) -> models.Model:
     if args.shape:
         return (models.quantized_shape if args.load_format == "gguf" else models.shape)(args.shape, folder)
     export = any(READS[c.engine] == "hf" for c in wanted)

@@ -1,6 +1,7 @@
 """Memory of a process that loads a model (Linux).
 
 python bench.py --preset load --ab quantization=int8
+python bench.py --preset load --shape llama-3.2-1b --load-format gguf --ab quantization=gguf
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compare import contenders
+from benchmarks.compare import contenders, model_of
 from benchmarks.models import unquantized
 from benchmarks.report import finish
 
@@ -37,23 +39,24 @@ def run(args: argparse.Namespace) -> None:
     """By contender, the largest of the rounds: weights, and anonymous memory, which the process owns: once nanovllm is
     imported, at its peak, and when the model is loaded. Pages of mapped files, which go back to the system when it
     needs them, are in the peak of all resident memory beside it."""
-    from nanovllm.weights.hub import resolve_model
-
-    path = str(resolve_model(args.model))
-    common = {**_SMALL, **unquantized(path), "dtype": args.dtype, "load_format": args.load_format}
-    asked = {c.label: common | c.options for c in contenders(["nanovllm"], args.ab)}
+    wanted = contenders(["nanovllm"], args.ab)
     results: dict[str, dict[str, float]] = {}
-    for _ in range(args.rounds):
-        for label, options in asked.items():
-            found, old = _measure(path, options), results.get(label, {})
-            results[label] = {key: max(value, old.get(key, 0)) for key, value in found.items()}
+    with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
+        model = model_of(args, wanted, Path(scratch))
+        path = model.paths["own"]
+        common = {**_SMALL, **unquantized(path), "dtype": args.dtype}
+        common |= {"load_format": "dummy"} if model.random else {}
+        for _ in range(args.rounds):
+            for c in wanted:
+                found, old = _measure(path, common | c.options), results.get(c.label, {})
+                results[c.label] = {key: max(value, old.get(key, 0)) for key, value in found.items()}
     width = max(map(len, results))
-    print(f"{args.model} in {args.dtype}, MiB; largest of {args.rounds}")
+    print(f"{model.name} in {args.dtype}, MiB; largest of {args.rounds}")
     print(f"{'':{width}} {' '.join(f'{column:>8}' for column in _COLUMNS)}  seconds")
     for label, row in results.items():
         sizes = " ".join(f"{row[column] / 2**20:8.0f}" for column in _COLUMNS)
         print(f"{label:{width}} {sizes} {row['seconds']:8.1f}")
-    finish(args, model=args.model, dtype=args.dtype, results=results)
+    finish(args, model=model.name, dtype=args.dtype, results=results)
 
 
 def _measure(path: str, options: dict[str, Any]) -> dict[str, float]:

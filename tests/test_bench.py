@@ -175,6 +175,18 @@ def test_an_option_that_is_refused_says_why(fake):
 
 
 @pytest.mark.slow
+def test_memory_of_a_shape_that_is_loaded():
+    """It measured the default model, whatever shape was asked for."""
+    argv = [sys.executable, str(ROOT / "bench.py"), "--preset=load", "--shape=gpt2", "--rounds=1"]
+    done = subprocess.run([*argv, "--ab=quantization=int8"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    line = json.loads(done.stdout.splitlines()[-1])
+    plain, int8 = line["results"]["nanovllm"], line["results"]["quantization=int8"]
+    assert line["model"] == "gpt2, random weights" and int8["weights"] < 0.7 * plain["weights"]
+    assert all(row["imported"] < row["loaded"] <= row["peak"] <= row["resident"] for row in (plain, int8))
+
+
+@pytest.mark.slow
 def test_ranks_and_what_they_say_to_each_other(tiny_model):
     """It had broken unnoticed, when the engine came to plan ahead."""
     argv = [sys.executable, str(ROOT / "bench.py"), "--preset=ranks", f"--model={tiny_model('llama')}"]
