@@ -62,7 +62,8 @@ def check_mixed_steps(device: str, dtype: torch.dtype, variant: str) -> None:
     for slot in inputs:
         assert found[slot].dtype == dtype
         scale = wanted[slot].square().mean().sqrt().item()
-        torch.testing.assert_close(found[slot].float(), wanted[slot], rtol=unit, atol=unit * scale)
+        # a sum of large terms that is small itself is wrong by more than others
+        torch.testing.assert_close(found[slot].float(), wanted[slot], rtol=unit, atol=2 * unit * scale)
         torch.testing.assert_close(layers[0]._conv_states[slot].float(), layers[1]._conv_states[slot], rtol=0, atol=0)
         scale = layers[1]._states[slot].square().mean().sqrt().item()
         torch.testing.assert_close(layers[0]._states[slot], layers[1]._states[slot], rtol=unit, atol=unit * scale)

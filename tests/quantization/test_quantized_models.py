@@ -141,8 +141,8 @@ def test_native_kernels_and_torch_compute_with_the_same_weights(tiny_model, fami
     native = logits(path, quantization=scheme)
     reference = logits(path, quantization=scheme, kernels="torch", attention_backend="reference")
     plain = logits(path, dtype="float32")
-    # what torch's arithmetic in bfloat16 loses changes a router's choices too
-    assert 0 < kl_divergence(reference, native).mean() < 0.2 * kl_divergence(plain, native).mean() + 5e-4
+    # of most tokens: what torch's arithmetic in bfloat16 loses changes a router's choices for a few
+    assert 0 < kl_divergence(reference, native).median() < 0.2 * kl_divergence(plain, native).median() + 2e-4
 
 
 def test_what_a_scheme_costs(tiny_model):
