@@ -176,7 +176,7 @@ private:
             for (int i = 0; i < 2 * R; ++i) {
                 V& v = w.v[i / R][i % R];
                 v *= scale[i / R][i % R];
-                // the product is exact: scales have 11 digits
+                // the product is exact, as scales have few digits; where codes are 128 more, it is added unrounded
                 if constexpr (FORM.least || MORE > 0) v += least[i / R][i % R];
             }
             f(first + s, w);

@@ -14,7 +14,7 @@ from nanovllm.ops.pieces import row_pieces, weights_of_piece
 _CUTS = ((0.0, 0.0), (0.03, 0.0), (0.0, 0.03), (0.03, 0.03))
 """Shares of a range that are left out below and above; more of them gain little."""
 _TRIED = (-1, 1, 2, 3, 4, 5, 6, 7, 8)
-"""Multiples beside the least one that cuts nothing off. 1 and 2 alone have a fifth more of squared error."""
+"""Multiples beside the least one that cuts nothing off. -1, 1 and 2 alone have a fifth more of squared error."""
 _OUTER = 256  # columns that a unit is stored for; formats.py
 _Found = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
