@@ -67,7 +67,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--engine", type=_list, default=["nanovllm"], help=f"one or several of {', '.join(NAMES)}")
-    parser.add_argument("--ab", action="append", default=[], metavar="OPTION=VALUE", help="another nanovllm with it")
+    parser.add_argument(
+        "--ab", action="append", default=[], metavar="OPTION=VALUE[,...]", help="another nanovllm with these options"
+    )
     parser.add_argument("--python", action="append", default=[], metavar="ENGINE=PATH", help="its interpreter")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
@@ -90,7 +92,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--load-format gguf writes a --shape; a GGUF file is a --model")
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
-    if wrong := [change for change in args.ab if "=" not in change]:
+    if wrong := [part for change in args.ab for part in change.split(",") if "=" not in part]:
         parser.error(f"--ab {wrong[0]}: give OPTION=VALUE")
 
 

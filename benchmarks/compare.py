@@ -36,14 +36,14 @@ class Contender:
 
 
 def contenders(engines: Sequence[str], changes: Sequence[str]) -> list[Contender]:
-    """changes: OPTION=VALUE, each for another nanovllm."""
+    """changes: OPTION=VALUE or several, joined by commas; each for another nanovllm."""
     found = []
     for name in engines:
         torchs = name == "nanovllm-torch"
         found.append(Contender(name, "nanovllm" if torchs else name, _TORCH if torchs else {}))
     for change in changes:
-        option, _, value = change.partition("=")
-        found.append(Contender(change, "nanovllm", {option: _value(value)}))
+        pairs = [part.partition("=") for part in change.split(",")]
+        found.append(Contender(change, "nanovllm", {option: _value(value) for option, _, value in pairs}))
     return found
 
 

@@ -57,9 +57,10 @@ class EngineConfig:
         (docs/quantization.md): "int8" a byte each, "int4" four bits and an int8 head. A checkpoint that is quantised
         already is computed with as it is, which may be said by its method's name ("gguf", "awq", "gptq",
         "compressed-tensors", "fp8"); "dequantize" widens it to dtype instead.
-    quantize_activations: GPU only, of checkpoints by "compressed-tensors" or "fp8" whose weights have 8 bits: in steps
-        of more than 256 tokens linear layers' inputs become 8 bits too, with a scale a token, for tensor cores of
-        8 bits (int8 from Ampere on, float8 from Ada on): up to twice the speed, and less exact.
+    quantize_activations: of quantised models: linear layers' inputs become 8 bits too, which is faster and less
+        exact. On CPUs with AVX512-VNNI those that meet codes that are integers, with a scale for each 32 columns. On
+        GPUs those of checkpoints by "compressed-tensors" or "fp8" whose weights have 8 bits, in steps of more than 256
+        tokens, with a scale a token (int8 from Ampere on, float8 from Ada on).
     device: "auto" is cuda where torch sees one.
     seed: of the engine's own stream, from which requests without a seed draw theirs;
         None takes it from the operating system.
@@ -330,12 +331,15 @@ class EngineConfig:
     def _check_activations(self, device: str, quantization: str | None) -> None:
         if not self.quantize_activations:
             return
-        if quantization not in ("compressed-tensors", "fp8"):
-            reason = "is for checkpoints by 'compressed-tensors' or 'fp8', and computes with their codes"
-        elif device != "cuda" and self.kernels != "triton":
-            reason = "takes the kernels of GPUs"
-        elif self.batch_invariant:
+        gpus = device == "cuda" or self.kernels == "triton"
+        if quantization in (None, "dequantize"):
+            reason = "takes weights that are quantised, and computes with their codes"
+        elif gpus and quantization not in ("compressed-tensors", "fp8"):
+            reason = "is for checkpoints by 'compressed-tensors' or 'fp8' on GPUs"
+        elif gpus and self.batch_invariant:
             reason = "lets a token's bits depend on how many tokens a step has, which batch_invariant=True rules out"
+        elif not gpus and quantization == "fp8":
+            reason = "takes codes that are integers on CPUs, and those of 'fp8' are not"
         else:
             return
         raise ConfigError(f"quantize_activations=True {reason}; leave it out")

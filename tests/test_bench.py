@@ -81,7 +81,7 @@ def test_contenders():
     assert (changed.label, changed.engine) == ("enable_prefix_caching=False", "nanovllm")
     assert changed.options == {"enable_prefix_caching": False}
     assert contenders([], ["max_num_batched_tokens=64"])[0].options == {"max_num_batched_tokens": 64}
-    assert contenders([], ["kernels=torch"])[0].options == {"kernels": "torch"}
+    assert contenders([], ["kernels=torch,seed=1"])[0].options == {"kernels": "torch", "seed": 1}
 
 
 def test_the_roof_of_a_shape():

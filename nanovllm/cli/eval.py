@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(path)
     window = min(_WINDOW, find_model(EngineConfig(str(path)), checkpoint)[1].max_position_embeddings - 1)
     quantization = checkpoint.quantization and "dequantize"
-    exact = {"dtype": "float32", "quantization": quantization, "kv_cache_dtype": "auto"}
+    exact = {"dtype": "float32", "quantization": quantization, "kv_cache_dtype": "auto", "quantize_activations": False}
     with _engine(str(path), window, options | exact) as reference, _engine(str(path), window, options) as tried:
         texts = _texts(args, checkpoint, reference, window)
         totals = [_compare(reference, tried, tokens) for tokens in texts]

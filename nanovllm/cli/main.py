@@ -44,7 +44,14 @@ _PARITY_OPTIONS = (
     "kvcache_block_size",
     "kvcache_memory",
 )
-_VERIFY_OPTIONS = (*_PARITY_OPTIONS, "dtype", "quantization", "kv_cache_dtype", "batch_invariant")
+_VERIFY_OPTIONS = (
+    *_PARITY_OPTIONS,
+    "dtype",
+    "quantization",
+    "quantize_activations",
+    "kv_cache_dtype",
+    "batch_invariant",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -40,6 +40,7 @@ struct Linear {
     bool gated;
     Format format;
     const int32_t* columns;         // [k], where not null: what meets the weight's column i is x's columns[i]
+    bool x_int8;                    // whether rows are rounded to 8 bits where codes are integers (eight_bit.h)
     const int32_t* rows = nullptr;  // [m], where given: row i is x's row rows[i]
 
     int64_t work() const { return m * n * k; }
@@ -71,6 +72,7 @@ struct MixtureCall {
     Format gate_up_format, down_format;
     const int32_t *gate_up_columns, *down_columns;  // [experts][hidden] and [experts][inner]; see Linear; may be null
     Activation act;
+    bool x_int8;     // see Linear
     float* out;      // [tokens][hidden]
     int32_t* index;  // to work in, as are the next two: [3 (experts + 1) + 2 tokens k]
     void* fed;       // [tokens * k][inner] in float, or bfloat16 if the weights are not float
@@ -312,6 +314,7 @@ struct Kernels {
     Kernel<AllReduce> all_reduce;
     Kernel<GatherRanks> gather_ranks;
     Kernel<QuantizeCall> quantize;
+    bool eight_bit;  // whether Linear::x_int8 can be had
 };
 
 // quantize.cpp, compiled for each level; here results are the same at all of them

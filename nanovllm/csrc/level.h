@@ -31,7 +31,8 @@ constexpr Kernels table(const char* name, Kernel<QuantizeCall> quantize) {
             rms_scale,
             all_reduce,
             gather_ranks,
-            quantize};
+            quantize,
+            EIGHT_BIT};
 }
 
 }  // namespace

@@ -92,9 +92,12 @@ void submit(Kernel<Call> kernel, const Call& call, int threads) {
 extern "C" {
 
 // Raised whenever a function below changes; ops/library.py must agree.
-int nv_abi() { return 11; }
+int nv_abi() { return 12; }
 
 const char* nv_level() { return active->name; }
+
+// Whether linear layers can round their rows to 8 bits at this level.
+int nv_eight_bit() { return active->eight_bit; }
 
 // 0, or -1 if this processor or this build has no such level. Not while kernels run.
 int nv_set_level(const char* name) {
@@ -148,10 +151,10 @@ int nv_replay(const Tape* tape, int threads) {
 // format: the weight's, of formats.h. A float weight takes float rows only.
 void nv_linear(const void* x, int64_t ldx, int x_bf16, const void* weight, int format, const int32_t* columns, const float* bias,
                const float* residual, int64_t ldr, void* y, int64_t ldy, int y_bf16, int64_t m, int64_t n, int64_t k,
-               int act, int gated, int threads) {
+               int act, int gated, int x_int8, int threads) {
     const Linear call = {x,   ldx,         x_bf16 != 0, weight, bias, residual,        ldr,
                          y,   ldy,         y_bf16 != 0, m,      n,    k,               (Activation)act,
-                         gated != 0, (Format)format, columns};
+                         gated != 0, (Format)format, columns, x_int8 != 0};
     submit(active->linear, call, threads);
 }
 
@@ -164,11 +167,11 @@ void nv_route(const float* scores, int64_t tokens, int64_t experts, int64_t k, i
 void nv_mixture(const float* x, int64_t ldx, const float* weights, const int32_t* chosen, int64_t first,
                 int64_t tokens, int64_t experts, int64_t k, int64_t hidden, int64_t inner, const void* gate_up, const void* down,
                 int64_t gate_up_bytes, int64_t down_bytes, int gate_up_format, int down_format,
-                const int32_t* gate_up_columns, const int32_t* down_columns, int act, float* out, int32_t* index,
-                void* fed, float* results, int threads) {
+                const int32_t* gate_up_columns, const int32_t* down_columns, int act, int x_int8, float* out,
+                int32_t* index, void* fed, float* results, int threads) {
     const MixtureCall call = {x,       ldx,           weights,    chosen, first, tokens, experts, k, hidden, inner,
                               gate_up, down,          gate_up_bytes, down_bytes, (Format)gate_up_format,
-                              (Format)down_format,    gate_up_columns, down_columns, (Activation)act, out, index, fed,
+                              (Format)down_format,    gate_up_columns, down_columns, (Activation)act, x_int8 != 0, out, index, fed,
                               results};
     submit(active->mixture, call, threads);
 }

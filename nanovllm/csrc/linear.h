@@ -1,6 +1,7 @@
 // Linear layers over weights of any form, by a team.
 #pragma once
 
+#include "eight_bit.h"
 #include "formats.h"
 #include "gemm.h"
 #include "quant.h"
@@ -19,9 +20,27 @@ constexpr void (*PARTS[FORMATS])(const Linear&, int64_t, int64_t, int64_t, int64
     part<Codes<Format::E4M3_128>>,
 };
 
+// Whether there are products of rows in 8 bits.
+#if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
+constexpr bool EIGHT_BIT = true;
+
+// The same for rows that are rounded to 8 bits, where codes are integers.
+constexpr void (*EIGHT_BIT_PARTS[FORMATS])(const Linear&, int64_t, int64_t, int64_t, int64_t) = {
+    part<Plain<F32Weight>>,           part<Plain<Bf16Weight>>,          eight_bit_part<Format::Q4>,
+    eight_bit_part<Format::Q8>,       eight_bit_part<Format::Q5>,       eight_bit_part<Format::Q4_NESTED>,
+    eight_bit_part<Format::Q5_NESTED>, eight_bit_part<Format::Q8_FINE>,  eight_bit_part<Format::Q6_FINE>,
+    eight_bit_part<Format::Q4_32>,    eight_bit_part<Format::Q4_64>,    eight_bit_part<Format::Q4_128>,
+    eight_bit_part<Format::Q8_128>,   eight_bit_part<Format::Q8_LEAST_32>, eight_bit_part<Format::Q8_LEAST_128>,
+    part<Codes<Format::E4M3_128>>,
+};
+#else
+constexpr bool EIGHT_BIT = false;
+constexpr auto& EIGHT_BIT_PARTS = PARTS;
+#endif
+
 // Rows [m0, m1) times pairs of panels [pair0, pair1).
 inline void part(const Linear& g, int64_t m0, int64_t m1, int64_t pair0, int64_t pair1) {
-    PARTS[(int)g.format](g, m0, m1, pair0, pair1);
+    (g.x_int8 ? EIGHT_BIT_PARTS : PARTS)[(int)g.format](g, m0, m1, pair0, pair1);
 }
 
 inline int64_t panel_pairs(const Linear& g) {

@@ -153,10 +153,10 @@ void mixture(const MixtureCall& c, Team& team) {
     const Grouped g(c);
     const int64_t pairs = c.tokens * c.k;
     Linear first = {c.x,   c.ldx,   false,    c.gate_up, nullptr, nullptr, 0, c.fed, c.inner, bf16,
-                    pairs, c.inner, c.hidden, c.act,     true,    c.gate_up_format, c.gate_up_columns};
+                    pairs, c.inner, c.hidden, c.act,     true,    c.gate_up_format, c.gate_up_columns, c.x_int8};
     first.rows = g.tokens;
     const Linear second = {c.fed, c.inner,  bf16,    c.down,           nullptr, nullptr,      0, c.results, c.hidden, false,
-                           pairs, c.hidden, c.inner, Activation::NONE, false,   c.down_format, c.down_columns};
+                           pairs, c.hidden, c.inner, Activation::NONE, false,   c.down_format, c.down_columns, c.x_int8};
     int32_t *first_tasks = g.tasks, *second_tasks = g.tasks + c.experts + 1;
     if (team.thread == 0) {
         group(c, g);

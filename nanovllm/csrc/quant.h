@@ -107,6 +107,21 @@ struct Quantised {
         }
     }
 
+    // Codes of 5 or 6 bits in a byte each, as they are stored.
+    static inline void parted_bytes(const char* codes, int64_t s, U (&to)[WORDS]) {
+        constexpr int UPPER = FORM.upper_bits(), STEPS = 8 / UPPER;
+        constexpr uint32_t LOWER_BITS = 0x0f0f0f0f, UPPER_BITS = ((1 << UPPER) - 1) * 0x10101010;
+        U upper[WORDS];
+        memcpy(to, codes + s / 2 * 64, sizeof to);
+        memcpy(upper, codes + FORM.group * PANEL + s / STEPS * 64, sizeof upper);
+        const int right = 4 * (s % 2), left = 4 - UPPER * (int)(s % STEPS);
+#pragma GCC unroll 4
+        for (int i = 0; i < WORDS; ++i) {
+            const U moved = left > 0 ? upper[i] << left : upper[i] >> -left;
+            to[i] = (to[i] >> right & LOWER_BITS) | (moved & UPPER_BITS);
+        }
+    }
+
 private:
     static inline Widened bytes(const char* codes) {
         Widened w;
@@ -130,24 +145,15 @@ private:
 
     // Step `s` of a group whose codes have 5 or 6 bits.
     static inline Widened parted(const char* codes, int64_t s) {
-        constexpr int UPPER = FORM.upper_bits(), STEPS = 8 / UPPER;
-        constexpr uint32_t LOWER_BITS = 0x0f0f0f0f, UPPER_BITS = ((1 << UPPER) - 1) * 0x10101010;
-        U lower[WORDS], upper[WORDS];
-        memcpy(lower, codes + s / 2 * 64, sizeof lower);
-        memcpy(upper, codes + FORM.group * PANEL + s / STEPS * 64, sizeof upper);
-        const int right = 4 * (s % 2), left = 4 - UPPER * (int)(s % STEPS);
-#pragma GCC unroll 4
-        for (int i = 0; i < WORDS; ++i) {
-            const U moved = left > 0 ? upper[i] << left : upper[i] >> -left;
-            lower[i] = (lower[i] >> right & LOWER_BITS) | (moved & UPPER_BITS);
-        }
+        U found[WORDS];
+        parted_bytes(codes, s, found);
 #if defined(__AVX512VBMI__)
         Widened w;
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) w.v[i / R][i % R] = above(lower[0], i) - (MORE > 0 ? 0.0f : ABOVE);
+        for (int i = 0; i < 4; ++i) w.v[i / R][i % R] = above(found[0], i) - (MORE > 0 ? 0.0f : ABOVE);
         return w;
 #else
-        return bytes((const char*)lower);
+        return bytes((const char*)found);
 #endif
     }
 

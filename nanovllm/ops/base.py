@@ -244,13 +244,13 @@ def select_ops(
     """The configured maker, or for "auto" the native one on CPUs and the Triton one on GPUs, wherever they can run.
 
     ConfigError if the configured one cannot run. Where one only was not built or installed, the log tells what is
-    lost. batch_invariant: a row's bits do not depend on the others; quantize_activations: many rows are multiplied in
-    8 bits where weights have as many; ConfigError where these cannot be had.
+    lost. batch_invariant: a row's bits do not depend on the others; quantize_activations: rows become 8 bits where
+    quantised weights are multiplied so; ConfigError where these cannot be had, or not both.
     """
-    if batch_invariant:
-        return _invariant_ops(name, device, dtype)
     if quantize_activations:
         return _eight_bit_ops(name, device, dtype)
+    if batch_invariant:
+        return _invariant_ops(name, device, dtype)
     if name == "torch":
         return TorchOps()
     if name == "triton" or (name == "auto" and device.type == "cuda"):
@@ -285,9 +285,20 @@ def _invariant_ops(name: str, device: torch.device, dtype: torch.dtype) -> Ops:
 
 
 def _eight_bit_ops(name: str, device: torch.device, dtype: torch.dtype) -> Ops:
-    if name not in ("auto", "triton"):
-        raise ConfigError(f"quantize_activations=True: kernels={name!r} multiplies in 16 bits; set kernels='triton'")
-    select_ops("triton", device, dtype)
+    own = "native" if device.type == "cpu" else "triton"
+    taken = own if name == "auto" else name
+    if taken not in (own, "triton"):
+        raise ConfigError(f"quantize_activations=True: kernels={name!r} multiplies in 16 bits; set kernels={own!r}")
+    select_ops(taken, device, dtype)
+    if taken == "native":
+        library = library_or_reason()
+        assert isinstance(library, Library)
+        if not library.eight_bit:
+            raise ConfigError(
+                f"quantize_activations=True takes AVX512-VNNI, and {library.level!r} is the most that kernels may use "
+                "here; leave it out"
+            )
+        return NativeOps(library, quantize_activations=True)
     from nanovllm.ops.eight_bit_ops import EightBitTritonOps  # triton is an extra
 
     return EightBitTritonOps()

@@ -11,13 +11,14 @@ from typing import Any
 from nanovllm.errors import ConfigError
 
 _PATH = Path(__file__).parents[1] / "csrc" / "libnanovllm.so"
-_ABI = 11  # of csrc/library.cpp
+_ABI = 12  # of csrc/library.cpp
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _GROUP = [_POINTER, _LONG, _LONG, ctypes.c_double]  # region, rank, size, timeout in seconds
 _ROWS = [_POINTER, _LONG, _LONG, _LONG, _LONG, _LONG]  # x, outer, inner, their strides, size
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "nv_abi": (_INT, []),
     "nv_level": (ctypes.c_char_p, []),
+    "nv_eight_bit": (_INT, []),
     "nv_set_level": (_INT, [ctypes.c_char_p]),
     "nv_pack": (None, [_POINTER, _POINTER, _LONG, _LONG, _INT, _LONG, _LONG, _INT]),
     "nv_pack_quantized": (
@@ -40,12 +41,8 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
         [
             *(_POINTER, _LONG, _INT, _POINTER, _INT, _POINTER),  # x, its stride, bfloat16?, weight, its format, columns
             *(_POINTER, _POINTER, _LONG, _POINTER, _LONG, _INT),  # bias, residual, its stride, y, its stride, bfloat16?
-            _LONG,
-            _LONG,
-            _LONG,
-            _INT,
-            _INT,
-            _INT,
+            *(_LONG, _LONG, _LONG),  # m, n, k
+            *(_INT, _INT, _INT, _INT),  # activation, gated?, rows rounded to 8 bits?, threads
         ],
     ),
     "nv_route": (None, [_POINTER, _LONG, _LONG, _LONG, _INT, _POINTER, _POINTER, _INT]),
@@ -55,7 +52,8 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
             *(_POINTER, _LONG, _POINTER, _POINTER, _LONG),  # x, its stride, weights, experts chosen, the first one here
             *(_LONG, _LONG, _LONG, _LONG, _LONG),  # tokens, experts, choices a token, hidden and inner size
             *(_POINTER, _POINTER, _LONG, _LONG),  # two weights, bytes of an expert
-            *(_INT, _INT, _POINTER, _POINTER, _INT),  # the weights' formats, their columns, activation
+            *(_INT, _INT, _POINTER, _POINTER),  # the weights' formats, their columns
+            *(_INT, _INT),  # activation, rows rounded to 8 bits?
             *(_POINTER, _POINTER, _POINTER, _POINTER, _INT),  # out, three to work in, threads
         ],
     ),
@@ -142,12 +140,17 @@ class Library:
         self.all_reduce, self.gather_ranks = library.nv_all_reduce, library.nv_gather_ranks
         self.record, self.recorded = library.nv_record, library.nv_recorded
         self.replay, self.free = library.nv_replay, library.nv_free
-        self._level, self._set_level = library.nv_level, library.nv_set_level
+        self._level, self._set_level, self._eight_bit = library.nv_level, library.nv_set_level, library.nv_eight_bit
 
     @property
     def level(self) -> str:
         """The instruction set that is used."""
         return self._level().decode()
+
+    @property
+    def eight_bit(self) -> bool:
+        """Whether linear layers can round their rows to 8 bits at this level."""
+        return bool(self._eight_bit())
 
     def set_level(self, level: str) -> bool:
         """For the whole process; False if this processor or build has no such level."""

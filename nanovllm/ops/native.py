@@ -8,6 +8,7 @@ import torch
 
 from nanovllm.batch import Batch
 from nanovllm.cache_spec import StateSpec
+from nanovllm.errors import ConfigError
 from nanovllm.host_memory import mapped_zeros
 from nanovllm.ops.formats import Codes, Format, Packed, Segment
 from nanovllm.ops.library import Library
@@ -32,8 +33,11 @@ class NativeOps:
     packs_quantized = True
     norms_and_rotates = False
 
-    def __init__(self, library: Library) -> None:
-        self._library = library
+    def __init__(self, library: Library, *, quantize_activations: bool = False) -> None:
+        """quantize_activations: rows that meet codes that are integers are rounded to 8 bits, with a scale for each
+        32 columns; the level must have products of them."""
+        assert library.eight_bit or not quantize_activations
+        self._library, self._eight_bit = library, quantize_activations
         self.sampling = NativeSampling(library)
         self._weights = _Arena()
 
@@ -70,6 +74,11 @@ class NativeOps:
         return self._weights.zeros((num_bytes,), torch.uint8)
 
     def codes_bytes(self, form: Format, rows: int, cols: int) -> int:
+        if self._eight_bit and form.e4m3:
+            raise ConfigError(
+                "quantize_activations=True takes codes that are integers on CPUs, and this checkpoint's are float8; "
+                "leave it out"
+            )
         return form.packed_bytes(rows, cols)
 
     def pack_codes(self, codes: Codes, first: int, out: torch.Tensor, *, half: int | None = None) -> None:
@@ -172,6 +181,7 @@ class NativeOps:
             cols,
             0 if act is None else _ACTIVATIONS[act],
             gated,
+            self._eight_bit,
             torch.get_num_threads(),
         )
         return out
@@ -221,6 +231,7 @@ class NativeOps:
             down_form,
             *orders,
             _ACTIVATIONS[act],
+            self._eight_bit,
             out.data_ptr(),
             index.data_ptr(),
             fed.data_ptr(),

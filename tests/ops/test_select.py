@@ -71,10 +71,11 @@ def test_attention_of_their_own_is_asked_of_the_backends_that_give_it(device, na
         config.resolve(checkpoint_dtype="bfloat16", max_positions=64, cuda=True)
 
 
-def test_activations_of_8_bits_take_tritons_kernels():
+def test_activations_of_8_bits_take_tritons_kernels_on_gpus():
     pytest.importorskip("triton")
-    found = select_ops("auto", CUDA, torch.bfloat16, quantize_activations=True)
-    assert type(found).__name__ == "EightBitTritonOps"
+    for name, device in (("auto", CUDA), ("triton", CPU)):
+        found = select_ops(name, device, torch.bfloat16, quantize_activations=True)
+        assert type(found).__name__ == "EightBitTritonOps"
     with pytest.raises(ConfigError, match="kernels='torch' multiplies in 16 bits; set kernels='triton'"):
         select_ops("torch", CUDA, torch.bfloat16, quantize_activations=True)
 

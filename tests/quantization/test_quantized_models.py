@@ -277,10 +277,11 @@ def test_gpus_compute_with_a_files_blocks_in_16_bits(dtype, quantization):
 @pytest.mark.parametrize(
     ("options", "quantized", "reason"),
     [
-        ({"device": "cuda"}, None, "is for checkpoints by 'compressed-tensors' or 'fp8'"),
-        ({"device": "cuda"}, "gguf", "is for checkpoints by 'compressed-tensors' or 'fp8'"),
+        ({"device": "cuda"}, None, "takes weights that are quantised"),
+        ({"device": "cuda"}, "gguf", "is for checkpoints by 'compressed-tensors' or 'fp8' on GPUs"),
         ({"device": "cuda", "quantization": "dequantize"}, "fp8", "computes with their codes"),
-        ({"device": "cpu"}, "fp8", "takes the kernels of GPUs"),
+        ({"device": "cpu"}, None, "takes weights that are quantised"),
+        ({"device": "cpu"}, "fp8", "takes codes that are integers on CPUs"),
         ({"device": "cuda", "batch_invariant": True}, "fp8", "batch_invariant=True rules out"),
     ],
 )
