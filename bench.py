@@ -33,8 +33,9 @@ OTHERS = {
     "host_cost": "microseconds of a decoding step beside the model",
     "sampling": "drawing tokens, native against torch",
     "kernels": "Triton's kernels against torch's (needs a CUDA device)",
-    "attention": "attention's backends, beside what bounds them (needs a CUDA device)",
-    "gpu": "all that is claimed of GPUs, and their tests (needs one)",
+    "quantized": "linear layers by quantised weights (needs a CUDA device)",
+    "attention": "attention's backends, beside what bounds them",
+    "gpu": "all that is claimed of GPUs, and their tests, into --out's file (needs one)",
     "mixers": "Mamba2 and mixtures of experts, beside what bounds them (needs a CUDA device)",
     "ways32": "32 sequences sampled and streamed, against greedy generation",
     "all_reduce": "sums between two ranks, through shared memory and by gloo",
@@ -75,6 +76,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="to append the JSON line to")
     parser.add_argument("--plot", metavar="FILE", help="a chart of this run, or of all in --json's file")
+    parser.add_argument("--out", metavar="FILE", default="gpu.md", help="of --preset gpu: where its tables are written")
+    parser.add_argument(
+        "--part", type=_list, default=[""], help="of --preset gpu: those that begin so: qwen3-8b,tests/ops"
+    )
     for name in ("num-seqs", "min-input", "max-input", "min-output", "max-output"):
         parser.add_argument(f"--{name}", type=int, help="instead of the preset's")
     args = parser.parse_args()

@@ -44,18 +44,16 @@ class Case(NamedTuple):
 
 def run(args: argparse.Namespace) -> None:
     """Microseconds of a call within a CUDA graph, with inputs that were just used, as in a model; of drawing, which
-    the host takes part in, until the tokens are there. Beside quantised weights torch multiplies plain ones. GB/s are
-    of what has to be moved; the roof is a copy's."""
+    the host takes part in, until the tokens are there. GB/s are of what has to be moved; the roof is a copy's."""
     if not torch.cuda.is_available():
         sys.exit("bench.py: --preset kernels needs a CUDA device, and torch sees none")
-    from benchmarks.quantized import cases as quantized
     from nanovllm.ops.triton_ops import TritonOps
 
     makers, copy = {"triton": TritonOps(), "torch": TorchOps()}, _copy_gb_per_s(args.rounds)
     print(f"{torch.cuda.get_device_name()}, a copy moves {copy:.0f} GB/s")
     print(f"{'':<34} {'us':>9} {'GB/s':>7} {'of copy':>8} {'torch us':>9} {'ratio':>6}")
     results: dict[str, dict[str, float]] = {}
-    for timed, cases in ((in_a_graph, _layers()), (in_a_graph, quantized()), (_with_the_host, _draws())):
+    for timed, cases in ((in_a_graph, _layers()), (_with_the_host, _draws())):
         for case in cases:
             found = {
                 name: timed(lambda ops=ops, case=case: case.call(ops), args.rounds) for name, ops in makers.items()

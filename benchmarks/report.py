@@ -39,7 +39,7 @@ def print_table(title: str, results: dict[str, dict[str, Any]]) -> None:
 
 def finish(args: argparse.Namespace, **measured: Any) -> None:
     """Print the line of JSON, append it to --json's file and draw --plot's."""
-    line = {"hardware": f"{cpu_name()} x {os.cpu_count()}{_gpu_name()}", "commit": commit(), **_rounded(measured)}
+    line = {**machine(), **_rounded(measured)}
     print(json.dumps(line))
     if args.json:
         with open(args.json, "a") as file:
@@ -48,6 +48,14 @@ def finish(args: argparse.Namespace, **measured: Any) -> None:
         from benchmarks.plot import plot, read_lines
 
         plot(read_lines(args.json) if args.json else [line], args.plot)
+
+
+def machine() -> dict[str, str]:
+    """What every figure depends on."""
+    import torch
+
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return {"hardware": f"{cpu_name()} x {os.cpu_count()}{gpu}", "torch": torch.__version__, "commit": _commit()}
 
 
 def _rounded(value: Any) -> Any:
@@ -59,19 +67,13 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def commit() -> str:
+def _commit() -> str:
     command = ["git", "describe", "--always", "--dirty"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     except OSError:
         return ""
     return done.stdout.strip()
-
-
-def _gpu_name() -> str:
-    import torch
-
-    return f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
 
 
 def cpu_name() -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import attention, gpu, models, plot, report, roof, startup, workload
+from benchmarks import attention, gpu, models, plot, quantized, report, roof, startup, workload
 from benchmarks.compare import contenders
 from nanovllm import LLM
 from nanovllm.attention.reference import ReferenceAttention
@@ -251,28 +251,104 @@ def test_without_matplotlib(monkeypatch):
         plot.plot(RUNS, "nowhere.png")
 
 
-def test_the_table_of_a_gpu_is_made_of_what_runs_write():
+WHERE = {"hardware": "an H200", "torch": "2.13", "commit": "abc"}
+MACHINE = {**WHERE, "status": 0}
+
+
+def test_tables_of_a_gpu():
     row = {"seconds": 3.5, "input": 1000.4, "output": 2000.0, "load": 1.0, "of_roof": 0.756}
-    both = {"nanovllm": row, "batch_invariant=true": {"seconds": 4.0, "input": 1.0, "output": 2.0}}
+    both = {"nanovllm": row, "batch_invariant=true": {"seconds": 0.04, "input": 1.0, "output": 2.0}}
+    kernels = {"rms_norm, 1": {"triton": 2.0, "torch": 5.0}, "draw": {"triton": 1234.5}}
+    tests = {"tests": "1 failed, 2 passed in 5.0s", "failures": ["FAILED tests/a.py::b - c"]}
     lines = [
-        {"model": "a", "presets": {"nano": {"shape": "256 x ...", "results": both}}},
-        {"model": "a", "startup": 7.1234, "capture": 2.5},
-        {"microseconds": {"decodes": {"us": 300.0, "floor": 240.0}, "rms_norm, 1": {"triton": 2.0, "torch": 5.0}}},
+        {"part": "tests/a.py", **MACHINE, **tests, "status": 1},
+        {"part": "qwen3-8b", **MACHINE, "status": 1},
+        {"part": "startup", **MACHINE, "model": "a", "startup": 7.1234, "capture": 2.5},
+        {"part": "qwen3-8b", **MACHINE, "model": "b", "presets": {"nano": {"shape": "256 x ...", "results": both}}},
+        {"part": "kernels", **MACHINE, "commit": "def", "microseconds": kernels},
+        {"part": "mixers", **MACHINE, "status": 2},
     ]
-    assert gpu.table([json.dumps(line) for line in lines])[4:] == [
-        "| a | nano: 256 x ... | 2.65 s | 3.5 s | 76% | 1000, 2000 |",
-        "| a | nano: 256 x ..., batch_invariant=true | | 4 s | | 1, 2 |",
-        "| a | from `python` to the first token | | 7.12 s | | |",
-        "| a | of which graphs are captured | | 2.50 s | | |",
-        "| decodes | | 240 us | 300 us | 80% | |",
-        "| rms_norm, 1 | | 5 us (other kernels) | 2 us | 250% | |",
+    assert gpu.tables(lines) == [
+        "## models",
+        "",
+        "an H200, torch 2.13, commit abc",
+        "",
+        "| model | workload | floor | measured | of it | tokens/s in, out |",
+        "|---|---|---|---|---|---|",
+        "| a | from `python` to the first token |  | 7.12 s |  |  |",
+        "| a | of which graphs are captured |  | 2.5 s |  |  |",
+        "| b | 256 x ... | 2.65 s | 3.5 s | 76% | 1000, 2000 |",
+        "| b | 256 x ..., batch_invariant=true |  | 40 ms |  | 1, 2 |",
+        "",
+        "## kernels",
+        "",
+        "an H200, torch 2.13, commit def",
+        "",
+        "| kernels, microseconds | triton | torch |",
+        "|---|---|---|",
+        "| rms_norm, 1 | 2 | 5 |",
+        "| draw | 1234 |  |",
+        "",
+        "## tests",
+        "",
+        "an H200, torch 2.13, commit abc",
+        "",
+        "| `pytest -m gpu` | result |",
+        "|---|---|",
+        "| tests/a.py | 1 failed, 2 passed in 5.0s |",
+        "",
+        "- FAILED tests/a.py::b - c",
+        "- failed: tests/a.py",
+        "- failed: mixers",
     ]
+
+
+def test_the_document_has_the_rows_that_a_gpu_writes():
+    lines = []
+    for part, options in gpu.MODELS.items():
+        given = dict(zip(options[::2], options[1::2], strict=True))
+        line = {"part": part, **MACHINE, "model": f"{given['--shape']}, random weights"}
+        row = {"seconds": 1.0, "input": 1.0, "output": 1.0, "of_roof": 1.0}
+        results = {label: row for label in ("nanovllm", given.get("--ab")) if label}
+        shapes = {name: str(workload.PRESETS[name]) for name in given["--preset"].split(",") if part != "startup"}
+        presets = {name: {"shape": shape, "results": results} for name, shape in shapes.items()}
+        lines.append(line | ({"startup": 1.0, "capture": 1.0} if part == "startup" else {"presets": presets}))
+    columns = dict.fromkeys(("floor", *attention.BACKENDS["cuda"]), 1.0)
+    kernels = {case.name: columns for case in attention.CASES["cuda"]} | {"storing 16384 tokens": columns}
+    lines.append({"part": "attention", **MACHINE, "microseconds": kernels})
+    columns = quantized.floors(1, PROBE, 1) | {str(n): 1.0 for n in (*quantized.FEW, quantized.MANY)}
+    kernels = dict.fromkeys((quantized.BFLOAT16, *quantized.FORMS, *quantized.EIGHT_BIT), columns)
+    lines.append({"part": "quantized", **MACHINE, "microseconds": kernels})
+
+    def headers_and_names(text):
+        found, count = [], 0
+        for cells in (line.split(" | ") for line in text if line.startswith("| ")):
+            is_header = "floor" in cells or "bits a weight" in cells
+            count = (2 if cells[0] == "| model" else 1) if is_header else count
+            found.append(cells if is_header else cells[:count])
+        return found
+
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert headers_and_names(page.partition("\n## GPUs")[2].splitlines()) == headers_and_names(gpu.tables(lines))
+
+
+def test_parts_of_a_gpu_are_added_to_its_file(tmp_path, monkeypatch):
+    """One fails, one is skipped here, and both are in the file."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "machine", lambda: WHERE)
+    for part in ("mixers", "tests/attention/test_triton_attention.py"):
+        args = argparse.Namespace(out=str(tmp_path / "gpu.md"), part=[part], rounds=0)
+        with pytest.raises(SystemExit):
+            gpu.run(args)
+    text = (tmp_path / "gpu.md").read_text()
+    assert "- failed: mixers\n" in text
+    assert "| tests/attention/test_triton_attention.py | 8 skipped" in text
 
 
 def test_floors_of_attention():
     """Reading 4096 tokens of 4 KiB for each of 64; half of 2048 x 2048 products of 16 heads for each of 8."""
     decodes, prompts = (
-        next(c for c in attention.CASES if c.name == n) for n in ("64 decodes behind 4096", "8 prompts of 2048")
+        next(c for c in attention.CASES["cuda"] if c.name == n) for n in ("64 decodes behind 4096", "8 prompts of 2048")
     )
     assert decodes.floor(PROBE) == pytest.approx(64 * 4096 * 4096 / 40e9 * 1e6)
     assert prompts.floor(PROBE) == pytest.approx(8 * 2048**2 / 2 * 4 * 16 * 128 / 800e9 * 1e6)
