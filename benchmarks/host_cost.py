@@ -3,7 +3,8 @@
     python bench.py --preset host_cost
 
 The model gives the same logits at every step, over 512 tokens, so that what is left is the host's work:
-to schedule, build the batch, draw, book, detokenise. The last rows have 10,000 requests in the queue.
+to schedule, build the batch, draw, book, detokenise. The last rows have 10,000 requests in the queue, or caches without
+anything of the last step, as a model leaves them that has read its weights.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from nanovllm.tokenizer.tokenizer import Tokenizer
 VOCAB = 512
 BATCHES = (1, 32, 256, 1024, 4096)
 WAITING = 10_000
+EVICTING = 1 << 25  # floats: more than caches hold
 STEPS, PROMPT = 200, 512  # steps measured, tokens of each prompt
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
@@ -115,9 +117,9 @@ def make_engine(max_num_seqs: int) -> LLMEngine:
     return LLMEngine(config, _tokenizer(), executor, vocab_size=VOCAB, eos_ids=[0])
 
 
-def measure(batch: int, kind: str, waiting: int) -> dict[str, float]:
-    """Microseconds a decoding step, of each part and in all; medians."""
-    clock = Clock()
+def measure(batch: int, kind: str, waiting: int = 0, *, cold: bool = False) -> dict[str, float]:
+    """Microseconds a decoding step, of each part and in all; medians. cold: caches."""
+    clock, weights = Clock(), torch.ones(EVICTING)
     with (
         mock.patch.object(DecodeBatch, "write", clock.wrap("build batch", DecodeBatch.write)),
         mock.patch.object(model_runner, "sample", clock.wrap("sample", model_runner.sample)),
@@ -134,6 +136,8 @@ def measure(batch: int, kind: str, waiting: int) -> dict[str, float]:
         clock.seconds.clear()
         step = clock.wrap("all", engine.step)
         for _ in range(STEPS):
+            if cold:
+                weights.sum()
             step()
     assert len(engine.scheduler.running) == batch and engine.scheduler.num_waiting == waiting
     found = {part: statistics.median(seconds) * 1e6 for part, seconds in clock.seconds.items()}
@@ -153,11 +157,13 @@ def run(args: argparse.Namespace) -> None:
     columns = (*PARTS, "the rest", "all")
     print(f"{'microseconds a step':<30}" + " ".join(f"{name:>11}" for name in columns))
     results: dict[str, dict[str, float]] = {}
-    for kind, waiting in (*((kind, 0) for kind in KINDS), ("greedy", WAITING)):
+    cases: dict[str, dict[str, Any]] = {kind: {"kind": kind} for kind in KINDS}
+    cases[f"greedy, {WAITING:,} waiting"] = {"kind": "greedy", "waiting": WAITING}
+    cases["greedy, cold caches"] = {"kind": "greedy", "cold": True}
+    for name, case in cases.items():
         for batch in BATCHES:
-            label = f"{batch} {kind}" + (f", {waiting:,} waiting" if waiting else "")
-            found = results[label] = measure(batch, kind, waiting)
-            print(f"{label:<30}" + " ".join(f"{found[name]:11.0f}" for name in columns), flush=True)
+            found = results[f"{batch} {name}"] = measure(batch, **case)
+            print(f"{f'{batch} {name}':<30}" + " ".join(f"{found[part]:11.0f}" for part in columns), flush=True)
     finish(args, microseconds={label: round(found["all"], 1) for label, found in results.items()})
 
 

@@ -180,6 +180,6 @@ class LLMEngine:
         stats = self.stats
         stats.steps += 1
         stats.preemptions = self.scheduler.num_preemptions
-        stats.generation_tokens += len(update.tokens)
+        stats.generation_tokens += len(update.token_ids)
         for seq, start, end, _ in update.chunks:
             stats.prompt_tokens += max(0, min(end, seq.num_prompt_tokens) - start)

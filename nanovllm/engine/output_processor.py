@@ -110,7 +110,7 @@ class OutputProcessor:
         stopped: list[tuple[Sequence, str]] = []
         for chunk in update.chunks:
             touched[chunk.seq.request_id] = self._book_chunk(chunk, step_start)
-        for seq, token_id, logprobs in update.tokens:
+        for seq, token_id, logprobs in zip(update.sequences, update.token_ids, update.logprobs, strict=True):
             state = self._states[seq.request_id]
             output = touched[seq.request_id] = state.output
             completion, metrics = state.completions[seq.index], output.metrics

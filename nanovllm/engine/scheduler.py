@@ -27,10 +27,13 @@ class Chunk(NamedTuple):
 
 
 class StepUpdate(NamedTuple):
-    """What a step brought: the chunks that it computed, and who sampled which token."""
+    """What a step brought: the chunks that it computed, and who sampled which token. These are lists side by side, as a
+    tuple a token would set the garbage collector to work, which now and then looks at everything there is."""
 
     chunks: list[Chunk]
-    tokens: list[tuple[Sequence, int, TokenLogprobs | None]]
+    sequences: list[Sequence]
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,14 +120,19 @@ class Scheduler:
         step = self._planned.popleft()
         found = result.prompt_logprobs
         chunks = [c._replace(prompt_logprobs=found.get(c.seq.seq_id)) for c in step.chunks if not c.seq.finished]
-        tokens = []
-        for sampled in zip(step.sampling, result.token_ids.tolist(), result.logprobs, strict=True):
-            seq, token_id, _ = sampled
+        sequences, token_ids, logprobs = step.sampling, result.token_ids.tolist(), result.logprobs
+        ended = set()
+        for row, (seq, token_id) in enumerate(zip(sequences, token_ids, strict=True)):
             if seq.finish_reason is None:
                 seq.resolve(token_id)
                 self._finish_if_ended(seq, token_id)
-                tokens.append(sampled)
-        return StepUpdate(chunks, tokens)
+            else:
+                ended.add(row)
+        if ended:
+            kept = [row for row in range(len(sequences)) if row not in ended]
+            sequences, token_ids = [sequences[row] for row in kept], [token_ids[row] for row in kept]
+            logprobs = [logprobs[row] for row in kept]
+        return StepUpdate(chunks, sequences, token_ids, logprobs)
 
     def abandon_steps(self) -> None:
         """A step broke off half-way: pages may be half-written, so nothing in them is trusted.

@@ -1,5 +1,7 @@
 """From tokens to what the user sees: text, stop strings, logprobs, metrics, lifetimes."""
 
+import gc
+
 import pytest
 from helpers import EOS, byte_tokenizer, mock_engine, run_all
 
@@ -102,6 +104,25 @@ def test_stats_count_computed_prompt_tokens_and_output():
         engine.add(engine.prepare(list(range(40)), SamplingParams(max_tokens=5, ignore_eos=True)))
         run_all(engine)
     assert (engine.stats.prompt_tokens, engine.stats.generation_tokens) == (40 + 8, 10)
+
+
+def test_tokens_do_not_set_the_garbage_collector_to_work():
+    """A tuple each did, and now and then it looked at all that there is, for a fifth of a second."""
+    engine, executor = mock_engine(num_blocks=2000, max_num_seqs=500, max_num_batched_tokens=4096)
+    for _ in range(500):
+        engine.add(engine.prepare([1, 2, 3], SamplingParams(max_tokens=20, ignore_eos=True)))
+    engine.step()
+    result = executor.submit(engine.scheduler.schedule()).result()
+    thresholds = gc.get_threshold()
+    gc.collect()
+    gc.set_threshold(200)
+    try:
+        before = gc.get_stats()[0]["collections"]
+        outputs, _ = engine._outputs.process(engine.scheduler.update(result), 0.0)
+        engine.scheduler.schedule()
+        assert gc.get_stats()[0]["collections"] == before and len(outputs) == 500
+    finally:
+        gc.set_threshold(*thresholds)
 
 
 def test_closed_engine_refuses_and_closes_its_executor():
