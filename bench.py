@@ -41,7 +41,7 @@ OTHERS = {
     "all_reduce": "sums between two ranks, through shared memory and by gloo",
     "ranks": "bytes between the processes of a step, and its milliseconds",
     "context": "a decoding step behind 8,000 tokens (--max-input), against reading what it needs",
-    "accuracy": "KL divergence of bfloat16 to transformers in fp32",
+    "accuracy": "KL divergence to transformers in fp32: of bfloat16, int8, int4 and ggml's Q4_1",
 }
 NAMES = (*ENGINES, "nanovllm-torch")
 CUSTOM = Preset(64, (100, 1024), (100, 1024))

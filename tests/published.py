@@ -1,6 +1,8 @@
 """Published quantised checkpoints for tests: written by the formats' definitions, with the weights that they stand for.
 
 A writer gets a module's name and weight, and gives the module's tensors and what they mean: (code - zero) * scale.
+
+PYTHONPATH=. python tests/published.py MODEL FOLDER        # writes FOLDER/awq, FOLDER/gptq, ... for benchmarks
 """
 
 from __future__ import annotations
@@ -8,6 +10,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
+import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -250,3 +254,27 @@ SCHEMES = {
     "fp8-block": fp8((128, 128)),
     "fp8-tensor": fp8(None),
 }
+
+FORMATS = {  # in groups that divide SmolLM2's 576 columns
+    "awq": awq(64),
+    "gptq": gptq(4, 64),
+    "gptq-desc-act": gptq(4, 64, desc_act=True),
+    "w8a8": integers(),
+    "fp8": fp8((128, 128)),
+}
+
+
+def publish_all(name: str, folder: str) -> None:
+    """A model that `bench.py --model` takes, in each of the formats."""
+    from benchmarks import models
+
+    with tempfile.TemporaryDirectory() as scratch:
+        exported = models.find(name, "float32", Path(scratch), export=True, random=False).paths["hf"]
+        for scheme, how in FORMATS.items():
+            quantised, _ = publish(Path(exported), Path(scratch, scheme), how)
+            shutil.move(quantised, Path(folder, scheme))
+            print(Path(folder, scheme))
+
+
+if __name__ == "__main__":
+    publish_all(*sys.argv[1:])

@@ -14,7 +14,7 @@ import torch
 from distributed.families import GREEDY, PROMPTS, SCARCE
 from gguf_converter import FAMILIES as GGUF_FAMILIES
 from kernels import native_library
-from published import SCHEMES, awq, fp8, gptq, integers, packed, publish
+from published import FORMATS, SCHEMES, awq, fp8, gptq, integers, packed, publish, publish_all
 from test_quantized_models import PEAK, planned
 from tiny_models import make_tiny_model
 
@@ -71,6 +71,12 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor, scheme: str) -> Non
         torch.testing.assert_close(found, expected, rtol=0, atol=0.03)
     else:
         assert torch.equal(found, expected)
+
+
+def test_what_is_written_for_benchmarks_is_read(llama, tmp_path):
+    publish_all(str(llama), str(tmp_path))
+    for name in FORMATS:
+        assert logits(tmp_path / name).isfinite().all()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
