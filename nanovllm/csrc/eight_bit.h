@@ -115,10 +115,12 @@ struct IntegerBlock {
     __m512i codes[BLOCK][2];
     __m512i start[SPANS][2];  // what takes away that the inputs' codes are 128 more
     V scale[GROUPS][2], least[FORM.least ? GROUPS : 1][2];
+    int64_t shares;  // of the inputs' scales; what lies behind is not there
 
-    // What begins at `at`, `groups` of it, zeros behind; to where the next one begins. outer: see each_twice in quant.h.
-    const char* unpack(const char* at, const char* outer, int64_t groups) {
-        if (groups < GROUPS) memset((void*)this, 0, sizeof *this);
+    // The columns that begin at `at`, up to a whole block; to where those behind begin. outer: see each_twice in quant.h.
+    const char* unpack(const char* at, const char* outer, int64_t columns) {
+        shares = divide_up(std::min<int64_t>(columns, COLUMNS), SHARE);
+        const int64_t groups = std::min<int64_t>(divide_up(columns, FORM.group), GROUPS);
         for (int64_t g = 0; g < groups; ++g) {
             for (int i = 0; i < FORM.group_bytes(); i += 64) __builtin_prefetch(at + AHEAD + i);
             at = values(at, outer, scale[g]);
@@ -136,6 +138,12 @@ struct IntegerBlock {
             }
             at += PAIR * FORM.group * FORM.bits / 8;
         }
+        if constexpr (FORM.group < SHARE)  // of the last columns' share, what the weight has not
+            for (int64_t g = groups; g * FORM.group < shares * SHARE; ++g) {
+                memset(codes[g * SPAN_STEPS], 0, SPAN_STEPS * sizeof codes[0]);
+                memset(start[g], 0, sizeof start[g]);
+                scale[g][0] = scale[g][1] = V{};
+            }
         return at;
     }
 
@@ -147,25 +155,25 @@ struct IntegerBlock {
         for (int i = 0; i < ROWS; ++i)
             for (int p = 0; p < 2; ++p) sums[i][p] = load(acc + (2 * i + p) * PANEL);
 #pragma GCC unroll 1
-        for (int h = 0; h < SHARES; ++h) {
+        for (int64_t h = 0; h < w.shares; ++h) {
             V parts[ROWS][2];
 #pragma GCC unroll 4
             for (int q = 0; q < SHARE / SPAN; ++q) {
-                const int span = h * (SHARE / SPAN) + q;
+                const int64_t span = h * (SHARE / SPAN) + q;
                 __m512i dots[ROWS][2];
 #pragma GCC unroll 8
                 for (int i = 0; i < ROWS; ++i)
                     for (int p = 0; p < 2; ++p) dots[i][p] = w.start[span][p];
 #pragma GCC unroll 8
                 for (int t = 0; t < SPAN_STEPS; ++t) {
-                    const int s = span * SPAN_STEPS + t;
+                    const int64_t s = span * SPAN_STEPS + t;
 #pragma GCC unroll 8
                     for (int i = 0; i < ROWS; ++i) {
                         const __m512i four = _mm512_set1_epi32(((const int*)x[i].codes)[s]);
                         for (int p = 0; p < 2; ++p) dots[i][p] = _mm512_dpbusd_epi32(dots[i][p], four, w.codes[s][p]);
                     }
                 }
-                const int group = span * SPAN / FORM.group;
+                const int64_t group = span * SPAN / FORM.group;
 #pragma GCC unroll 8
                 for (int i = 0; i < ROWS; ++i)
                     for (int p = 0; p < 2; ++p) {
@@ -233,7 +241,7 @@ public:
     void next(Block& to) {
         constexpr Layout form = Block::FORM;
         if (form.nested() && column_ % OUTER == 0) outer_ = at_, at_ += form.outer_bytes();
-        at_ = to.unpack(at_, outer_, std::min<int64_t>(Block::GROUPS, divide_up(k_ - column_, form.group)));
+        at_ = to.unpack(at_, outer_, k_ - column_);
         column_ += COLUMNS;
     }
 
