@@ -89,10 +89,13 @@ def found(request, models, tmp_path_factory):
     return [answers(paths, "auto"), *ranks]
 
 
+USUAL = ("llama", "granite-hybrid-rope", "falcon-7b")
+
+
 @pytest.mark.parametrize(
     ("size", "family"),
     [
-        pytest.param(size, family, marks=[] if size == 2 else pytest.mark.slow)
+        pytest.param(size, family, marks=[] if size == 2 and family in USUAL else pytest.mark.slow)
         for size, cases in CASES.items()
         for family in cases
     ],

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from gguf_converter import read_quickly
 from tiny_models import TINY
 
 from nanovllm import LLM, SamplingParams
@@ -87,10 +88,9 @@ def test_all_logits_of_tiny_models(tiny):
     "options",
     [
         pytest.param({}, id="batched"),
-        pytest.param({"max_num_seqs": 1}, id="alone"),
+        pytest.param({"max_num_seqs": 1, "enable_prefix_caching": False}, id="alone, uncached"),
         pytest.param({"max_num_batched_tokens": 13, "max_num_seqs": 5}, id="chunked"),
         pytest.param({"num_kvcache_blocks": 20, "kvcache_block_size": 8}, id="preempted"),
-        pytest.param({"enable_prefix_caching": False}, id="uncached"),
         pytest.param(
             {
                 "attention_backend": "reference",
@@ -151,7 +151,8 @@ def test_seeded_text_is_the_same_alone_and_in_any_batch(tiny_model, family):
 
 @pytest.fixture(scope="module")
 def smollm2(smollm2_path):
-    return Reference(smollm2_path.parent, gguf_file=smollm2_path.name)
+    with read_quickly():
+        return Reference(smollm2_path.parent, gguf_file=smollm2_path.name)
 
 
 TEXTS = [
