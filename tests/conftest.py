@@ -25,9 +25,10 @@ if not torch.cuda.is_available():
 
 ALIAS = "smollm2-135m"
 LONGEST = (
-    *("test_compile.py", "test_tensor_parallel.py", "test_executor.py", "test_executor_ray.py", "test_exactness.py"),
-    *("test_parity.py", "test_group.py", "test_run_batch_ray.py", "test_transformers_model.py"),
-    *("test_executor_torchrun.py", "test_batch_invariant.py", "test_triton_attention.py", "test_native_attention.py"),
+    *("test_compile_attention.py", "test_tensor_parallel.py", "test_executor.py", "test_compile.py"),
+    *("test_executor_ray.py", "test_parity.py", "test_run_batch_ray.py", "test_exactness.py", "test_sampler.py"),
+    *("test_group.py", "test_native_attention.py", "test_bench.py", "test_batch_invariant.py"),
+    *("test_triton_attention.py", "test_executor_torchrun.py"),
 )
 
 

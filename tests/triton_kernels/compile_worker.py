@@ -6,6 +6,7 @@ chip takes, or the error.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import re
@@ -90,6 +91,7 @@ def answer(request: dict) -> list[dict]:
 
 def main() -> None:
     answers, sys.stdout = sys.stdout, sys.stderr  # what a compiler prints is no answer
+    gc.freeze()  # torch's and Triton's objects, which each collection would look through
     for line in sys.stdin:
         try:
             reply = {"compiled": answer(json.loads(line))}
