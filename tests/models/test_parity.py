@@ -88,9 +88,10 @@ def test_all_logits_of_tiny_models(tiny):
     "options",
     [
         pytest.param({}, id="batched"),
-        pytest.param({"max_num_seqs": 1, "enable_prefix_caching": False}, id="alone, uncached"),
+        pytest.param({"max_num_seqs": 1}, id="alone"),
         pytest.param({"max_num_batched_tokens": 13, "max_num_seqs": 5}, id="chunked"),
         pytest.param({"num_kvcache_blocks": 20, "kvcache_block_size": 8}, id="preempted"),
+        pytest.param({"enable_prefix_caching": False}, id="uncached"),
         pytest.param(
             {
                 "attention_backend": "reference",
