@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes run tests: threads would wait for each other's cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+from interpreter import patch_once_a_kernel
 from kernels import at_level
 from tiny_models import make_chat_model, make_tiny_model
 
@@ -21,11 +24,31 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: its kernels run on the CPU
 
 ALIAS = "smollm2-135m"
+LONGEST = (
+    *("test_compile_attention.py", "test_tensor_parallel.py", "test_executor.py", "test_compile.py"),
+    *("test_executor_ray.py", "test_parity.py", "test_run_batch_ray.py", "test_exactness.py", "test_sampler.py"),
+    *("test_group.py", "test_native_attention.py", "test_bench.py", "test_batch_invariant.py"),
+    *("test_triton_attention.py", "test_executor_torchrun.py"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests run in one process: the files that take longest go first, so that all processes end together."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter():
+    """Of Triton, if any test that was collected imports it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "triton" in sys.modules and "TRITON_INTERPRET" in os.environ:
+            patch_once_a_kernel(patch)
+        yield
 
 
 @pytest.fixture

@@ -29,6 +29,31 @@ def multiply_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
+def patch_once_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the interpreter put its functions in the place of the language's once for each module that a kernel calls:
+    it would do so at every call of a function within a kernel, which takes a fifth of the time."""
+    from triton.runtime import interpreter
+
+    patch, patched = interpreter._patch_lang, set()
+
+    def patch_lang(fn):
+        if fn.__module__ in patched:
+            return interpreter._LangPatchScope()
+        scope, outermost = patch(fn), not patched
+        patched.add(fn.__module__)
+        if outermost:
+            restore = scope.restore
+
+            def restore_all():
+                patched.clear()
+                restore()
+
+            scope.restore = restore_all
+        return scope
+
+    monkeypatch.setattr(interpreter, "_patch_lang", patch_lang)
+
+
 def dots_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the interpreter add products along K one after the other, as hardware does for every element of a tile:
     numpy's products give a row other bits in another place."""

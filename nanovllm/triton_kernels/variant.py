@@ -27,8 +27,8 @@ def multiplies_fast(x: torch.Tensor) -> bool:
 class Variant:
     """A kernel with all that decides its machine code, so that it can be compiled where there is no GPU.
 
-    `variants()` of each file in this folder lists what its launch functions choose from. The first of
-    a kernel is compiled by the default tests, the others by `pytest -m slow`: put the heaviest first.
+    `variants()` of each file in this folder lists what its launch functions choose from. Tests compile every one for
+    its chips.
 
     kernel: the @triton.jit function.
     types: of the arguments that are no constexpr, as Triton writes them: "*bf16", "i32", "fp32"; with

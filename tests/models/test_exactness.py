@@ -15,8 +15,17 @@ PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="ut
 NATIVE = ("--kernels", "native", "--attention-backend", "native")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", TINY)
+# in float32 by default where layers are not those of another
+USUAL = ("llama", "gpt2", "mixtral", "granite-hybrid", "gemma3", "mpt", "falcon-40b")
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        *((family, "bfloat16") for family in TINY),
+        *(pytest.param(f, "float32", marks=[] if f in USUAL else pytest.mark.slow) for f in TINY),
+    ],
+)
 def test_bits_are_the_requests_own(tiny_model, capsys, family, dtype):
     status = main(["verify", str(tiny_model(family)), "--dtype", dtype, "--max-tokens", "20", *NATIVE])
     out = capsys.readouterr().out

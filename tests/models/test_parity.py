@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from gguf_converter import read_quickly
 from tiny_models import TINY
 
 from nanovllm import LLM, SamplingParams
@@ -151,7 +152,8 @@ def test_seeded_text_is_the_same_alone_and_in_any_batch(tiny_model, family):
 
 @pytest.fixture(scope="module")
 def smollm2(smollm2_path):
-    return Reference(smollm2_path.parent, gguf_file=smollm2_path.name)
+    with read_quickly():
+        return Reference(smollm2_path.parent, gguf_file=smollm2_path.name)
 
 
 TEXTS = [

@@ -108,10 +108,11 @@ def test_all_logits(tiny):
     "options",
     [
         pytest.param({}, id="batched"),
-        pytest.param({"max_num_seqs": 1}, id="alone"),
         pytest.param({"max_num_batched_tokens": 13, "max_num_seqs": 5}, id="chunked"),
         pytest.param({"num_kvcache_blocks": 20, "kvcache_block_size": 8}, id="preempted"),
-        pytest.param({"enable_prefix_caching": False, "attention_backend": "reference"}, id="uncached"),
+        pytest.param(
+            {"max_num_seqs": 1, "enable_prefix_caching": False, "attention_backend": "reference"}, id="alone, uncached"
+        ),
     ],
 )
 def test_greedy_text(tiny, options):

@@ -86,8 +86,8 @@ def test_a_row_has_the_same_bits_in_any_batch(level, threads, dtype, n, k):
     for count in (1, 2, 3):
         threads(count)
         for rows in [*range(1, 71), 128, 257, 300]:
-            assert torch.equal(OPS.linear(x[:rows], packed, n, bias), alone[:rows]), rows
-            assert torch.equal(OPS.linear(x[-rows:], packed, n, bias), alone[-rows:]), rows
+            part = slice(rows) if (rows + count) % 2 else slice(300 - rows, 300)
+            assert torch.equal(OPS.linear(x[part], packed, n, bias), alone[part]), (count, rows)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

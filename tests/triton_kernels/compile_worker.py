@@ -1,11 +1,12 @@
 """Compiles Triton kernels ahead of time, in a process of its own: the tests' own process interprets them.
 
-Reads lines of JSON {"module": ..., "all": bool} and answers each with a line: a list of what each
-variant takes on each chip, or the error.
+Reads lines of JSON {"module": ..., "chip": ...} and answers each with a line: a list of what each variant for that
+chip takes, or the error.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import re
@@ -83,20 +84,14 @@ def compiled(variant: Variant, chip: int) -> Compiled:
     return result
 
 
-def chosen(variants: list[Variant], every: bool) -> list[tuple[Variant, int]]:
-    """With the chips: all, or the first of each kernel for each chip."""
-    pairs = [(variant, chip) for variant in variants for chip in variant.chips]
-    first = {(variant.kernel.__name__, chip): (variant, chip) for variant, chip in reversed(pairs)}
-    return pairs if every else list(reversed(first.values()))
-
-
 def answer(request: dict) -> list[dict]:
-    variants = importlib.import_module(request["module"]).variants()
-    return [asdict(compiled(variant, chip)) for variant, chip in chosen(variants, request["all"])]
+    variants, chip = importlib.import_module(request["module"]).variants(), request["chip"]
+    return [asdict(compiled(variant, chip)) for variant in variants if chip in variant.chips]
 
 
 def main() -> None:
     answers, sys.stdout = sys.stdout, sys.stderr  # what a compiler prints is no answer
+    gc.freeze()  # torch's and Triton's objects, which each collection would look through
     for line in sys.stdin:
         try:
             reply = {"compiled": answer(json.loads(line))}

@@ -1,79 +1,25 @@
-"""Every Triton kernel compiles for every chip, ahead of time, and fits: no GPU is needed."""
+"""Every variant of every Triton kernel compiles for its chips, ahead of time, and fits: no GPU is needed."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+pytest.importorskip("triton")
+from triton_kernels.compiled import SHARED, check
+
 import nanovllm.triton_kernels
 
-pytest.importorskip("triton")
-
 FOLDER = Path(nanovllm.triton_kernels.__path__[0])
-MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if "def variants()" in path.read_text())
-SHARED = {75: 64 * 1024, 80: 163 * 1024, 90: 227 * 1024}  # bytes that a block may have
+MODULES = {path.stem for path in FOLDER.glob("*.py") if "def variants()" in path.read_text()}
+ELSEWHERE = {"prompt_attention", "decode_attention"}  # test_compile_attention.py
+NOT_FOR_TURING = {"eight_bit_activations", "eight_bit_linear", "linear"}
 
 
-@pytest.fixture(scope="module")
-def worker(tmp_path_factory: pytest.TempPathFactory):
-    """ask(module, all) -> what the variants take; of a process where kernels are compiled, not interpreted."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env["TRITON_CACHE_DIR"] = os.environ.get("TRITON_CACHE_DIR") or str(tmp_path_factory.mktemp("triton"))
-    with subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("compile_worker.py"))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=env,
-    ) as process:
-        assert process.stdin and process.stdout
-
-        def ask(module: str, every: bool) -> list[dict]:
-            request = {"module": f"nanovllm.triton_kernels.{module}", "all": every}
-            print(json.dumps(request), file=process.stdin, flush=True)
-            reply = json.loads(process.stdout.readline())
-            assert "compiled" in reply, reply["error"]
-            return reply["compiled"]
-
-        yield ask
-        process.stdin.close()
-
-
-def problem(row: dict) -> str | None:
-    if row["error"]:
-        return row["error"]
-    if row["shared"] > SHARED[row["chip"]]:
-        return f"{row['shared']} bytes of shared memory are too much"
-    return f"{row['stack']} bytes of registers are spilled" if row["stack"] else None
-
-
-def check(rows: list[dict]) -> None:
-    """Prints a table: see it with -s."""
-    for row in rows:
-        taken = f"{row['registers']:>4} registers {row['shared']:>7} shared"
-        print(f"sm_{row['chip']} {taken}  {row['kernel']}: {row['what']}")
-    problems = [f"{row['kernel']} on sm_{row['chip']} ({row['what']}): {problem(row)}" for row in rows if problem(row)]
-    assert rows and not problems, "\n".join(problems)
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_every_kernel_compiles_for_every_chip(worker, module):
-    check(worker(module, False))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("module", MODULES)
-def test_every_variant_compiles_for_every_chip(worker, module):
-    check(worker(module, True))
-
-
-@pytest.mark.parametrize("module", ["prompt_attention", "decode_attention"])
-def test_attention_fetches_keys_ahead(worker, module):
-    """When a tile's keys waited for its page numbers in the same turn of the loop, none were fetched ahead."""
-    rows = [row for row in worker(module, False) if row["kernel"] != "merge_kernel"]
-    assert rows and all(row["ahead"] >= 2 for row in rows)
+@pytest.mark.parametrize(
+    ("module", "chip"),
+    [(m, chip) for m in sorted(MODULES - ELSEWHERE) for chip in SHARED if chip != 75 or m not in NOT_FOR_TURING],
+)
+def test_every_variant_compiles(worker, module, chip):
+    check(worker(module, chip))

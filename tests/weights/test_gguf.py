@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gguf.quants import dequantize
-from gguf_converter import Kind, convert
+from gguf_converter import Kind, convert, read_quickly
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_models import make_tiny_model
@@ -43,7 +43,8 @@ def smollm2(smollm2_path):
 
 @pytest.fixture(scope="module")
 def reader(smollm2_path):
-    return gguf.GGUFReader(smollm2_path)
+    with read_quickly():
+        return gguf.GGUFReader(smollm2_path)
 
 
 def test_smollm2_tensors_are_those_of_the_gguf_package(smollm2, reader):
