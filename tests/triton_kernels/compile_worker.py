@@ -1,7 +1,7 @@
 """Compiles Triton kernels ahead of time, in a process of its own: the tests' own process interprets them.
 
-Reads lines of JSON {"module": ..., "chip": ...} and answers each with a line: a list of what each variant for that
-chip takes, or the error.
+Reads lines of JSON {"module": ..., "chip": ..., "dtype": ...} and answers each with a line: a list of what each variant
+for that chip takes, of one dtype unless that is null, or the error.
 """
 
 from __future__ import annotations
@@ -86,7 +86,13 @@ def compiled(variant: Variant, chip: int) -> Compiled:
 
 def answer(request: dict) -> list[dict]:
     variants, chip = importlib.import_module(request["module"]).variants(), request["chip"]
-    return [asdict(compiled(variant, chip)) for variant in variants if chip in variant.chips]
+    wanted = [v for v in variants if chip in v.chips and request["dtype"] in (None, dtype_of(v))]
+    return [asdict(compiled(variant, chip)) for variant in wanted]
+
+
+def dtype_of(variant: Variant) -> str:
+    """That of attention's queries, or else of its results."""
+    return variant.types.get("q", variant.types["out"]).strip("*").split(":")[0]
 
 
 def main() -> None:
