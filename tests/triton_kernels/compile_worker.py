@@ -86,12 +86,13 @@ def compiled(variant: Variant, chip: int) -> Compiled:
 
 def answer(request: dict) -> list[dict]:
     variants, chip = importlib.import_module(request["module"]).variants(), request["chip"]
-    wanted = [v for v in variants if chip in v.chips and request["dtype"] in (None, dtype_of(v))]
-    return [asdict(compiled(variant, chip)) for variant in wanted]
+    if request["dtype"] is not None:
+        variants = [variant for variant in variants if dtype_of(variant) == request["dtype"]]
+    return [asdict(compiled(variant, chip)) for variant in variants if chip in variant.chips]
 
 
 def dtype_of(variant: Variant) -> str:
-    """That of attention's queries, or else of its results."""
+    """Of attention's kernels: that of queries, or else of results."""
     return variant.types.get("q", variant.types["out"]).strip("*").split(":")[0]
 
 
