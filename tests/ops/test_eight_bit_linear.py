@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels import native_library, normal
 from quantized import FORMS, dequantized, packed, random_codes
+from test_native_quantized import assert_rows_keep_their_bits
 
 from nanovllm.ops.formats import E4M3_128, Packed, Segment
 from nanovllm.ops.native import NativeOps
@@ -73,16 +74,7 @@ def test_rows_of_zeros_and_tiny_numbers_and_such_as_are_not_finite():
 @settings(max_examples=20, deadline=None)
 @given(n=st.integers(1, 100), k=st.integers(1, 300), rows=st.integers(1, 90), data=st.data())
 def test_a_row_has_the_same_bits_in_any_batch(form, n, k, rows, data):
-    """Weights of few rows are unpacked as a tile comes to them, of many before."""
-    threads = torch.get_num_threads()
-    weight, x = packed(OPS, random_codes(form, n, k)), normal(rows, k)
-    alone = torch.cat([OPS.linear(row[None], weight, n, None) for row in x])
-    try:
-        torch.set_num_threads(data.draw(st.integers(1, 3)))
-        for part in (rows, *(data.draw(st.integers(1, rows)) for _ in range(3))):
-            assert torch.equal(OPS.linear(x[-part:], weight, n, None), alone[-part:])
-    finally:
-        torch.set_num_threads(threads)
+    assert_rows_keep_their_bits(OPS, form, n, k, rows, data)
 
 
 @EACH_FORM

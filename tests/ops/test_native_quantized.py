@@ -23,6 +23,19 @@ def values(codes) -> torch.Tensor:
     return torch.from_numpy(dequantized(codes)).float().bfloat16()
 
 
+def assert_rows_keep_their_bits(ops, form, n: int, k: int, rows: int, data: st.DataObject) -> None:
+    """Alone, among any of the last rows, by any number of threads."""
+    threads = torch.get_num_threads()
+    weight, x = packed(ops, random_codes(form, n, k)), normal(rows, k)
+    alone = torch.cat([ops.linear(row[None], weight, n, None) for row in x])
+    try:
+        torch.set_num_threads(data.draw(st.integers(1, 3)))
+        for part in (rows, *(data.draw(st.integers(1, rows)) for _ in range(3))):
+            assert torch.equal(ops.linear(x[-part:], weight, n, None), alone[-part:])
+    finally:
+        torch.set_num_threads(threads)
+
+
 # odd numbers of columns, groups and panels that are not whole, one block of x and several
 @EACH_FORM
 @pytest.mark.parametrize("shape", [(1, 1), (16, 2), (33, 31), (48, 64), (65, 97), (130, 577)])
@@ -62,16 +75,8 @@ def test_threads_pack_what_one_packs(threads, form):
 )
 def test_a_row_has_the_same_bits_in_any_batch(form, n, k, rows, level, data):
     """Few rows are multiplied by another kernel than many."""
-    threads = torch.get_num_threads()
     with at_level(level) as supported:
-        weight, x = packed(OPS, random_codes(form, n, k)), normal(rows, k)
-        alone = torch.cat([OPS.linear(row[None], weight, n, None) for row in x])
-        try:
-            torch.set_num_threads(data.draw(st.integers(1, 3)))
-            for part in (rows, *(data.draw(st.integers(1, rows)) for _ in range(3))):
-                assert torch.equal(OPS.linear(x[-part:], weight, n, None), alone[-part:])
-        finally:
-            torch.set_num_threads(threads)
+        assert_rows_keep_their_bits(OPS, form, n, k, rows, data)
     assert supported or level != "generic"
 
 
