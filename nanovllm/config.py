@@ -58,7 +58,7 @@ class EngineConfig:
         already is computed with as it is, which may be said by its method's name ("gguf", "awq", "gptq",
         "compressed-tensors", "fp8"); "dequantize" widens it to dtype instead.
     quantize_activations: of quantised models: linear layers' inputs become 8 bits too, which is faster and less
-        exact. On CPUs with AVX512-VNNI those that meet codes that are integers, with a scale for each 32 columns. On
+        exact. On CPUs with AVX512-BF16 those that meet codes that are integers, with a scale for each 32 columns. On
         GPUs those of checkpoints by "compressed-tensors" or "fp8" whose weights have 8 bits, in steps of more than 256
         tokens, with a scale a token (int8 from Ampere on, float8 from Ada on).
     device: "auto" is cuda where torch sees one.
