@@ -40,7 +40,7 @@ from nanovllm.models.base import CausalLM, ModelConfig
 from nanovllm.ops.base import select_ops
 from nanovllm.ops.graph import CannotRecord
 from nanovllm.sample_row import SampleRow, TokenLogprobs, awaits_token
-from nanovllm.transfer import to_device, to_host
+from nanovllm.transfer import Present, to_device, to_host
 from nanovllm.weights.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -100,6 +100,7 @@ class ModelRunner:
             else:
                 self._model.load(checkpoint)
         self._sampled = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=self._device)  # in the last step
+        self._host_sampled = self._sampled.numpy() if memory is None else np.zeros(0, dtype=np.int64)  # the same memory
         if memory is None:
             budget = host_cache_memory(config, host_ranks)
         else:
@@ -130,11 +131,20 @@ class ModelRunner:
     def execute(self, plan: StepPlan) -> Future[StepResult]:
         """Begin a forward pass over the planned tokens, then one token for each sequence that samples: drawn by
         rank 0 alone, so that ranks cannot disagree. On CPUs it is done when this returns."""
+        self._take_pending(plan)
+        graphs = self._graphs
+        if isinstance(graphs, StepGraphs) and self._tp.rank == 0 and graphs.chooses(plan):
+            try:
+                token_ids = graphs.chosen(plan)
+            except CannotRecord as error:
+                self._record_no_more(error)
+            else:
+                self._host_sampled[: len(token_ids)] = token_ids
+                return Present(StepResult(token_ids, [None] * len(token_ids)))
         return self._execute(plan)
 
     @torch.inference_mode()
     def _execute(self, plan: StepPlan) -> Future[StepResult]:
-        self._take_pending(plan)
         self._copy_states([(s.resume_from, s.state_slot) for s in plan.sequences if s.resume_from])
         logits, prompt_logprobs = self._logits(plan)
         self._copy_states([(s.state_slot, s.capture_to) for s in plan.sequences if s.capture_to])
@@ -158,7 +168,7 @@ class ModelRunner:
         if self._tp.size > 1:
             self._sampled.copy_(self._tp.gather(self._sampled[None], len(self._sampled))[0])
         if not self._looks_up:
-            fill_in(plan, self._sampled.numpy())
+            fill_in(plan, self._host_sampled)
 
     def _last_tokens(self, plan: StepPlan, rows: list[SampleRow]) -> torch.Tensor | None:
         """int64 [R]: of the rows that wait for theirs; None if no sampling reads it."""
@@ -183,12 +193,15 @@ class ModelRunner:
             try:
                 return self._graphs.logits(plan), {}
             except CannotRecord as error:
-                logger.info("steps run op by op: %s cannot be recorded", error)
-                self._graphs = None
+                self._record_no_more(error)
         batch = self._build_batch(plan)
         hidden = self._model(batch)  # [T, H]
         prompt_logprobs = self._prompt_logprobs(plan, hidden)
         return self._sampled_logits(hidden, batch), prompt_logprobs
+
+    def _record_no_more(self, error: CannotRecord) -> None:
+        logger.info("steps run op by op: %s cannot be recorded", error)
+        self._graphs = None
 
     def _sampled_logits(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
         return self._model.compute_logits(self._ops.gather(hidden, batch.logits_rows))
@@ -262,7 +275,8 @@ class ModelRunner:
         recorder = self._ops.recorder()
         if recorder is None or self._backend.name != "native":
             return None
-        return StepGraphs(self._build_batch, forward, recorder, DecodeBatch(**size))
+        argmax = self._ops.sampling.argmax
+        return StepGraphs(self._build_batch, forward, argmax, recorder, DecodeBatch(**size))
 
 
 def _reads_output(row: SampleRow) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from nanovllm.batch import Batch
@@ -13,8 +14,8 @@ from nanovllm.ops.graph import Graph, Recorder
 
 
 class StepGraphs:
-    """build: from a plan to its batch. forward: from a batch to the logits of its `logits_rows`.
-    decoding: as many sequences as may run.
+    """build: from a plan to its batch. forward: from a batch to the logits of its `logits_rows`. argmax: of each
+    row. decoding: as many sequences as may run.
 
     A step that gives each sequence one token and samples the next is written into tensors that stay, from
     which the recorded calls read. Every other step is recorded for itself: this takes no longer than to
@@ -25,12 +26,14 @@ class StepGraphs:
         self,
         build: Callable[[StepPlan], Batch],
         forward: Callable[[Batch], torch.Tensor],
+        argmax: Callable[[torch.Tensor], torch.Tensor],
         recorder: Recorder,
         decoding: DecodeBatch,
     ) -> None:
-        self._build, self._forward, self._recorder = build, forward, recorder
+        self._build, self._forward, self._argmax, self._recorder = build, forward, argmax, recorder
         self._decoding = decoding
         self._kept: dict[int, tuple[torch.Tensor, Graph]] = {}
+        self._choosing: dict[int, tuple[np.ndarray, Graph]] = {}
 
     def takes(self, plan: StepPlan) -> bool:
         return all(s.prompt_targets is None for s in plan.sequences)
@@ -49,6 +52,29 @@ class StepGraphs:
             logits, graph = self._record(batch)
         graph.replay()
         return logits
+
+    def chooses(self, plan: StepPlan) -> bool:
+        """Whether it decodes, every sequence takes the likeliest token, and no state is copied."""
+        for s in plan.sequences:
+            sample = s.sample
+            if sample is None or not sample.likeliest or sample.stop_ids or len(s.token_ids) != 1:
+                return False
+            if s.resume_from or s.capture_to:
+                return False
+        return True
+
+    def chosen(self, plan: StepPlan) -> np.ndarray:
+        """int64 [R]: the tokens of a step that `chooses`, which is recorded with its choice: once weights have gone
+        through the caches, a call of torch's takes some 50 us, and this makes none. CannotRecord as above."""
+        count = len(plan.sequences)
+        self._decoding.write(plan.sequences)
+        if count not in self._choosing:
+            batch = self._decoding.view(count)
+            result, graph = self._recorder.record(lambda: self._argmax(self._forward(batch)))
+            self._choosing[count] = result.numpy(), graph
+        token_ids, graph = self._choosing[count]
+        graph.replay()
+        return token_ids.copy()
 
     def _record(self, batch: Batch) -> tuple[torch.Tensor, Graph]:
         return self._recorder.record(lambda: self._forward(batch))
