@@ -1,8 +1,11 @@
+import os
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.modified import newer_group
 
 TRANSFORMERS = ["transformers>=5.6", "accelerate>=1.0"]  # it needs accelerate for GPUs and GGUF files
 RAY = ["ray[data]>=2.60"]
@@ -33,7 +36,10 @@ EXACTLY = ["-ffp-contract=off"]  # no product is added to something before it is
 
 
 class BuildNative(build_ext):
-    """A shared library with a plain C interface, loaded by ctypes: no Python headers, no Python symbols."""
+    """A shared library with a plain C interface, loaded by ctypes: no Python headers, no Python symbols.
+
+    One that lies in the source tree is taken as it is, unless a source is newer or --force is given.
+    """
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".so"
@@ -41,15 +47,21 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
+        in_place = self.get_ext_filename(ext.name)
+        if not self.force and not newer_group([*ext.sources, *ext.depends], in_place):
+            self.copy_file(in_place, str(target))
+            return
         levels = LEVELS if platform.machine() in ("x86_64", "AMD64") else {}
-        objects: list[str] = []
+        parts: list[tuple[str, str, list[str]]] = []
         for source in ext.sources:
             name = Path(source).stem
             if name == "quantize":
                 for level, flags in {"generic": [], **levels}.items():
-                    objects += self._compiled(source, level, [*flags, *EXACTLY, f"-DLEVEL={level}"])
+                    parts.append((source, level, [*flags, *EXACTLY, f"-DLEVEL={level}"]))
             else:
-                objects += self._compiled(source, "", levels.get(name.removeprefix("level_"), []))
+                parts.append((source, "", levels.get(name.removeprefix("level_"), [])))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [path for paths in pool.map(self._compiled, *zip(*parts, strict=True)) for path in paths]
         self.compiler.link_shared_object(objects, str(target), extra_postargs=["-fopenmp"], target_lang="c++")
 
     def _compiled(self, source: str, folder: str, flags: list[str]) -> list[str]:
@@ -66,7 +78,7 @@ NATIVE = Extension(
         str(CSRC / f"{name}.cpp")
         for name in ("library", "pack", "level_generic", *(f"level_{level}" for level in LEVELS), "quantize")
     ],
-    depends=sorted(str(path) for path in CSRC.glob("*.h")),
+    depends=["setup.py", *sorted(str(path) for path in CSRC.glob("*.h"))],
     optional=True,  # without a compiler torch's kernels run
 )
 
