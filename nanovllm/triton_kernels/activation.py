@@ -60,10 +60,8 @@ def variants() -> list[Variant]:
             {"x": f"*{dtype}:16", "out": f"*{dtype}:16", "stride": f"i32{whole}", "size": f"i32{whole}"},
             {"KIND": kind, "BLOCK": _BLOCK},
             num_warps=_WARPS,
-            chips=AMPERE_ON if dtype == "bf16" else CHIPS,
+            chips=chips,
         )
-        for kind, dtype, whole in (
-            *(("gelu", "fp32", ""), ("silu", "fp16", ":16"), ("silu", "bf16", ":16")),
-            *(("gelu", "bf16", ":16"), ("gelu_tanh", "bf16", ":16"), ("relu", "bf16", ":16")),
-        )
+        for dtype, chips, whole in (("fp32", CHIPS, ""), ("bf16", AMPERE_ON, ":16"), ("fp16", CHIPS, ":16"))
+        for kind in sorted({*KINDS.values()})
     ]

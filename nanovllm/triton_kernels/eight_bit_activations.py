@@ -66,8 +66,9 @@ def quantize_activations(x: torch.Tensor, dtype: torch.dtype) -> Activations:
 
 def variants() -> list[Variant]:
     made = []
-    for kind, most, dtype, chips in (("fp8e4nv", 448, "bf16", (90,)), ("i8", 127, "fp16", AMPERE_ON)):
-        types = {"x": f"*{dtype}:16", "codes": f"*{kind}:16", "scales": "*fp32:16"}
-        constants = {"SIZE_K": 4096, "SIZE": 4096, "MOST": most, "BLOCK": _BLOCK}
-        made.append(Variant(activations_kernel, types, constants, _WARPS, chips=chips))
+    for kind, most, chips in (("fp8e4nv", 448, (90,)), ("i8", 127, AMPERE_ON)):
+        for dtype, size in (("bf16", 4096), ("fp16", 600)):
+            types = {"x": f"*{dtype}:16", "codes": f"*{kind}:16", "scales": "*fp32:16"}
+            constants = {"SIZE_K": size, "SIZE": triton.cdiv(size, CHUNK) * CHUNK, "MOST": most, "BLOCK": _BLOCK}
+            made.append(Variant(activations_kernel, types, constants, _WARPS, chips=chips))
     return made

@@ -96,14 +96,16 @@ def eight_bit_linear(
 
 
 def variants() -> list[Variant]:
+    float8, int8 = ("fp8e4nv", (90,)), ("i8", AMPERE_ON)
     made = []
-    for kind, dtype, chips, gated, left in (
-        ("fp8e4nv", "bf16", (90,), True, ("residual",)),
-        ("i8", "fp16", AMPERE_ON, False, ("bias",)),
+    for (codes, chips), dtype, kind, gated, given in (
+        *((float8, "bf16", "silu", True, ("bias",)), (float8, "fp16", "none", False, ("residual",))),
+        *((int8, "bf16", "none", False, ("bias", "residual")), (int8, "fp16", "gelu_tanh", True, ())),
+        *((float8, "bf16", "gelu", False, ("bias",)), (int8, "fp16", "relu", False, ())),
     ):
-        types = {**dict.fromkeys(("x", "codes"), f"*{kind}:16"), "x_scales": "*fp32:16", "weight": "*i32:16"}
-        types |= dict.fromkeys({"bias", "residual", "out"} - {*left}, f"*{dtype}:16") | {"tokens": "i32"}
-        sizes = {"FIRST": 0, "SIZE_N": 14336, "OUT": 14336, "CHUNKS": 32, "KIND": "silu" if gated else "none"}
-        constants = {**sizes, "GATED": gated, **_BLOCKS, **dict.fromkeys(left)}
-        made.append(Variant(eight_bit_linear_kernel, types, constants, _WARPS, _STAGES, chips))
+        types = {**dict.fromkeys(("x", "codes"), f"*{codes}:16"), "x_scales": "*fp32:16", "weight": "*i32:16"}
+        types |= dict.fromkeys(("out", *given), f"*{dtype}:16") | {"tokens": "i32"}
+        sizes = {"FIRST": 0, "SIZE_N": 14336, "OUT": 14336, "CHUNKS": 32, "KIND": kind, "GATED": gated}
+        left = dict.fromkeys({"bias", "residual"} - {*given})
+        made.append(Variant(eight_bit_linear_kernel, types, {**sizes, **_BLOCKS, **left}, _WARPS, _STAGES, chips))
     return made

@@ -48,16 +48,12 @@ def variants() -> list[Variant]:
                 **dict.fromkeys(("table", "out"), f"*{dtype}:16"),
                 "ids": "*i64:16",
                 **dict.fromkeys(("first", "rows"), "i32"),
-                **dict.fromkeys(("stride", "size"), f"i32{whole}"),
+                **dict.fromkeys(("stride", "size"), "i32:16" if size % 16 == 0 else "i32"),
             },
             {"BLOCK": _block(size)},
             num_warps=_WARPS,
-            chips=AMPERE_ON if dtype == "bf16" else CHIPS,
+            chips=chips,
         )
-        for dtype, size, whole in (
-            ("fp32", 1031, ""),
-            ("bf16", 4096, ":16"),
-            ("fp16", 4096, ":16"),
-            ("fp32", 64, ":16"),
-        )
+        for dtype, chips in (("fp32", CHIPS), ("bf16", AMPERE_ON), ("fp16", CHIPS))
+        for size in (4096, 1031, 64)
     ]

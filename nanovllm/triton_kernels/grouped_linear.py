@@ -118,8 +118,12 @@ def variants() -> list[Variant]:
         *(("bf16", True, AMPERE_ON), ("fp16", True, AMPERE_ON)),
         *(("fp16", False, (75,)), ("fp32", False, CHIPS)),
     ):
-        for rows in (128, 64, 16):
-            for share, n, k, kind in ((8, 768, 2048, "silu"), (1, 2048, 768, "none")):
+        for rows, hidden, inner, act in (
+            (128, 2048, 768, "silu"),
+            (64, 2000, 720, "gelu_tanh"),
+            (16, 2048, 768, "silu"),
+        ):
+            for share, n, k, kind in ((8, inner, hidden, act), (1, hidden, inner, "none")):
                 blocks, num_warps, num_stages = _choice(rows, kind != "none", fast)
                 types = dict.fromkeys(("x", "weight", "out"), f"*{dtype}:16")
                 types |= {"x_stride": "i32:16", "pairs": "*i32:16", "tiles": "*i32:16", "num_tiles": "i32"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -92,20 +94,25 @@ def _rows(x: torch.Tensor) -> tuple[int, int, int, int]:
 
 
 def variants() -> list[Variant]:
-    found = []
-    for dtype, weight, size in (("fp32", "fp32", 16384), ("bf16", "bf16", 4096), ("bf16", "fp32", 576)):
+    """Rows of each number of warps, those of heads the last. Weights have the rows' dtype, or fp32."""
+    made = []
+    for (dtype, chips), size in itertools.product(
+        (("fp32", CHIPS), ("bf16", AMPERE_ON), ("fp16", CHIPS)), (16384, 2048, 577, 128)
+    ):
         sizes, options = _shape(size)
+        whole = ":16" if size % 16 == 0 else ""
         types = {
             **dict.fromkeys(("x", "out"), f"*{dtype}:16"),
-            "weight": f"*{weight}:16",
+            "weight": "*fp32:16" if size in (2048, 128) else f"*{dtype}:16",
             "rows": "i32",
-            **dict.fromkeys(("outer_stride", "inner_stride"), "i32:16"),
+            "outer_stride": f"i32{whole}",
+            "inner_stride": "i32:16",
             "eps": "fp32",
         }
-        chips = AMPERE_ON if dtype == "bf16" else CHIPS
-        for kernel, more in ((rms_norm_kernel, {}), (layer_norm_kernel, {"bias": types["weight"]})):
-            found.append(Variant(kernel, types | more, {"inner": 1, **sizes}, options["num_warps"], chips=chips))
-    sizes, options = _shape(128)
-    heads = {**types, "inner": "i32"}
-    found.append(Variant(rms_norm_kernel, heads, sizes, num_warps=options["num_warps"], chips=AMPERE_ON))
-    return found
+        heads: dict[str, str] = {"inner": "i32"} if size == 128 else {}
+        constants: dict[str, int | None] = {**sizes} if heads else {"inner": 1, **sizes}
+        made.append(Variant(rms_norm_kernel, types | heads, constants, options["num_warps"], chips=chips))
+        bias = {"bias": types["weight"]} if size != 2048 else {}
+        constants = constants | ({} if bias else {"bias": None})
+        made.append(Variant(layer_norm_kernel, types | heads | bias, constants, options["num_warps"], chips=chips))
+    return made

@@ -69,6 +69,18 @@ class CodeLayout:
         }
 
 
+# all that quantised weights lie in: of each form in ops/formats.py
+LAYOUTS = (
+    *(CodeLayout(4, 32, scale, least=True) for scale in (8, 16, 32)),
+    *(CodeLayout(4, group, 32, least=True) for group in (64, 128)),
+    *(CodeLayout(8, group, 8, least=False) for group in (8, 16)),
+    *(CodeLayout(8, 32, scale, least=True) for scale in (8, 16, 32)),
+    CodeLayout(8, 32, 16, least=False),
+    *(CodeLayout(8, 128, 32, least) for least in (False, True)),
+    CodeLayout(8, 128, 32, least=False, e4m3=True),
+)
+
+
 class PackedCodes(NamedTuple):
     """data: int32 [words], or [experts, words]. columns: which of the input's columns meets each of the weight's, int32
     [experts, cols]; None for the one in the same place."""

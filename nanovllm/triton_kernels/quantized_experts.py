@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
 
 from nanovllm.triton_kernels.activation import activated
-from nanovllm.triton_kernels.packed_codes import CodeLayout, PackedCodes
-from nanovllm.triton_kernels.quantized_linear import halves, product
-from nanovllm.triton_kernels.variant import AMPERE_ON, CHIPS, Variant, launch_options, multiplies_fast
+from nanovllm.triton_kernels.packed_codes import LAYOUTS, PackedCodes
+from nanovllm.triton_kernels.quantized_linear import halves, packed_rows, product
+from nanovllm.triton_kernels.variant import AMPERE_ON, Variant, launch_options, multiplies_fast
 
 MOST_ROWS = 64  # of a tile: tokens' columns of a chunk fill the shared memory then
 
@@ -47,11 +49,12 @@ def quantized_experts_kernel(
     lane = tl.arange(0, TOKENS)
     filled = lane < count
     pair = tl.load(pairs + tile * TOKENS + lane, filled, 0).to(tl.int64)
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    there = row < ((SIZE_N + 15) // 16 * 32 if GATED else SIZE_N)
+    there = packed_rows(tl.program_id(0), SIZE_N, GATED, ROWS)
     x_rows, mine = x + pair // SHARE * x_stride, weight + expert * expert_words
     columns = None if columns is None else columns + expert * SIZE_K
-    total = product(x_rows, filled, columns, mine, row, there, SIZE_K, BITS, GROUP, SCALE, LEAST, E4M3)
+    total = product(
+        x_rows, filled, columns, mine, tl.program_id(0), there, ROWS, SIZE_K, BITS, GROUP, SCALE, LEAST, E4M3
+    )
     if GATED:
         total, other = halves(total)
         total = activated(total, KIND) * other
@@ -88,24 +91,30 @@ def quantized_experts(
 def _tile(tokens: int, fast: bool) -> tuple[dict[str, int], int, int]:
     """Constants, warps and stages, as of a linear layer with many rows: experts that are chosen are many."""
     if not fast:
-        return {"TOKENS": tokens, "ROWS": 32}, 4 if tokens == 16 else 8, 2
+        return {"TOKENS": tokens, "ROWS": 32}, 8 if tokens == 16 else 16, 2  # with half as many registers are spilled
     return {"TOKENS": tokens, "ROWS": 64}, 4, 4 if tokens == 16 else 3
 
 
 def variants() -> list[Variant]:
+    """Each layout in either dtype and on each chip; tiles, sizes and columns take turns with them."""
+    takes = itertools.cycle(
+        (
+            *((64, "silu"), (16, "none"), (64, "gelu_tanh"), (16, "relu")),
+            *((16, "silu"), (64, "none"), (16, "gelu")),
+        )
+    )
     made = []
-    q4 = CodeLayout(4, 32, scale=16, least=True)
-    fine, finest = (CodeLayout(8, group, scale=8, least=False) for group in (16, 8))
-    for layout, tokens, size_n, size_k, kind, dtype, chips in (
-        (q4, 64, 768, 2048, "silu", "bf16", AMPERE_ON),
-        (finest, 16, 2048, 768, "none", "fp16", AMPERE_ON),
-        (fine, 64, 768, 2048, "silu", "fp32", CHIPS),
-        (q4, 16, 2048, 768, "none", "fp16", (75,)),
-    ):
-        blocks, num_warps, num_stages = _tile(tokens, dtype != "fp32" and chips == AMPERE_ON)
-        types = dict.fromkeys(("x", "out"), f"*{dtype}:16") | dict.fromkeys(("weight", "pairs", "tiles"), "*i32:16")
-        types |= dict.fromkeys(("x_stride", "expert_words"), "i32:16")
-        sizes = {"columns": None, "SHARE": 8 if kind != "none" else 1, "SIZE_N": size_n, "SIZE_K": size_k, "KIND": kind}
-        constants = {**sizes, **layout.constants(), **blocks}
-        made.append(Variant(quantized_experts_kernel, types, constants, num_warps, num_stages, chips))
+    for turn, layout in enumerate(LAYOUTS):
+        ordered = layout.scale == 32 and not layout.e4m3 and turn % 3 > 0
+        numbers = [("bf16", AMPERE_ON[turn % 2]), ("fp16", AMPERE_ON[1 - turn % 2]), ("fp16", 75)]
+        for dtype, chip in [*numbers, *([] if turn else [("fp32", 90)])]:
+            tokens, kind = next(takes)
+            blocks, num_warps, num_stages = _tile(tokens, dtype != "fp32" and chip in AMPERE_ON)
+            tables = {"weight", "pairs", "tiles"} | ({"columns"} if ordered else set())
+            types = dict.fromkeys(("x", "out"), f"*{dtype}:16") | dict.fromkeys(tables, "*i32:16")
+            types |= dict.fromkeys(("x_stride", "expert_words"), "i32:16")
+            share, size_n, size_k = (1, 2048, 768) if kind == "none" else (8, 768, 2048)
+            sizes = {"SHARE": share, "SIZE_N": size_n, "SIZE_K": size_k, "KIND": kind}
+            constants = {**sizes, **layout.constants(), **blocks, **({} if ordered else {"columns": None})}
+            made.append(Variant(quantized_experts_kernel, types, constants, num_warps, num_stages, (chip,)))
     return made

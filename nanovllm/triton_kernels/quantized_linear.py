@@ -17,14 +17,16 @@ widened copy.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
 
 from nanovllm.triton_kernels.activation import activated
 from nanovllm.triton_kernels.linear import aligned
-from nanovllm.triton_kernels.packed_codes import CodeLayout, PackedCodes, chunk_columns, chunk_words, widened
-from nanovllm.triton_kernels.variant import AMPERE_ON, CHIPS, Variant, launch_options, multiplies_fast
+from nanovllm.triton_kernels.packed_codes import LAYOUTS, PackedCodes, chunk_columns, chunk_words, widened
+from nanovllm.triton_kernels.variant import AMPERE_ON, Variant, launch_options, multiplies_fast
 
 MOST_ROWS = 256  # of x, beyond which a widened copy of the weight is cheaper
 
@@ -35,8 +37,9 @@ def product(
     filled,  # [T]
     columns,  # [SIZE_K] which of a token's numbers meets each column of the weight, or None for the same one
     weight,
-    row,  # [R] of the packed weight
-    there,  # [R]
+    block,  # of ROWS rows of the packed weight
+    there,  # [ROWS]
+    ROWS: tl.constexpr,
     SIZE_K: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -44,16 +47,18 @@ def product(
     LEAST: tl.constexpr,
     E4M3: tl.constexpr,
 ):
-    """fp32 [R, T]: rows of the weight by tokens. A sum goes along K in one order, one part after the other."""
+    """fp32 [ROWS, T]: rows of the weight by tokens. A sum goes along K in one order, one part after the other."""
     CHUNK: tl.constexpr = chunk_columns(BITS)
     CHUNKS: tl.constexpr = (SIZE_K + CHUNK - 1) // CHUNK
     WORDS: tl.constexpr = chunk_words(BITS, GROUP, SCALE, LEAST)
     k = tl.arange(0, 32)
-    first = weight + row // 32 * (CHUNKS * WORDS)
-    codes = (first + row % 32 * 32)[:, None] + k[None, :]
-    scales = first + 1024 + row % 32
+    row = tl.arange(0, ROWS)
+    pair = row // 32 * (CHUNKS * WORDS)
+    first = weight + block.to(tl.int64) * (ROWS // 32 * CHUNKS * WORDS)
+    codes = first + ((pair + row % 32 * 32)[:, None] + k[None, :])
+    scales = first + (pair + 1024 + row % 32)
     x_places = x_rows[None, :] + k[:, None]
-    total = tl.zeros([row.shape[0], x_rows.shape[0]], tl.float32)
+    total = tl.zeros([ROWS, x_rows.shape[0]], tl.float32)
     for chunk in range(CHUNKS):
         words = tl.load(codes + chunk * WORDS, there[:, None], 0)
         for part in tl.static_range(CHUNK // 32):
@@ -69,6 +74,16 @@ def product(
             value = widened(words, scales + chunk * WORDS, there, part, BITS, GROUP, SCALE, LEAST, E4M3)
             total = tl.dot(value.to(x.dtype), x, total, input_precision="ieee")
     return total
+
+
+@triton.jit
+def packed_rows(block, SIZE_N: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr):
+    """[ROWS] which of a block are in the packed weight. All, where it has whole blocks: loads have no mask then."""
+    PACKED: tl.constexpr = (SIZE_N + 15) // 16 * 32 if GATED else (SIZE_N + 31) // 32 * 32
+    there = tl.full([ROWS], True, tl.int1)
+    if PACKED % ROWS > 0:
+        there = block * ROWS + tl.arange(0, ROWS) < PACKED
+    return there
 
 
 @triton.jit
@@ -143,10 +158,11 @@ def quantized_linear_kernel(
     tiles = tl.cdiv(tokens, TOKENS)
     token = ((tl.program_id(0) % tiles) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     block = tl.program_id(0) // tiles
-    row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     filled = token < tokens
-    there = row < ((SIZE_N + 15) // 16 * 32 if GATED else SIZE_N)
-    total = product(x + token * SIZE_K, filled, None, weight, row, there, SIZE_K, BITS, GROUP, SCALE, LEAST, E4M3)
+    there = packed_rows(block, SIZE_N, GATED, ROWS)
+    total = product(
+        x + token * SIZE_K, filled, None, weight, block, there, ROWS, SIZE_K, BITS, GROUP, SCALE, LEAST, E4M3
+    )
     finish(total, bias, residual, out, token, filled, block, FIRST, SIZE_N, OUT, KIND, GATED, ROWS)
 
 
@@ -198,27 +214,24 @@ def _tile(rows: int, tokens: int, fast: bool) -> tuple[dict[str, int], int, int]
 
 
 def variants() -> list[Variant]:
+    """Each layout in either dtype and on each chip; tiles, sizes and what is given take turns with them."""
+    tiles = itertools.cycle([(28672, 64), (4096, 16), (28672, 32), (4096, 32), (28672, 16)])  # rows, tokens
+    takes = itertools.cycle(
+        (
+            *(("silu", True, ("bias",)), ("none", False, ("residual",)), ("gelu", False, ("bias",))),
+            *(("gelu_tanh", True, ()), ("none", False, ("bias", "residual")), ("relu", False, ()), ("silu", True, ())),
+        )
+    )
     made = []
-    q4, q8 = CodeLayout(4, 32, scale=16, least=True), CodeLayout(8, 32, scale=16, least=False)
-    fine, finest = (CodeLayout(8, group, scale=8, least=False) for group in (16, 8))
-    nested = CodeLayout(4, 32, scale=8, least=True)
-    e4m3, wide = CodeLayout(8, 128, scale=32, least=False, e4m3=True), CodeLayout(4, 128, scale=32, least=True)
-    for layout, tokens, rows, size_k, kind, dtype, given, chips in (
-        (q4, 64, 28672, 4096, "silu", "bf16", ("bias",), AMPERE_ON),
-        (finest, 64, 4096, 14336, "none", "bf16", ("residual",), AMPERE_ON),
-        (nested, 16, 4096, 14336, "none", "fp16", ("bias", "residual"), AMPERE_ON),
-        (e4m3, 16, 4096, 14336, "none", "bf16", (), AMPERE_ON),
-        (wide, 64, 14336, 4096, "silu", "bf16", (), AMPERE_ON),
-        (nested, 16, 14336, 896, "gelu", "fp32", (), CHIPS),
-        (fine, 16, 14336, 896, "silu", "fp16", (), (75,)),
-        (q8, 32, 151936, 2048, "none", "bf16", (), AMPERE_ON),
-    ):
-        blocks, num_warps, num_stages = _tile(rows, tokens, dtype != "fp32" and chips == AMPERE_ON)
-        gated = kind == "silu"
-        size = rows // (1 + gated)
-        types = dict.fromkeys(("x", "out", *given), f"*{dtype}:16") | {"weight": "*i32:16", "tokens": "i32"}
-        sizes = {"FIRST": 0, "SIZE_N": size, "OUT": size, "SIZE_K": size_k, "KIND": kind, "GATED": gated}
-        left = dict.fromkeys({"bias", "residual"} - {*given})
-        constants = {**sizes, **layout.constants(), **blocks, **left}
-        made.append(Variant(quantized_linear_kernel, types, constants, num_warps, num_stages, chips))
+    for turn, layout in enumerate(LAYOUTS):
+        numbers = [("bf16", AMPERE_ON[turn % 2]), ("fp16", AMPERE_ON[1 - turn % 2]), ("fp16", 75)]
+        for dtype, chip in [*numbers, *([] if turn else [("fp32", 90)])]:
+            (rows, tokens), (kind, gated, more) = next(tiles), next(takes)
+            blocks, num_warps, num_stages = _tile(rows, tokens, dtype != "fp32" and chip in AMPERE_ON)
+            size = rows // (1 + gated)
+            types = dict.fromkeys(("x", "out", *more), f"*{dtype}:16") | {"weight": "*i32:16", "tokens": "i32"}
+            shape = {"FIRST": 0, "SIZE_N": size, "OUT": size, "SIZE_K": 4096 if turn % 3 else 2080}
+            left = dict.fromkeys({"bias", "residual"} - {*more})
+            constants = {**shape, "KIND": kind, "GATED": gated, **layout.constants(), **blocks, **left}
+            made.append(Variant(quantized_linear_kernel, types, constants, num_warps, num_stages, (chip,)))
     return made

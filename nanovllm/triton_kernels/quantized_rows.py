@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
 
-from nanovllm.triton_kernels.packed_codes import CodeLayout, PackedCodes, chunk_columns, chunk_words, widened
+from nanovllm.triton_kernels.packed_codes import LAYOUTS, CodeLayout, PackedCodes, chunk_columns, chunk_words, widened
 from nanovllm.triton_kernels.variant import AMPERE_ON, CHIPS, Variant, launch_options
 
 _ROWS, _WARPS = 32, 4  # of a program
@@ -80,17 +82,15 @@ def _constants(layout: CodeLayout, half: int, size: int) -> dict[str, int | bool
 
 
 def variants() -> list[Variant]:
+    """Each layout in either dtype; chips, what is asked for and sizes take turns with them."""
+    takes = itertools.cycle(((0, True, 4096), (14336, False, 4096), (0, False, 577), (0, True, 577), (192, False, 577)))
     made = []
-    numbers = dict.fromkeys(("count", "first", "rows"), "i32")
-    for layout, half, size, dtype in (
-        (CodeLayout(8, 16, scale=8, least=False), 14336, 4096, "bf16"),
-        (CodeLayout(4, 32, scale=8, least=True), 0, 4096, "fp32"),
-        (CodeLayout(8, 32, scale=16, least=False), 0, 577, "fp16"),
-    ):
-        types = {"weight": "*i32:16", "out": f"*{dtype}:16", **numbers}
-        given = _constants(layout, half, size)
-        chips = AMPERE_ON if dtype == "bf16" else CHIPS
-        made.append(Variant(rows_kernel, types, {**given, "ids": None}, _WARPS, chips=chips))
-        if not half:
-            made.append(Variant(rows_kernel, {**types, "ids": "*i64:16"}, given, _WARPS, chips=chips))
+    for turn, layout in enumerate(LAYOUTS):
+        numbers = [("bf16", AMPERE_ON[turn % 2]), ("fp16", CHIPS[turn % 3])]
+        for dtype, chip in [*numbers, *([] if turn else [("fp32", 90)])]:
+            half, some, size = next(takes)
+            types = {"weight": "*i32:16", "out": f"*{dtype}:16", **dict.fromkeys(("count", "first", "rows"), "i32")}
+            types |= {"ids": "*i64:16"} if some else {}
+            constants = {**_constants(layout, half, size), **({} if some else {"ids": None})}
+            made.append(Variant(rows_kernel, types, constants, _WARPS, chips=(chip,)))
     return made

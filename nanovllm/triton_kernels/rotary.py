@@ -133,7 +133,10 @@ def _angle_stride(cos: torch.Tensor, sin: torch.Tensor) -> int:
 
 def variants() -> list[Variant]:
     found = []
-    for dtype, weight, size, half in (("fp32", "fp32", 256, 128), ("bf16", "bf16", 128, 64), ("fp16", "fp16", 80, 16)):
+    for dtype, weight, size, half in (
+        *(("fp32", "fp32", 256, 128), ("bf16", "bf16", 128, 64), ("bf16", "fp32", 256, 128)),
+        *(("fp16", "fp16", 80, 16), ("fp16", "fp32", 80, 40)),
+    ):
         strides = "i32:16" if half % 16 == 0 else "i32"
         types = {**dict.fromkeys(("cos", "sin"), "*fp32:16"), "angle_stride": strides}
         one = {"x": f"*{dtype}:16", "out": f"*{dtype}:16", "heads": "i32"}

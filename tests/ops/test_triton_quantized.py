@@ -12,6 +12,8 @@ from quantized import FORMS
 
 from nanovllm.errors import WeightError
 from nanovllm.ops.invariant_ops import InvariantTritonOps
+from nanovllm.ops.triton_packing import layout_of
+from nanovllm.triton_kernels.packed_codes import LAYOUTS
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter
 HERE = pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are compiled")
@@ -32,6 +34,10 @@ FEW = pytest.mark.parametrize(
     ids=FORMS,
 )
 LARGE = pytest.param(200, (8200, 512), marks=pytest.mark.gpu)
+
+
+def test_every_layout_is_compiled():
+    assert {layout_of(form) for form in FORMS.values()} == {*LAYOUTS}
 
 
 @DEVICES
