@@ -8,6 +8,7 @@ head r % GROUP of the KV head, so that any number of heads fills tiles. Softmax 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ import triton.language as tl
 
 from nanovllm.batch import Batch
 from nanovllm.triton_kernels.kv_codes import cache_arguments, decode, head_sizes, load_scales
-from nanovllm.triton_kernels.variant import Variant
+from nanovllm.triton_kernels.variant import AMPERE_ON, Variant
 
 NOT_SPECIALISED = ["table_stride", "window", "num_splits", "span", "num_sequences"]  # they change from step to step
 
@@ -116,16 +117,38 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """Head dimensions that fill a tile or not, numbers of heads, and each way to score; the usual first."""
-    found = []
-    for dtype in ("bf16", "fp16", "fp32"):
-        found += [Case(dtype, head_dim) for head_dim in (128, 64, 96, 80)]
-        found += [Case(dtype, 64, 71), Case(dtype, 64, 71, bias="rounded"), Case(dtype, 128, 8, windowed=True)]
-        found += [Case(dtype, 128, 1, True, "distance", 64), Case(dtype, 128, 16, block_size=256)]
-        found += [Case(dtype, 256, 4), Case(dtype, 192, 4), Case(dtype, 256, 4, True, "rounded")]
-        found += [Case(dtype, 128, 4, codes=True), Case(dtype, 80, codes=True), Case(dtype, 64, 71, codes=True)]
-        found += [Case(dtype, 64, 8, True, "distance", 64, codes=True)]
-    return [*found, *(Case(dtype, 256, 4, codes=True) for dtype in ("bf16", "fp16"))]
+    """Head dimensions that fill a tile or not, numbers of heads, and each way to score; the usual first. float16, whose
+    tiles are bfloat16's, and float32 meet each tile, and what takes the most registers."""
+    dtype = "bf16"
+    found = [Case(dtype, head_dim) for head_dim in (128, 64, 96, 80)]
+    found += [Case(dtype, 64, 29), Case(dtype, 64, 71), Case(dtype, 64, 71, bias="rounded")]
+    found += [Case(dtype, 128, 8, windowed=True), Case(dtype, 128, 1, True, "distance", 64)]
+    found += [Case(dtype, 128, 16, block_size=256), Case(dtype, 256, 4), Case(dtype, 192, 4)]
+    found += [Case(dtype, 256, 4, True, "rounded"), Case(dtype, 64, 8, True, "distance", 64, codes=True)]
+    found += [Case(dtype, 80, codes=True), Case(dtype, 64, 71, codes=True)]
+    found += [Case(dtype, 128, 4, codes=True), Case(dtype, 256, 4, codes=True)]
+    dtype = "fp16"
+    found += [Case(dtype, 64, 29), Case(dtype, 64, 71, bias="rounded")]
+    found += [Case(dtype, 128, 48), Case(dtype, 128, 20, True, "distance", 64)]
+    found += [Case(dtype, 256, 40, block_size=256), Case(dtype, 256, 4, True, "rounded")]
+    found += [Case(dtype, 64, 71, True, "distance", 64, codes=True), Case(dtype, 128, 20, codes=True)]
+    found += [Case(dtype, 256, 40, True, block_size=256, codes=True), Case(dtype, 256, 20, codes=True)]
+    dtype = "fp32"
+    found += [Case(dtype, 64, 71, bias="rounded"), Case(dtype, 128, 1, True, "distance", 64)]
+    found += [Case(dtype, 192, 4, block_size=256), Case(dtype, 256, 4, True, "rounded")]
+    found += [Case(dtype, 128, 4, codes=True), Case(dtype, 64, 71, True, "distance", 64, codes=True)]
+    found += [Case(dtype, 128, 8, True, "rounded", 256, codes=True)]
+    return found
+
+
+def settings() -> Iterator[tuple[Case, int, bool]]:
+    """Each case with each chip and a flag of the kernel's own: both ways in bfloat16, in other dtypes one way on one
+    chip and the other way on the other, in turn."""
+    for turn, case in enumerate(cases()):
+        for place, chip in enumerate(AMPERE_ON):
+            yield from (
+                (case, chip, flag) for flag in (False, True) if case.dtype == "bf16" or flag == (turn + place) % 2
+            )
 
 
 @triton.jit

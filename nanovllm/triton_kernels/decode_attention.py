@@ -6,6 +6,8 @@ under way on each multiprocessor of an H200. Not measured yet.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +22,7 @@ from nanovllm.triton_kernels.attention_tile import (
     cases,
     head_slopes,
     no_keys,
+    settings,
 )
 from nanovllm.triton_kernels.kv_codes import scales_begin
 from nanovllm.triton_kernels.variant import AMPERE_ON, Variant, launch_options
@@ -219,18 +222,18 @@ def _merge_sizes(head_dim: int, windowed: bool) -> dict[str, int]:
 
 def variants() -> list[Variant]:
     found = []
-    for case in cases():
+    for case, chip, split in settings():
         tile = _tile(case.itemsize, case.head_dim, case.group, codes=case.codes)
-        whole = {"out": f"*{case.dtype}:16", "num_splits": "i32", "span": "i32"}
-        parts = {**whole, "out": "*fp32:16", "logs": "*fp32:16"}
-        for chip in AMPERE_ON:
-            found.append(case.variant(decode_kernel, tile, chip, parts, {"SPLIT": True}))
-            found.append(case.variant(decode_kernel, tile, chip, whole, {"SPLIT": False, "logs": None}))
+        types = {"out": "*fp32:16" if split else f"*{case.dtype}:16", "num_splits": "i32", "span": "i32"}
+        types |= {"logs": "*fp32:16"} if split else {}
+        sizes: dict[str, Any] = {"SPLIT": split, **({} if split else {"logs": None})}
+        found.append(case.variant(decode_kernel, tile, chip, types, sizes))
+    for case in cases():
         types = {
             **dict.fromkeys(("parts", "logs"), "*fp32:16"),
             **dict.fromkeys(("query_start", "seq_lens"), "*i32:16"),
             **dict.fromkeys(("num_splits", "span", "window"), "i32"),
-            "out": whole["out"],
+            "out": f"*{case.dtype}:16",
         }
         found.append(Variant(merge_kernel, types, _merge_sizes(case.head_dim, case.windowed), chips=AMPERE_ON))
     return found

@@ -6,8 +6,6 @@ tiles ahead of its use. Not measured yet.
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 import triton
 import triton.language as tl
@@ -19,13 +17,13 @@ from nanovllm.triton_kernels.attention_tile import (
     Tile,
     arguments,
     attend,
-    cases,
     head_slopes,
     is_hopper,
     no_keys,
+    settings,
 )
 from nanovllm.triton_kernels.kv_codes import scales_begin
-from nanovllm.triton_kernels.variant import AMPERE_ON, Variant, launch_options
+from nanovllm.triton_kernels.variant import Variant, launch_options
 
 # (Hopper, bytes of a number, head dimension as a power of two): the largest that neither spill registers nor take more
 # shared memory than a block has, by Triton 3.6 and 3.9. float32 is multiplied in three parts on tensor cores, which
@@ -55,12 +53,13 @@ _CODE_TILES = {
     (False, 2, 256): Tile(64, 16, 8, 3),
     (True, 2, 256): Tile(64, 16, 8, 2),
 }
+_INVARIANT_CODE_TILES = {**_CODE_TILES, (True, 2, 256): Tile(32, 32, 8, 2)}
 
 
 def _tile(hopper: bool, itemsize: int, head_dim: int, *, invariant: bool, codes: bool) -> Tile:
     kind = hopper, itemsize, max(64, triton.next_power_of_2(head_dim))
     if codes and kind in _CODE_TILES:
-        return _CODE_TILES[kind]
+        return (_INVARIANT_CODE_TILES if invariant else _CODE_TILES)[kind]
     return (_INVARIANT_TILES if invariant else _TILES)[kind]
 
 
@@ -198,10 +197,9 @@ def prompt_attention(
 
 def variants() -> list[Variant]:
     found = []
-    for case in cases():
-        for chip, invariant in itertools.product(AMPERE_ON, (False, True)):
-            tile = _tile(chip == 90, case.itemsize, case.head_dim, invariant=invariant, codes=case.codes)
-            types = {"out": f"*{case.dtype}:16", "num_sequences": "i32"}
-            types |= dict.fromkeys(("tile_sequences", "tile_starts"), "*i32:16")
-            found.append(case.variant(prompt_kernel, tile, chip, types, {"INVARIANT": invariant}))
+    for case, chip, invariant in settings():
+        tile = _tile(chip == 90, case.itemsize, case.head_dim, invariant=invariant, codes=case.codes)
+        types = {"out": f"*{case.dtype}:16", "num_sequences": "i32"}
+        types |= dict.fromkeys(("tile_sequences", "tile_starts"), "*i32:16")
+        found.append(case.variant(prompt_kernel, tile, chip, types, {"INVARIANT": invariant}))
     return found

@@ -1,7 +1,7 @@
 """Compiles Triton kernels ahead of time, in a process of its own: the tests' own process interprets them.
 
-Reads lines of JSON {"module": ..., "chip": ..., "dtype": ...} and answers each with a line: a list of what each variant
-for that chip takes, of one dtype unless that is null, or the error.
+Reads lines of JSON {"module": ..., "chip": ...} and answers each with a line: a list of what each variant for that chip
+takes, or the error.
 """
 
 from __future__ import annotations
@@ -86,14 +86,7 @@ def compiled(variant: Variant, chip: int) -> Compiled:
 
 def answer(request: dict) -> list[dict]:
     variants, chip = importlib.import_module(request["module"]).variants(), request["chip"]
-    if request["dtype"] is not None:
-        variants = [variant for variant in variants if dtype_of(variant) == request["dtype"]]
     return [asdict(compiled(variant, chip)) for variant in variants if chip in variant.chips]
-
-
-def dtype_of(variant: Variant) -> str:
-    """Of attention's kernels: that of queries, or else of results."""
-    return variant.types.get("q", variant.types["out"]).strip("*").split(":")[0]
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def worker(tmp_path_factory: pytest.TempPathFactory):
-    """ask(module, chip, dtype) -> what the variants take; of a process where kernels are compiled, not interpreted."""
+    """ask(module, chip) -> what the variants take; of a process where kernels are compiled, not interpreted."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["TRITON_CACHE_DIR"] = os.environ.get("TRITON_CACHE_DIR") or str(tmp_path_factory.mktemp("triton"))
     with subprocess.Popen(
@@ -27,8 +27,8 @@ def worker(tmp_path_factory: pytest.TempPathFactory):
         assert process.stdin and process.stdout
 
         @functools.cache
-        def ask(module: str, chip: int, dtype: str | None = None) -> list[dict]:
-            request = {"module": f"nanovllm.triton_kernels.{module}", "chip": chip, "dtype": dtype}
+        def ask(module: str, chip: int) -> list[dict]:
+            request = {"module": f"nanovllm.triton_kernels.{module}", "chip": chip}
             print(json.dumps(request), file=process.stdin, flush=True)
             reply = json.loads(process.stdout.readline())
             assert "compiled" in reply, reply["error"]
