@@ -21,8 +21,8 @@ class SampleRow:
         is PENDING where only the device knows it yet.
     stop_ids: tokens that min_tokens forbids for now; empty when none.
     bad_words: token sequences that must not be completed.
-    likeliest: whether its token is the likeliest of the logits as they are, and nothing else is asked, unless there
-        are stop_ids.
+    plain: whether its token is drawn from the logits as they are, without a sort, and nothing else is asked, unless
+        there are stop_ids.
     """
 
     params: SamplingParams
@@ -32,12 +32,12 @@ class SampleRow:
     output: np.ndarray
     stop_ids: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
-    likeliest: bool = field(init=False)
+    plain: bool = field(init=False)
 
     def __post_init__(self) -> None:
         params = self.params
         changed = params.uses_penalties or params.allowed_token_ids is not None or params.logit_bias or self.bad_words
-        self.likeliest = params.greedy and params.logprobs is None and not changed
+        self.plain = not changed and params.logprobs is None and (params.greedy or params.typical_p == 1.0)
 
 
 def awaits_token(row: SampleRow) -> bool:

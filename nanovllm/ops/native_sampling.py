@@ -16,6 +16,7 @@ from nanovllm.sample_row import SampleRow
 _DRAW = np.dtype(
     [("min_p", "f8"), ("top_p", "f8"), ("uniform", "f8"), ("top_k", "i8"), ("temperature", "f4")], align=True
 )
+_MOST = 2**31  # of top_k: more than any vocabulary, and no number for which a row has no room
 _PENALTY = np.dtype(
     [
         *((name, "i8") for name in ("row", "prompt", "output", "end")),
@@ -33,7 +34,7 @@ class NativeSampling:
         self._torch = TorchSampling()
 
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
-        return self._draw(logits, None)
+        return self.draw_by(logits, None)
 
     def log_softmax(self, logits: torch.Tensor) -> torch.Tensor:
         out = torch.empty(logits.shape)
@@ -66,25 +67,33 @@ class NativeSampling:
         )
 
     def draw(self, logits: torch.Tensor, rows: Sequence[SampleRow], uniforms: np.ndarray) -> torch.Tensor:
-        params = [row.params for row in rows]
-        how = np.empty(len(rows), dtype=_DRAW)
-        how["min_p"] = [p.min_p for p in params]
-        how["top_p"] = [p.top_p for p in params]
-        how["uniform"] = uniforms
-        how["top_k"] = [min(p.top_k, logits.shape[1]) for p in params]
-        how["temperature"] = [0.0 if p.greedy else min(p.temperature, HIGHEST_TEMPERATURE) for p in params]
-        typical = [i for i, p in enumerate(params) if p.typical_p != 1.0]
+        typical = [i for i, row in enumerate(rows) if row.params.typical_p != 1.0]
         if len(typical) == len(rows):
             return self._torch.draw(logits, rows, uniforms)
-        token_ids = self._draw(logits, how)
+        table = self.table(len(rows))
+        self.fill(table, rows, uniforms)
+        token_ids = self.draw_by(logits, table)
         if typical:
             token_ids[typical] = self._torch.draw(logits[typical], [rows[i] for i in typical], uniforms[typical])
         return token_ids
 
-    def _draw(self, logits: torch.Tensor, how: np.ndarray | None) -> torch.Tensor:
+    def table(self, rows: int) -> np.ndarray:
+        """Room for what `draw_by` is told of so many rows."""
+        return np.empty(rows, dtype=_DRAW)
+
+    def fill(self, table: np.ndarray, rows: Sequence[SampleRow], uniforms: np.ndarray) -> None:
+        """Write what the rows' parameters say, but for the typical cut."""
+        table[:] = [
+            (p.min_p, p.top_p, u, min(p.top_k, _MOST), 0.0 if p.greedy else min(p.temperature, HIGHEST_TEMPERATURE))
+            for p, u in zip([row.params for row in rows], uniforms.tolist(), strict=True)
+        ]
+
+    def draw_by(self, logits: torch.Tensor, table: np.ndarray | None) -> torch.Tensor:
+        """int64 [R]; where there is no table, the likeliest. Where it is recorded, what lies in the table by then
+        counts."""
         token_ids = torch.empty(len(logits), dtype=torch.int64)
         self._library.draw(
             *(logits.data_ptr(), logits.stride(0), *logits.shape),
-            *(None if how is None else how.ctypes.data, token_ids.data_ptr(), torch.get_num_threads()),
+            *(None if table is None else table.ctypes.data, token_ids.data_ptr(), torch.get_num_threads()),
         )
         return token_ids

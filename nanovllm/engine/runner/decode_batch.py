@@ -22,6 +22,7 @@ class DecodeBatch:
 
     def __init__(self, *, max_num_seqs: int, max_pages: int, block_size: int) -> None:
         """max_pages: of a sequence."""
+        self.max_num_seqs = max_num_seqs
         self._block_size = block_size
         self._longs = np.zeros((3, max_num_seqs), dtype=np.int64)
         self._ints = np.zeros((2, max_num_seqs), dtype=np.int32)

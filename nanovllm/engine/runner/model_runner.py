@@ -39,6 +39,7 @@ from nanovllm.layers.sampler import sample
 from nanovllm.models.base import CausalLM, ModelConfig
 from nanovllm.ops.base import select_ops
 from nanovllm.ops.graph import CannotRecord
+from nanovllm.ops.native_sampling import NativeSampling
 from nanovllm.sample_row import SampleRow, TokenLogprobs, awaits_token
 from nanovllm.transfer import Present, to_device, to_host
 from nanovllm.weights.checkpoint import Checkpoint
@@ -133,9 +134,9 @@ class ModelRunner:
         rank 0 alone, so that ranks cannot disagree. On CPUs it is done when this returns."""
         self._take_pending(plan)
         graphs = self._graphs
-        if isinstance(graphs, StepGraphs) and self._tp.rank == 0 and graphs.chooses(plan):
+        if isinstance(graphs, StepGraphs) and self._tp.rank == 0 and graphs.samples(plan):
             try:
-                token_ids = graphs.chosen(plan)
+                token_ids = graphs.tokens(plan)
             except CannotRecord as error:
                 self._record_no_more(error)
             else:
@@ -275,8 +276,9 @@ class ModelRunner:
         recorder = self._ops.recorder()
         if recorder is None or self._backend.name != "native":
             return None
-        argmax = self._ops.sampling.argmax
-        return StepGraphs(self._build_batch, forward, argmax, recorder, DecodeBatch(**size))
+        sampling = self._ops.sampling
+        assert isinstance(sampling, NativeSampling)
+        return StepGraphs(self._build_batch, forward, sampling, recorder, DecodeBatch(**size))
 
 
 def _reads_output(row: SampleRow) -> bool:

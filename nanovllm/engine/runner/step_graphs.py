@@ -10,12 +10,14 @@ import torch
 from nanovllm.batch import Batch
 from nanovllm.engine.runner.decode_batch import DecodeBatch, decodes
 from nanovllm.engine.step import StepPlan
+from nanovllm.layers.sampler import uniforms
 from nanovllm.ops.graph import Graph, Recorder
+from nanovllm.ops.native_sampling import NativeSampling
 
 
 class StepGraphs:
-    """build: from a plan to its batch. forward: from a batch to the logits of its `logits_rows`. argmax: of each
-    row. decoding: as many sequences as may run.
+    """build: from a plan to its batch. forward: from a batch to the logits of its `logits_rows`. decoding: as many
+    sequences as may run.
 
     A step that gives each sequence one token and samples the next is written into tensors that stay, from
     which the recorded calls read. Every other step is recorded for itself: this takes no longer than to
@@ -26,14 +28,15 @@ class StepGraphs:
         self,
         build: Callable[[StepPlan], Batch],
         forward: Callable[[Batch], torch.Tensor],
-        argmax: Callable[[torch.Tensor], torch.Tensor],
+        sampling: NativeSampling,
         recorder: Recorder,
         decoding: DecodeBatch,
     ) -> None:
-        self._build, self._forward, self._argmax, self._recorder = build, forward, argmax, recorder
+        self._build, self._forward, self._sampling, self._recorder = build, forward, sampling, recorder
         self._decoding = decoding
+        self._draws = sampling.table(decoding.max_num_seqs)
         self._kept: dict[int, tuple[torch.Tensor, Graph]] = {}
-        self._choosing: dict[int, tuple[np.ndarray, Graph]] = {}
+        self._sampling_too: dict[tuple[int, bool], tuple[np.ndarray, Graph]] = {}
 
     def takes(self, plan: StepPlan) -> bool:
         return all(s.prompt_targets is None for s in plan.sequences)
@@ -53,26 +56,28 @@ class StepGraphs:
         graph.replay()
         return logits
 
-    def chooses(self, plan: StepPlan) -> bool:
-        """Whether it decodes, every sequence takes the likeliest token, and no state is copied."""
+    def samples(self, plan: StepPlan) -> bool:
+        """Whether it decodes, every sequence's parameters alone say how its token is drawn, and no state is copied."""
         for s in plan.sequences:
-            sample = s.sample
-            if sample is None or not sample.likeliest or sample.stop_ids or len(s.token_ids) != 1:
-                return False
-            if s.resume_from or s.capture_to:
+            row = s.sample
+            if row is None or not row.plain or row.stop_ids or len(s.token_ids) != 1 or s.resume_from or s.capture_to:
                 return False
         return True
 
-    def chosen(self, plan: StepPlan) -> np.ndarray:
-        """int64 [R]: the tokens of a step that `chooses`, which is recorded with its choice: once weights have gone
-        through the caches, a call of torch's takes some 50 us, and this makes none. CannotRecord as above."""
-        count = len(plan.sequences)
+    def tokens(self, plan: StepPlan) -> np.ndarray:
+        """int64 [R], of a step that `samples`, which is recorded with its draws: once weights have gone through the
+        caches, a call of torch's takes some 50 us, and this makes none. CannotRecord as above."""
+        count, rows = len(plan.sequences), [s.sample for s in plan.sequences if s.sample is not None]
+        greedy = all(row.params.greedy for row in rows)
+        draws = None if greedy else self._draws[:count]
+        if draws is not None:
+            self._sampling.fill(draws, rows, uniforms(rows))
         self._decoding.write(plan.sequences)
-        if count not in self._choosing:
+        if (count, greedy) not in self._sampling_too:
             batch = self._decoding.view(count)
-            result, graph = self._recorder.record(lambda: self._argmax(self._forward(batch)))
-            self._choosing[count] = result.numpy(), graph
-        token_ids, graph = self._choosing[count]
+            result, graph = self._recorder.record(lambda: self._sampling.draw_by(self._forward(batch), draws))
+            self._sampling_too[count, greedy] = result.numpy(), graph
+        token_ids, graph = self._sampling_too[count, greedy]
         graph.replay()
         return token_ids.copy()
 
