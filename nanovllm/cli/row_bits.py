@@ -6,12 +6,16 @@ import functools
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
 
 from nanovllm.batch import Batch
 from nanovllm.cli.trace import Divergence, first_divergence, token_rows, watching
 from nanovllm.engine.runner import model_runner
+from nanovllm.engine.runner.step_graphs import StepGraphs
+from nanovllm.engine.step import StepPlan
 from nanovllm.layers.sampler import Sampled
 from nanovllm.models.base import CausalLM
 from nanovllm.ops.base import SamplingOps
@@ -33,23 +37,31 @@ _START: Prefix = (0, 0)
 def recorded_logits(known: Container[Prefix] | None = None) -> Iterator[Logits]:
     """Of all engines of this process, before anything changes them. known: no others are kept."""
     seen: Logits = {}
-    names = vars(model_runner)
-    sample = names["sample"]
+    sample, tokens = vars(model_runner)["sample"], StepGraphs.tokens
 
-    def watched(
-        logits: torch.Tensor, rows: Sequence[SampleRow], ops: SamplingOps, last: torch.Tensor | None
-    ) -> Sampled:
+    def note(logits: torch.Tensor, rows: Iterable[SampleRow | None]) -> None:
         for values, row in zip(logits, rows, strict=True):
+            assert row is not None
             prefix = _extend(_START, [*row.prompt.tolist(), *row.output.tolist()])
             if known is None or prefix in known:
                 seen.setdefault(prefix, []).append(values.detach().to("cpu", copy=True))
+
+    def watched_sample(
+        logits: torch.Tensor, rows: Sequence[SampleRow], ops: SamplingOps, last: torch.Tensor | None
+    ) -> Sampled:
+        note(logits, rows)
         return sample(logits, rows, ops, last)
 
-    names["sample"] = watched
-    try:
+    def watched_tokens(graphs: StepGraphs, plan: StepPlan) -> tuple[np.ndarray, torch.Tensor]:
+        token_ids, logits = tokens(graphs, plan)
+        note(logits, [s.sample for s in plan.sequences])
+        return token_ids, logits
+
+    with (
+        mock.patch.object(model_runner, "sample", watched_sample),
+        mock.patch.object(StepGraphs, "tokens", watched_tokens),
+    ):
         yield seen
-    finally:
-        names["sample"] = sample
 
 
 @contextmanager

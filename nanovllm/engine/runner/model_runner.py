@@ -136,7 +136,7 @@ class ModelRunner:
         graphs = self._graphs
         if isinstance(graphs, StepGraphs) and self._tp.rank == 0 and graphs.samples(plan):
             try:
-                token_ids = graphs.tokens(plan)
+                token_ids, _ = graphs.tokens(plan)
             except CannotRecord as error:
                 self._record_no_more(error)
             else:

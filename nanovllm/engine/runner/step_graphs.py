@@ -36,7 +36,7 @@ class StepGraphs:
         self._decoding = decoding
         self._draws = sampling.table(decoding.max_num_seqs)
         self._kept: dict[int, tuple[torch.Tensor, Graph]] = {}
-        self._sampling_too: dict[tuple[int, bool], tuple[np.ndarray, Graph]] = {}
+        self._drawing: dict[tuple[int, bool], tuple[np.ndarray, torch.Tensor, Graph]] = {}
 
     def takes(self, plan: StepPlan) -> bool:
         return all(s.prompt_targets is None for s in plan.sequences)
@@ -64,22 +64,31 @@ class StepGraphs:
                 return False
         return True
 
-    def tokens(self, plan: StepPlan) -> np.ndarray:
-        """int64 [R], of a step that `samples`, which is recorded with its draws: once weights have gone through the
-        caches, a call of torch's takes some 50 us, and this makes none. CannotRecord as above."""
+    def tokens(self, plan: StepPlan) -> tuple[np.ndarray, torch.Tensor]:
+        """Of a step that `samples`: int64 [R], and the logits. It is recorded with its draws: once weights have gone
+        through the caches, a call of torch's takes some 50 us, and this makes none. CannotRecord as above."""
         count, rows = len(plan.sequences), [s.sample for s in plan.sequences if s.sample is not None]
         greedy = all(row.params.greedy for row in rows)
         draws = None if greedy else self._draws[:count]
         if draws is not None:
             self._sampling.fill(draws, rows, uniforms(rows))
         self._decoding.write(plan.sequences)
-        if (count, greedy) not in self._sampling_too:
-            batch = self._decoding.view(count)
-            result, graph = self._recorder.record(lambda: self._sampling.draw_by(self._forward(batch), draws))
-            self._sampling_too[count, greedy] = result.numpy(), graph
-        token_ids, graph = self._sampling_too[count, greedy]
+        if (count, greedy) not in self._drawing:
+            self._drawing[count, greedy] = self._record_draws(self._decoding.view(count), draws)
+        token_ids, logits, graph = self._drawing[count, greedy]
         graph.replay()
-        return token_ids.copy()
+        return token_ids.copy(), logits
+
+    def _record_draws(self, batch: Batch, draws: np.ndarray | None) -> tuple[np.ndarray, torch.Tensor, Graph]:
+        logits = torch.empty(0)
+
+        def run() -> torch.Tensor:
+            nonlocal logits
+            logits = self._forward(batch)
+            return self._sampling.draw_by(logits, draws)
+
+        token_ids, graph = self._recorder.record(run)
+        return token_ids.numpy(), logits, graph
 
     def _record(self, batch: Batch) -> tuple[torch.Tensor, Graph]:
         return self._recorder.record(lambda: self._forward(batch))
