@@ -295,8 +295,8 @@ def _eight_bit_ops(name: str, device: torch.device, dtype: torch.dtype) -> Ops:
         assert isinstance(library, Library)
         if not library.eight_bit:
             raise ConfigError(
-                f"quantize_activations=True takes AVX512-VNNI, and {library.level!r} is the most that kernels may use "
-                "here; leave it out"
+                "quantize_activations=True takes AVX512-BF16, VNNI and VBMI, and "
+                f"{library.level!r} is the most that kernels may use here; leave it out"
             )
         return NativeOps(library, quantize_activations=True)
     from nanovllm.ops.eight_bit_ops import EightBitTritonOps  # triton is an extra

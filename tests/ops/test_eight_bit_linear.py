@@ -15,7 +15,7 @@ from nanovllm.ops.formats import E4M3_128, Packed, Segment
 from nanovllm.ops.native import NativeOps
 
 LIBRARY = native_library()
-pytestmark = pytest.mark.skipif(not LIBRARY.eight_bit, reason="this processor has no products of 8 bits (AVX512-VNNI)")
+pytestmark = pytest.mark.skipif(not LIBRARY.eight_bit, reason="this processor has no products of 8 bits")
 OPS = NativeOps(LIBRARY, quantize_activations=LIBRARY.eight_bit)
 EACH_FORM = pytest.mark.parametrize(
     "form", [form for form in FORMS.values() if not form.e4m3], ids=[name for name in FORMS if "e4m3" not in name]
