@@ -96,7 +96,7 @@ def _tile(tokens: int, fast: bool) -> tuple[dict[str, int], int, int]:
 
 
 def variants() -> list[Variant]:
-    """Each layout in either dtype and on each chip; tiles, sizes and columns take turns with them."""
+    """Each layout in either dtype for each chip; tiles, sizes and columns take turns with them."""
     takes = itertools.cycle(
         (
             *((64, "silu"), (16, "none"), (64, "gelu_tanh"), (16, "relu")),
@@ -106,7 +106,7 @@ def variants() -> list[Variant]:
     made = []
     for turn, layout in enumerate(LAYOUTS):
         ordered = layout.scale == 32 and not layout.e4m3 and turn % 3 > 0
-        numbers = [("bf16", AMPERE_ON[turn % 2]), ("fp16", AMPERE_ON[1 - turn % 2]), ("fp16", 75)]
+        numbers = [*itertools.product(("bf16", "fp16"), AMPERE_ON), ("fp16", 75)]
         for dtype, chip in [*numbers, *([] if turn else [("fp32", 90)])]:
             tokens, kind = next(takes)
             blocks, num_warps, num_stages = _tile(tokens, dtype != "fp32" and chip in AMPERE_ON)

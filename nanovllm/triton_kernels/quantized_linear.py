@@ -29,6 +29,7 @@ from nanovllm.triton_kernels.packed_codes import LAYOUTS, PackedCodes, chunk_col
 from nanovllm.triton_kernels.variant import AMPERE_ON, Variant, launch_options, multiplies_fast
 
 MOST_ROWS = 256  # of x, beyond which a widened copy of the weight is cheaper
+_REGISTERS = 128  # of a thread: with as many no tile spills
 
 
 @triton.jit
@@ -200,7 +201,7 @@ def quantized_linear(
             GATED=gated,
             **weight.layout.constants(),
             **blocks,
-            **launch_options(num_warps, num_stages),
+            **launch_options(num_warps, num_stages, _REGISTERS),
         )
 
 
@@ -214,7 +215,7 @@ def _tile(rows: int, tokens: int, fast: bool) -> tuple[dict[str, int], int, int]
 
 
 def variants() -> list[Variant]:
-    """Each layout in either dtype and on each chip; tiles, sizes and what is given take turns with them."""
+    """Each layout in either dtype for each chip; tiles, sizes and what is given take turns with them."""
     tiles = itertools.cycle([(28672, 64), (4096, 16), (28672, 32), (4096, 32), (28672, 16)])  # rows, tokens
     takes = itertools.cycle(
         (
@@ -224,7 +225,8 @@ def variants() -> list[Variant]:
     )
     made = []
     for turn, layout in enumerate(LAYOUTS):
-        numbers = [("bf16", AMPERE_ON[turn % 2]), ("fp16", AMPERE_ON[1 - turn % 2]), ("fp16", 75)]
+        next(tiles)  # or each layout would meet them in the same order
+        numbers = [*itertools.product(("bf16", "fp16"), AMPERE_ON), ("fp16", 75)]
         for dtype, chip in [*numbers, *([] if turn else [("fp32", 90)])]:
             (rows, tokens), (kind, gated, more) = next(tiles), next(takes)
             blocks, num_warps, num_stages = _tile(rows, tokens, dtype != "fp32" and chip in AMPERE_ON)
@@ -233,5 +235,5 @@ def variants() -> list[Variant]:
             shape = {"FIRST": 0, "SIZE_N": size, "OUT": size, "SIZE_K": 4096 if turn % 3 else 2080}
             left = dict.fromkeys({"bias", "residual"} - {*more})
             constants = {**shape, "KIND": kind, "GATED": gated, **layout.constants(), **blocks, **left}
-            made.append(Variant(quantized_linear_kernel, types, constants, num_warps, num_stages, (chip,)))
+            made.append(Variant(quantized_linear_kernel, types, constants, num_warps, num_stages, (chip,), _REGISTERS))
     return made

@@ -82,15 +82,14 @@ def _constants(layout: CodeLayout, half: int, size: int) -> dict[str, int | bool
 
 
 def variants() -> list[Variant]:
-    """Each layout in either dtype; chips, what is asked for and sizes take turns with them."""
+    """Each layout in either dtype for each chip; what is asked for and sizes take turns with them."""
     takes = itertools.cycle(((0, True, 4096), (14336, False, 4096), (0, False, 577), (0, True, 577), (192, False, 577)))
     made = []
     for turn, layout in enumerate(LAYOUTS):
-        numbers = [("bf16", AMPERE_ON[turn % 2]), ("fp16", CHIPS[turn % 3])]
-        for dtype, chip in [*numbers, *([] if turn else [("fp32", 90)])]:
+        for dtype, chips in (("bf16", AMPERE_ON), ("fp16", CHIPS), *([] if turn else [("fp32", (90,))])):
             half, some, size = next(takes)
             types = {"weight": "*i32:16", "out": f"*{dtype}:16", **dict.fromkeys(("count", "first", "rows"), "i32")}
             types |= {"ids": "*i64:16"} if some else {}
             constants = {**_constants(layout, half, size), **({} if some else {"ids": None})}
-            made.append(Variant(rows_kernel, types, constants, _WARPS, chips=(chip,)))
+            made.append(Variant(rows_kernel, types, constants, _WARPS, chips=chips))
     return made

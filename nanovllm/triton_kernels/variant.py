@@ -12,9 +12,11 @@ CHIPS = (75, 80, 90)
 AMPERE_ON = (80, 90)  # bfloat16 and asynchronous copies
 
 
-def launch_options(num_warps: int, num_stages: int = 3) -> dict[str, Any]:
-    """What every launch gives beside arguments; fusion is named because its default differs between Tritons."""
-    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+def launch_options(num_warps: int, num_stages: int = 3, maxnreg: int | None = None) -> dict[str, Any]:
+    """What every launch gives beside arguments; fusion is named because its default differs between Tritons. maxnreg:
+    registers that a thread may have: ptxas, left alone, spills some to stay below a round number of them."""
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    return options if maxnreg is None else {**options, "maxnreg": maxnreg}
 
 
 def multiplies_fast(x: torch.Tensor) -> bool:
@@ -44,6 +46,7 @@ class Variant:
     num_warps: int = 4
     num_stages: int = 3
     chips: tuple[int, ...] = CHIPS
+    maxnreg: int | None = None
 
     def __post_init__(self) -> None:
         given = {*self.types, *self.constexprs}

@@ -72,7 +72,7 @@ def compiled(variant: Variant, chip: int) -> Compiled:
     result = Compiled(
         variant.kernel.__name__, f"{kinds}; {sizes}; {variant.num_warps} warps, {variant.num_stages} stages", chip
     )
-    options = launch_options(variant.num_warps, variant.num_stages)
+    options = launch_options(variant.num_warps, variant.num_stages, variant.maxnreg)
     try:
         binary = triton.compile(source(variant), target=GPUTarget("cuda", chip, 32), options=options)
     except Exception:
