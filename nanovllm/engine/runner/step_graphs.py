@@ -58,11 +58,10 @@ class StepGraphs:
 
     def samples(self, plan: StepPlan) -> bool:
         """Whether it decodes, every sequence's parameters alone say how its token is drawn, and no state is copied."""
-        for s in plan.sequences:
-            row = s.sample
-            if row is None or not row.plain or row.stop_ids or len(s.token_ids) != 1 or s.resume_from or s.capture_to:
-                return False
-        return True
+        return decodes(plan) and not any(
+            s.resume_from or s.capture_to or s.sample is None or not s.sample.plain or s.sample.stop_ids
+            for s in plan.sequences
+        )
 
     def tokens(self, plan: StepPlan) -> tuple[np.ndarray, torch.Tensor]:
         """Of a step that `samples`: int64 [R], and the logits. It is recorded with its draws: once weights have gone
@@ -79,6 +78,7 @@ class StepGraphs:
         graph.replay()
         return token_ids.copy(), logits
 
+    @torch.inference_mode()
     def _record_draws(self, batch: Batch, draws: np.ndarray | None) -> tuple[np.ndarray, torch.Tensor, Graph]:
         logits = torch.empty(0)
 
