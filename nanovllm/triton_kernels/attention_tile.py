@@ -18,7 +18,7 @@ import triton.language as tl
 
 from nanovllm.batch import Batch
 from nanovllm.triton_kernels.kv_codes import cache_arguments, decode, head_sizes, load_scales
-from nanovllm.triton_kernels.variant import AMPERE_ON, Variant
+from nanovllm.triton_kernels.variant import AMPERE_ON, Variant, launch_options
 
 NOT_SPECIALISED = ["table_stride", "window", "num_splits", "span", "num_sequences"]  # they change from step to step
 
@@ -40,12 +40,17 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Tile:
-    """rows: of queries and heads. keys: that are multiplied at once."""
+    """rows: of queries and heads. keys: that are multiplied at once. maxnreg: as in `launch_options`."""
 
     rows: int
     keys: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Of a launch."""
+        return launch_options(self.num_warps, self.num_stages, self.maxnreg)
 
 
 def is_hopper(device: torch.device) -> bool:
@@ -113,7 +118,8 @@ class Case:
             **_sizes(self.group, self.windowed, self.bias, tile),
         }
         given = {**common, **types}
-        return Variant(kernel, given, {**constants, **sizes}, tile.num_warps, tile.num_stages, (chip,))
+        options = tile.num_warps, tile.num_stages, (chip,), tile.maxnreg
+        return Variant(kernel, given, {**constants, **sizes}, *options)
 
 
 def cases() -> list[Case]:
@@ -133,9 +139,12 @@ def cases() -> list[Case]:
     found += [Case(dtype, 256, 40, block_size=256), Case(dtype, 256, 4, True, "rounded")]
     found += [Case(dtype, 64, 71, True, "distance", 64, codes=True), Case(dtype, 128, 20, codes=True)]
     found += [Case(dtype, 256, 40, True, block_size=256, codes=True), Case(dtype, 256, 20, codes=True)]
+    found += [Case(dtype, 256, 3, True, "distance", 256), Case(dtype, 256, 12, bias="distance", codes=True)]
+    found += [Case(dtype, 80, 48, True, "distance"), Case(dtype, 80, 48, True, codes=True)]
     dtype = "fp32"
     found += [Case(dtype, 64, 71, bias="rounded"), Case(dtype, 128, 1, True, "distance", 64)]
-    found += [Case(dtype, 192, 4, block_size=256), Case(dtype, 256, 4, True, "rounded")]
+    found += [Case(dtype, 192, 4, block_size=256), Case(dtype, 256, 12, True, block_size=256)]
+    found += [Case(dtype, 256, 4, True, "rounded")]
     found += [Case(dtype, 128, 4, codes=True), Case(dtype, 64, 71, True, "distance", 64, codes=True)]
     found += [Case(dtype, 128, 8, True, "rounded", 256, codes=True)]
     return found

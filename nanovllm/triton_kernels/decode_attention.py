@@ -15,6 +15,7 @@ import triton.language as tl
 from nanovllm.batch import Batch
 from nanovllm.triton_kernels.attention_tile import (
     NOT_SPECIALISED,
+    Case,
     Scoring,
     Tile,
     arguments,
@@ -32,15 +33,17 @@ _TILE_BYTES = 16384  # of keys
 
 
 def _tile(itemsize: int, head_dim: int, group: int, *, codes: bool) -> Tile:
-    rows = max(16, triton.next_power_of_2(group))
+    rows = min(64, max(16, triton.next_power_of_2(group)))
+    width = max(64, triton.next_power_of_2(head_dim))
     if itemsize == 4:  # multiplied in three parts, which takes many registers, or without tensor cores
-        width = max(64, triton.next_power_of_2(head_dim))
-        return {64: Tile(16, 32, 4, 3), 128: Tile(16, 64, 8, 2), 256: Tile(16, 32, 8, 3)}[width]
-    keys = _TILE_BYTES // (itemsize * max(64, triton.next_power_of_2(head_dim)))
-    num_warps = 8 if head_dim > 128 else 4
+        return {64: Tile(16, 32, 4, 3), 128: Tile(16, 64, 8, 2), 256: Tile(16, 16, 8, 3, 255)}[width]
+    keys, few = _TILE_BYTES // (itemsize * width), rows == 16
     if codes:  # which take registers; of half as many bytes there have to be more tiles under way
-        return Tile(min(64, rows), min(32, keys // 2) if rows > 16 else keys, num_warps, 3 if head_dim > 128 else 4)
-    return Tile(min(64, rows), keys, num_warps, 3)
+        keys = keys if few else min(32, keys // 2)
+        return Tile(rows, keys, 8, 3, 168 if few else 255) if width == 256 else Tile(rows, keys, 4, 4, 255)
+    if few:
+        return Tile(rows, keys, 8, 3, 128) if width == 256 else Tile(rows, keys, 4, 3)
+    return Tile(rows, keys, 8 if width == 256 or rows == 64 else 4, 3, 255)
 
 
 def division(programs: int, max_seq_len: int) -> tuple[int, int]:
@@ -199,7 +202,7 @@ def decode_attention(q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor, batch
         span=span,
         SPLIT=splits > 1,
         **arguments(q, kv, batch, scoring, tile),
-        **launch_options(tile.num_warps, tile.num_stages),
+        **tile.options(),
     )
     if splits > 1:
         merge_kernel[(heads, count)](
@@ -220,14 +223,16 @@ def _merge_sizes(head_dim: int, windowed: bool) -> dict[str, int]:
     }
 
 
+def variant(case: Case, chip: int, split: bool) -> Variant:
+    tile = _tile(case.itemsize, case.head_dim, case.group, codes=case.codes)
+    types = {"out": "*fp32:16" if split else f"*{case.dtype}:16", "num_splits": "i32", "span": "i32"}
+    types |= {"logs": "*fp32:16"} if split else {}
+    sizes: dict[str, Any] = {"SPLIT": split, **({} if split else {"logs": None})}
+    return case.variant(decode_kernel, tile, chip, types, sizes)
+
+
 def variants() -> list[Variant]:
-    found = []
-    for case, chip, split in settings():
-        tile = _tile(case.itemsize, case.head_dim, case.group, codes=case.codes)
-        types = {"out": "*fp32:16" if split else f"*{case.dtype}:16", "num_splits": "i32", "span": "i32"}
-        types |= {"logs": "*fp32:16"} if split else {}
-        sizes: dict[str, Any] = {"SPLIT": split, **({} if split else {"logs": None})}
-        found.append(case.variant(decode_kernel, tile, chip, types, sizes))
+    found = [variant(*setting) for setting in settings()]
     for case in cases():
         types = {
             **dict.fromkeys(("parts", "logs"), "*fp32:16"),

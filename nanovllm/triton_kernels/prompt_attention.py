@@ -13,6 +13,7 @@ import triton.language as tl
 from nanovllm.batch import Batch
 from nanovllm.triton_kernels.attention_tile import (
     NOT_SPECIALISED,
+    Case,
     Scoring,
     Tile,
     arguments,
@@ -23,7 +24,7 @@ from nanovllm.triton_kernels.attention_tile import (
     settings,
 )
 from nanovllm.triton_kernels.kv_codes import scales_begin
-from nanovllm.triton_kernels.variant import Variant, launch_options
+from nanovllm.triton_kernels.variant import Variant
 
 # (Hopper, bytes of a number, head dimension as a power of two): the largest that neither spill registers nor take more
 # shared memory than a block has, by Triton 3.6 and 3.9. float32 is multiplied in three parts on tensor cores, which
@@ -37,23 +38,28 @@ _TILES = {
     (False, 2, 256): Tile(64, 32, 8, 2),
     **{(hopper, 4, 64): Tile(32, 32, 8, 2) for hopper in (False, True)},
     **{(hopper, 4, 128): Tile(16, 64, 8, 2) for hopper in (False, True)},
-    **{(hopper, 4, 256): Tile(16, 32, 8, 2) for hopper in (False, True)},
+    **{(hopper, 4, 256): Tile(16, 16, 8, 3, 255) for hopper in (False, True)},
 }
 # Those of prompts and decodes alike: 64 rows, as a decode fills few of them.
 _INVARIANT_TILES = {
     **_TILES,
     (True, 2, 64): Tile(64, 64, 4, 3),
     (True, 2, 256): Tile(64, 32, 8, 2),
-    **{(hopper, 2, 128): Tile(64, 32, 4, 3) for hopper in (False, True)},
+    **{(hopper, 2, 128): Tile(64, 32, 4, 3, 255) for hopper in (False, True)},
     **{(hopper, 4, 64): Tile(16, 32, 8, 2) for hopper in (False, True)},
 }
 # To decode them takes registers.
 _CODE_TILES = {
     (False, 2, 128): Tile(64, 32, 8, 3),
     (False, 2, 256): Tile(64, 16, 8, 3),
+    (True, 2, 128): Tile(128, 32, 8, 3),
     (True, 2, 256): Tile(64, 16, 8, 2),
 }
-_INVARIANT_CODE_TILES = {**_CODE_TILES, (True, 2, 256): Tile(32, 32, 8, 2)}
+_INVARIANT_CODE_TILES = {
+    **_CODE_TILES,
+    (True, 2, 128): _INVARIANT_TILES[True, 2, 128],
+    (True, 2, 256): Tile(32, 32, 8, 2, 255),
+}
 
 
 def _tile(hopper: bool, itemsize: int, head_dim: int, *, invariant: bool, codes: bool) -> Tile:
@@ -144,8 +150,12 @@ def prompt_kernel(
     heads = kv_head * GROUP + rows % GROUP
     columns = tl.arange(0, WIDTH)[None, :]
     there = (rows < queries * GROUP)[:, None] & (columns < HEAD_DIM)
-    tokens = (token + rows // GROUP).to(tl.int64)
-    queried = tl.load(q + (tokens * q_token_stride + heads * q_head_stride)[:, None] + columns, mask=there, other=0.0)
+    # what is far is one number: each row's own would take registers
+    first_query = begin // GROUP
+    behind = rows // GROUP - first_query
+    far = (token + first_query).to(tl.int64)
+    places = q + far * q_token_stride + (behind * q_token_stride + heads * q_head_stride)[:, None] + columns
+    queried = tl.load(places, mask=there, other=0.0)
 
     end = context + tl.minimum(queries, (begin + BLOCK_M - 1) // GROUP + 1)
     lowest = context + begin // GROUP
@@ -172,7 +182,8 @@ def prompt_kernel(
         masked_from, end, end, seen_from, window, scale, factor, True, WINDOWED, BIAS, BLOCK_SIZE, HEAD_DIM, WIDTH,
         BLOCK_N, CODES, INVARIANT,
     )  # fmt: skip
-    places = out + ((tokens * kv_heads * GROUP + heads) * HEAD_DIM)[:, None] + columns
+    token_size = kv_heads * GROUP * HEAD_DIM
+    places = out + far * token_size + (behind * token_size + heads * HEAD_DIM)[:, None] + columns
     tl.store(places, (sums / tl.maximum(totals, 1e-30)[:, None]).to(out.dtype.element_ty), mask=there)
 
 
@@ -191,15 +202,16 @@ def prompt_attention(
         num_sequences=len(batch.seq_lens),
         INVARIANT=tiles.invariant,
         **arguments(q, kv, batch, scoring, tile),
-        **launch_options(tile.num_warps, tile.num_stages),
+        **tile.options(),
     )
 
 
+def variant(case: Case, chip: int, invariant: bool) -> Variant:
+    tile = _tile(chip == 90, case.itemsize, case.head_dim, invariant=invariant, codes=case.codes)
+    types = {"out": f"*{case.dtype}:16", "num_sequences": "i32"}
+    types |= dict.fromkeys(("tile_sequences", "tile_starts"), "*i32:16")
+    return case.variant(prompt_kernel, tile, chip, types, {"INVARIANT": invariant})
+
+
 def variants() -> list[Variant]:
-    found = []
-    for case, chip, invariant in settings():
-        tile = _tile(chip == 90, case.itemsize, case.head_dim, invariant=invariant, codes=case.codes)
-        types = {"out": f"*{case.dtype}:16", "num_sequences": "i32"}
-        types |= dict.fromkeys(("tile_sequences", "tile_starts"), "*i32:16")
-        found.append(case.variant(prompt_kernel, tile, chip, types, {"INVARIANT": invariant}))
-    return found
+    return [variant(*setting) for setting in settings()]

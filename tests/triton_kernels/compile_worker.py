@@ -1,7 +1,7 @@
 """Compiles Triton kernels ahead of time, in a process of its own: the tests' own process interprets them.
 
 Reads lines of JSON {"module": ..., "chip": ...} and answers each with a line: a list of what each variant for that chip
-takes, or the error.
+takes, or the error. With "at_random" it is so many cases of that attention kernel that a model might have.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import gc
 import importlib
 import json
+import random
 import re
 import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from nanovllm.triton_kernels.attention_tile import Case
 from nanovllm.triton_kernels.variant import Variant, launch_options
 
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -85,8 +88,23 @@ def compiled(variant: Variant, chip: int) -> Compiled:
 
 
 def answer(request: dict) -> list[dict]:
-    variants, chip = importlib.import_module(request["module"]).variants(), request["chip"]
-    return [asdict(compiled(variant, chip)) for variant in variants if chip in variant.chips]
+    module, chip = importlib.import_module(request["module"]), request["chip"]
+    if "at_random" in request:
+        variants = [module.variant(*setting) for setting in drawn(chip, request["at_random"])]
+    else:
+        variants = [variant for variant in module.variants() if chip in variant.chips]
+    return [asdict(compiled(variant, chip)) for variant in variants]
+
+
+def drawn(chip: int, count: int) -> Iterator[tuple[Case, int, bool]]:
+    """Attention that TritonAttention takes, and a flag of the kernel's own."""
+    rng = random.Random(chip)
+    for _ in range(count):
+        dtype, codes = rng.choice(("bf16", "fp16", "fp32")), rng.random() < 0.4
+        head_dim = rng.choice((64, 80, 96, 112, 128, 192, 256)[: 5 if codes and dtype == "fp32" else None])
+        group, windowed = rng.choice((1, 2, 3, 4, 5, 7, 8, 12, 16, 20, 29, 32, 40, 48, 71)), rng.random() < 0.5
+        bias, block_size = rng.choice(("none", "distance", "rounded")), 16 << rng.randrange(5)
+        yield Case(dtype, head_dim, group, windowed, bias, block_size, codes), chip, rng.random() < 0.5
 
 
 def main() -> None:

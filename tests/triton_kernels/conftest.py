@@ -27,8 +27,8 @@ def worker(tmp_path_factory: pytest.TempPathFactory):
         assert process.stdin and process.stdout
 
         @functools.cache
-        def ask(module: str, chip: int) -> list[dict]:
-            request = {"module": f"nanovllm.triton_kernels.{module}", "chip": chip}
+        def ask(module: str, chip: int, **more: int) -> list[dict]:
+            request = {"module": f"nanovllm.triton_kernels.{module}", "chip": chip, **more}
             print(json.dumps(request), file=process.stdin, flush=True)
             reply = json.loads(process.stdout.readline())
             assert "compiled" in reply, reply["error"]

@@ -18,6 +18,14 @@ def test_every_variant_compiles(worker, module, chip):
     check(worker(module, chip))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", AMPERE_ON)
+@pytest.mark.parametrize("module", MODULES)
+def test_cases_at_random_compile(worker, module, chip):
+    """The list that is compiled by default has what spilled before; this finds what is not in it."""
+    check(worker(module, chip, at_random=100))
+
+
 @pytest.mark.parametrize("chip", AMPERE_ON)
 @pytest.mark.parametrize("module", MODULES)
 def test_keys_are_fetched_ahead(worker, module, chip):
