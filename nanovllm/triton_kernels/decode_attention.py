@@ -233,12 +233,12 @@ def variant(case: Case, chip: int, split: bool) -> Variant:
 
 def variants() -> list[Variant]:
     found = [variant(*setting) for setting in settings()]
-    for case in cases():
+    for dtype, head_dim, windowed in dict.fromkeys((case.dtype, case.head_dim, case.windowed) for case in cases()):
         types = {
             **dict.fromkeys(("parts", "logs"), "*fp32:16"),
             **dict.fromkeys(("query_start", "seq_lens"), "*i32:16"),
             **dict.fromkeys(("num_splits", "span", "window"), "i32"),
-            "out": f"*{case.dtype}:16",
+            "out": f"*{dtype}:16",
         }
-        found.append(Variant(merge_kernel, types, _merge_sizes(case.head_dim, case.windowed), chips=AMPERE_ON))
+        found.append(Variant(merge_kernel, types, _merge_sizes(head_dim, windowed), chips=AMPERE_ON))
     return found
