@@ -33,7 +33,7 @@ from nanovllm.engine.build import fit_model_len
 from nanovllm.engine.executors.base import InProcessExecutor
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.runner import model_runner
-from nanovllm.engine.runner.decode_batch import DecodeBatch
+from nanovllm.engine.runner.step_batch import StepBatch
 from nanovllm.engine.runner.step_graphs import StepGraphs
 from nanovllm.layers.attention import CachedLayer
 from nanovllm.models.base import CausalLM
@@ -122,7 +122,7 @@ def measure(batch: int, kind: str, waiting: int = 0, *, cold: bool = False) -> d
     """Microseconds a decoding step, of each part and in all; medians. cold: caches."""
     clock, weights = Clock(), torch.ones(EVICTING)
     with (
-        mock.patch.object(DecodeBatch, "write", clock.wrap("build batch", DecodeBatch.write)),
+        mock.patch.object(StepBatch, "write_step", clock.wrap("build batch", StepBatch.write_step)),
         mock.patch.object(model_runner, "sample", clock.wrap("sample", model_runner.sample)),
         mock.patch.object(StepGraphs, "tokens", clock.wrap("build and sample", StepGraphs.tokens)),
     ):

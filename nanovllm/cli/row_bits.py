@@ -39,9 +39,8 @@ def recorded_logits(known: Container[Prefix] | None = None) -> Iterator[Logits]:
     seen: Logits = {}
     sample, tokens = vars(model_runner)["sample"], StepGraphs.tokens
 
-    def note(logits: torch.Tensor, rows: Iterable[SampleRow | None]) -> None:
+    def note(logits: torch.Tensor, rows: Iterable[SampleRow]) -> None:
         for values, row in zip(logits, rows, strict=True):
-            assert row is not None
             prefix = _extend(_START, [*row.prompt.tolist(), *row.output.tolist()])
             if known is None or prefix in known:
                 seen.setdefault(prefix, []).append(values.detach().to("cpu", copy=True))
@@ -52,10 +51,10 @@ def recorded_logits(known: Container[Prefix] | None = None) -> Iterator[Logits]:
         note(logits, rows)
         return sample(logits, rows, ops, last)
 
-    def watched_tokens(graphs: StepGraphs, plan: StepPlan) -> tuple[np.ndarray, torch.Tensor]:
-        token_ids, logits = tokens(graphs, plan)
-        note(logits, [s.sample for s in plan.sequences])
-        return token_ids, logits
+    def watched_tokens(graphs: StepGraphs, plan: StepPlan) -> np.ndarray:
+        token_ids = tokens(graphs, plan)
+        note(graphs.last_logits(), [s.sample for s in plan.sequences if s.sample is not None])
+        return token_ids
 
     with (
         mock.patch.object(model_runner, "sample", watched_sample),

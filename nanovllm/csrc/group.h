@@ -68,7 +68,7 @@ void exchange(const GroupCall& c, const void* part, int64_t bytes, bool gives, T
 }
 
 void all_reduce(const AllReduce& c, Team& team) {
-    exchange(c, c.x, c.n * sizeof(float), true, team, [&](int64_t at, int64_t count, auto slot) {
+    exchange(c, c.x, c.rows * c.width * sizeof(float), true, team, [&](int64_t at, int64_t count, auto slot) {
         float* y = c.y + at / sizeof(float);
         const int64_t n = count / sizeof(float);
         team.share((n + WIDTH - 1) / WIDTH, [&](int64_t first, int64_t last) {

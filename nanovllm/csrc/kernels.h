@@ -116,15 +116,15 @@ struct Gather {
 
 enum class Map : int { ADD, SCALE, DIVIDE, CLAMP };
 
-// x + y, x a, x / a, or x clamped to [a, b], of n floats.
+// x + y, x a, x / a, or x clamped to [a, b], of rows of so many floats.
 struct Elementwise {
     Map map;
     const float *x, *y;
     float a, b;
     float* out;
-    int64_t n;
+    int64_t rows, width;
 
-    int64_t work() const { return n; }
+    int64_t work() const { return rows * width; }
 };
 
 // What pages hold: kv_formats.h. attention/native.py has the same numbers.
@@ -258,13 +258,13 @@ struct GroupCall {
     double timeout;
 };
 
-// y = x of rank 0 + x of rank 1 + ..., n floats.
+// y = x of rank 0 + x of rank 1 + ..., rows of so many floats.
 struct AllReduce : GroupCall {
     const float* x;
-    int64_t n;
+    int64_t rows, width;
     float* y;
 
-    int64_t work() const { return n * size; }
+    int64_t work() const { return rows * width * size; }
 };
 
 // y's rows: those of all ranks side by side, of which the first out_bytes are kept. For the rank `root` alone, if

@@ -2,6 +2,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <memory>
 #include <utility>
@@ -41,11 +42,30 @@ const Kernels* best() {
 
 const Kernels* active = best();
 
+// What of a call follows the sizes of the step that it is part of.
+using Counts = std::vector<int64_t*>;
+Counts counts(Linear& c) { return {&c.m}; }
+Counts counts(RouteCall& c) { return {&c.tokens}; }
+Counts counts(MixtureCall& c) { return {&c.tokens}; }
+Counts counts(Rows& c) { return {&c.outer}; }
+Counts counts(Gather& c) { return {&c.count}; }
+Counts counts(Elementwise& c) { return {&c.rows}; }
+Counts counts(AttentionCall& c) { return {&c.batch}; }
+Counts counts(StoreCall& c) { return {&c.tokens}; }
+Counts counts(Mamba2Call& c) { return {&c.tokens, &c.batch}; }
+Counts counts(RmsScale& c) { return {&c.rows}; }
+Counts counts(Draw& c) { return {&c.rows}; }
+Counts counts(Penalties& c) { return {&c.count}; }
+Counts counts(AllReduce& c) { return {&c.rows}; }
+Counts counts(GatherRanks& c) { return {&c.rows}; }
+Counts counts(QuantizeCall& c) { return {&c.rows}; }
+
 // A call that was recorded, to be run again: at the same addresses, on what lies there by then.
 struct Step {
     virtual ~Step() = default;
     virtual int64_t work() const = 0;
     virtual void run(Team&) const = 0;
+    virtual Counts counted() = 0;
 };
 
 template <class Call>
@@ -56,9 +76,16 @@ struct Recorded : Step {
     Recorded(Kernel<Call> kernel, const Call& call) : kernel(kernel), call(call) {}
     int64_t work() const override { return call.work(); }
     void run(Team& team) const override { kernel(call, team); }
+    Counts counted() override { return counts(call); }
 };
 
-using Tape = std::vector<std::unique_ptr<Step>>;
+// A step's tokens, sequences, and rows that are sampled.
+using Sizes = std::array<int64_t, 3>;
+
+struct Tape {
+    std::vector<std::unique_ptr<Step>> steps;
+    std::vector<std::pair<int64_t*, int>> sized;  // counts of its calls, and which of a step's sizes they follow
+};
 
 thread_local Commons commons;
 thread_local Tape* recording = nullptr;
@@ -83,7 +110,7 @@ int status() { return std::exchange(commons.failed, false) ? -1 : 0; }
 
 template <class Call>
 void submit(Kernel<Call> kernel, const Call& call, int threads) {
-    if (recording != nullptr) return recording->push_back(std::make_unique<Recorded<Call>>(kernel, call));
+    if (recording != nullptr) return recording->steps.push_back(std::make_unique<Recorded<Call>>(kernel, call));
     as_team(call.work() < WORTH_A_THREAD ? 1 : threads, [&](Team& team) { kernel(call, team); });
 }
 
@@ -92,7 +119,7 @@ void submit(Kernel<Call> kernel, const Call& call, int threads) {
 extern "C" {
 
 // Raised whenever a function below changes; ops/library.py must agree.
-int nv_abi() { return 12; }
+int nv_abi() { return 13; }
 
 const char* nv_level() { return active->name; }
 
@@ -124,6 +151,25 @@ Tape* nv_recorded() {
 
 void nv_free(Tape* tape) { delete tape; }
 
+// That the tape was recorded at these sizes, which differ from one another: from now on it can be resized. -1 if one of
+// its calls follows none of them.
+int nv_fit(Tape* tape, int64_t tokens, int64_t sequences, int64_t sampled) {
+    const Sizes sizes = {tokens, sequences, sampled};
+    for (const auto& step : tape->steps)
+        for (int64_t* count : step->counted()) {
+            const auto which = std::find(sizes.begin(), sizes.end(), *count);
+            if (which == sizes.end()) return -1;
+            tape->sized.push_back({count, (int)(which - sizes.begin())});
+        }
+    return 0;
+}
+
+// To be replayed for a step of such sizes, none larger than the recorded one's.
+void nv_resize(Tape* tape, int64_t tokens, int64_t sequences, int64_t sampled) {
+    const Sizes sizes = {tokens, sequences, sampled};
+    for (const auto& [count, which] : tape->sized) *count = sizes[which];
+}
+
 // All calls of a tape in their order, by threads that are started once. Neighbouring calls of little work
 // are left to one thread, which needs to wait for nobody. -1 if another rank was waited for in vain: what was
 // computed is worth nothing then.
@@ -131,7 +177,7 @@ int nv_replay(const Tape* tape, int threads) {
     as_team(threads, [&](Team& team) {
         Team alone(commons, 0, 1);
         bool apart = false;
-        for (const auto& step : *tape) {
+        for (const auto& step : tape->steps) {
             if (team.threads == 1 || step->work() < WORTH_A_THREAD) {
                 if (team.thread == 0) step->run(alone);
                 apart = true;
@@ -200,8 +246,9 @@ void nv_gather(const void* table, int format, int packed, int64_t first, int64_t
     submit(active->gather, call, threads);
 }
 
-void nv_elementwise(int map, const float* x, const float* y, float a, float b, float* out, int64_t n, int threads) {
-    const Elementwise call = {(Map)map, x, y, a, b, out, n};
+void nv_elementwise(int map, const float* x, const float* y, float a, float b, float* out, int64_t rows, int64_t width,
+                    int threads) {
+    const Elementwise call = {(Map)map, x, y, a, b, out, rows, width};
     submit(active->elementwise, call, threads);
 }
 
@@ -279,9 +326,9 @@ void nv_region_init(Region* region, int64_t slot_bytes) { region->slot_bytes = s
 void nv_region_break(Region* region) { region->broken.store(1); }
 
 // 0, or -1 if another rank was waited for in vain; while recording always 0.
-int nv_all_reduce(Region* region, int64_t rank, int64_t size, double timeout, const float* x, int64_t n, float* y,
-                  int threads) {
-    const AllReduce call = {{region, rank, size, timeout}, x, n, y};
+int nv_all_reduce(Region* region, int64_t rank, int64_t size, double timeout, const float* x, int64_t rows,
+                  int64_t width, float* y, int threads) {
+    const AllReduce call = {{region, rank, size, timeout}, x, rows, width, y};
     submit(active->all_reduce, call, threads);
     return status();
 }

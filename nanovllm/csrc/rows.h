@@ -184,9 +184,10 @@ void gather(const Gather& g, Team& team) {
 
 template <class F>
 void each_vector(const Elementwise& e, const Team& team, F f) {
-    team.share((e.n + WIDTH - 1) / WIDTH, [&](int64_t first, int64_t last) {
-        for (int64_t i = first * WIDTH; i < std::min(last * WIDTH, e.n); i += WIDTH) {
-            const int64_t count = std::min<int64_t>(WIDTH, e.n - i);
+    const int64_t n = e.rows * e.width;
+    team.share((n + WIDTH - 1) / WIDTH, [&](int64_t first, int64_t last) {
+        for (int64_t i = first * WIDTH; i < std::min(last * WIDTH, n); i += WIDTH) {
+            const int64_t count = std::min<int64_t>(WIDTH, n - i);
             const V y = e.y == nullptr ? V{} : load_part(e.y + i, count);
             store_part(e.out + i, f(load_part(e.x + i, count), y), count);
         }

@@ -13,11 +13,11 @@ from nanovllm.batch import Batch
 from nanovllm.cache_spec import StateSpec
 from nanovllm.errors import ConfigError
 from nanovllm.ops.formats import Codes, Format, Packed
-from nanovllm.ops.graph import Recorder
 from nanovllm.ops.library import Library, library_or_reason
 from nanovllm.ops.logprob_table import LogprobTable
 from nanovllm.ops.mamba2 import Mamba2Sizes, Mamba2Weights, SumOverRanks
 from nanovllm.ops.native import NativeOps
+from nanovllm.ops.recorder import NativeRecorder
 from nanovllm.ops.torch_ops import TorchOps
 from nanovllm.ops.triton_support import unsupported_reason
 from nanovllm.sample_row import SampleRow
@@ -187,7 +187,7 @@ class Ops(Protocol):
         """[..., size]; statistics in fp32."""
         ...
 
-    def recorder(self) -> Recorder | None:
+    def recorder(self) -> NativeRecorder | None:
         """None where steps cannot be recorded."""
         ...
 

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 
 class CannotRecord(Exception):
     """Something in a step cannot be replayed; the message names it."""
+
+
+class StepSizes(NamedTuple):
+    """Of a step: its tokens, its sequences, and those of its tokens that the next one is sampled after."""
+
+    tokens: int
+    sequences: int
+    sampled: int
 
 
 class Graph(Protocol):

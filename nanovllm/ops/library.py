@@ -11,7 +11,7 @@ from typing import Any
 from nanovllm.errors import ConfigError
 
 _PATH = Path(__file__).parents[1] / "csrc" / "libnanovllm.so"
-_ABI = 12  # of csrc/library.cpp
+_ABI = 13  # of csrc/library.cpp
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _GROUP = [_POINTER, _LONG, _LONG, ctypes.c_double]  # region, rank, size, timeout in seconds
 _ROWS = [_POINTER, _LONG, _LONG, _LONG, _LONG, _LONG]  # x, outer, inner, their strides, size
@@ -73,7 +73,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
         [_POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _INT, _LONG, _LONG, _LONG, _INT],
     ),
     "nv_gather": (None, [_POINTER, _INT, _INT, _LONG, _LONG, _POINTER, _LONG, _LONG, _POINTER, _INT]),
-    "nv_elementwise": (None, [_INT, _POINTER, _POINTER, _FLOAT, _FLOAT, _POINTER, _LONG, _INT]),
+    "nv_elementwise": (None, [_INT, _POINTER, _POINTER, _FLOAT, _FLOAT, _POINTER, _LONG, _LONG, _INT]),
     "nv_log_softmax": (None, [_POINTER, _LONG, _LONG, _LONG, _POINTER, _INT]),
     "nv_draw": (None, [_POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _INT]),
     "nv_penalise": (None, [_POINTER, _LONG, _LONG, _POINTER, _POINTER, _LONG, _INT]),
@@ -92,10 +92,12 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "nv_region_bytes": (_LONG, [_LONG, _LONG]),
     "nv_region_init": (None, [_POINTER, _LONG]),
     "nv_region_break": (None, [_POINTER]),
-    "nv_all_reduce": (_INT, [*_GROUP, _POINTER, _LONG, _POINTER, _INT]),
+    "nv_all_reduce": (_INT, [*_GROUP, _POINTER, _LONG, _LONG, _POINTER, _INT]),
     "nv_gather_ranks": (_INT, [*_GROUP, _LONG, _POINTER, _LONG, _LONG, _LONG, _POINTER, _INT]),
     "nv_record": (None, []),
     "nv_recorded": (_POINTER, []),
+    "nv_fit": (_INT, [_POINTER, _LONG, _LONG, _LONG]),
+    "nv_resize": (None, [_POINTER, _LONG, _LONG, _LONG]),
     "nv_replay": (_INT, [_POINTER, _INT]),
     "nv_free": (None, [_POINTER]),
     "nv_rope": (None, [*_ROWS, _POINTER, _POINTER, _LONG, _POINTER, _INT]),
@@ -139,6 +141,7 @@ class Library:
         self.region_break = library.nv_region_break
         self.all_reduce, self.gather_ranks = library.nv_all_reduce, library.nv_gather_ranks
         self.record, self.recorded = library.nv_record, library.nv_recorded
+        self.fit, self.resize = library.nv_fit, library.nv_resize
         self.replay, self.free = library.nv_replay, library.nv_free
         self._level, self._set_level, self._eight_bit = library.nv_level, library.nv_set_level, library.nv_eight_bit
 

@@ -1,14 +1,18 @@
-"""A step is written down, and then run by one native call: on the CPU what a CUDA graph is on a GPU.
+"""A step is written down, and then run by one native call: on the CPU what a CUDA graph is on a GPU, but that it can
+be run again for fewer tokens and sequences than it was recorded with.
 
 While a step is recorded nothing is computed: the library writes down the calls it gets. The tensors of
 the step come from a pool, so that the calls can run again at the same addresses. torch's dispatcher is
-watched: plain arithmetic is handed to the library, and anything else but a view ends the recording.
+watched: plain arithmetic is handed to the library, and anything else but a view ends the recording. To be
+watched costs some microseconds a call: ops take their memory from `empty` here, and ask torch for nothing
+that may be known without.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -19,12 +23,37 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanovllm.errors import PeerLost
-from nanovllm.ops.graph import CannotRecord
+from nanovllm.ops.graph import CannotRecord, StepSizes
 from nanovllm.ops.library import Library
 
 aten = torch.ops.aten
 _LINE = 64  # bytes
 _ADD, _SCALE, _DIVIDE, _CLAMP = range(4)  # csrc/kernels.h
+_NUMPY = {
+    torch.float32: np.float32,
+    torch.float64: np.float64,
+    torch.float16: np.float16,
+    torch.bfloat16: np.int16,  # numpy has none
+    torch.int32: np.int32,
+    torch.int64: np.int64,
+    torch.uint8: np.uint8,
+    torch.int8: np.int8,
+    torch.bool: np.bool_,
+}
+
+
+class _Here(threading.local):
+    """pool: of the step that this thread records."""
+
+    pool: _Pool | None = None
+
+
+_here = _Here()
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """What torch.empty gives; while a step is recorded, memory that its replays write to."""
+    return torch.empty(shape, dtype=dtype) if _here.pool is None else _here.pool.empty(shape, dtype)
 
 
 class NativeGraph:
@@ -33,6 +62,20 @@ class NativeGraph:
     def __init__(self, library: Library) -> None:
         self._library, self._tape = library, library.recorded()
         weakref.finalize(self, library.free, self._tape)
+        self._sizes: StepSizes | None = None
+
+    def fit(self, sizes: StepSizes) -> None:
+        """sizes: those that it was recorded with, each another number, so that its calls say which of them they follow.
+        CannotRecord if one follows none."""
+        if self._library.fit(self._tape, *sizes) != 0:
+            raise CannotRecord("a call over other rows than a step's")
+        self._sizes = sizes
+
+    def resize(self, sizes: StepSizes) -> None:
+        """Of the replays to come; none larger than the first. What is behind the rows of a tensor stays as it is."""
+        if sizes != self._sizes:
+            self._library.resize(self._tape, *sizes)
+            self._sizes = sizes
 
     def replay(self) -> None:
         if self._library.replay(self._tape, torch.get_num_threads()) != 0:
@@ -48,12 +91,15 @@ class NativeRecorder:
         self._pool = _Pool()
 
     def record(self, run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, NativeGraph]:
+        """As Recorder.record."""
         self._pool.reclaim()
         self._library.record()
+        _here.pool = self._pool
         try:
             with _Watch(self._library, self._pool):
                 result = run()
         finally:
+            _here.pool = None
             graph = NativeGraph(self._library)
         return result, graph
 
@@ -97,7 +143,9 @@ class _Watch(TorchDispatchMode):
         out = self._pool.empty(x.shape, torch.float32)
         second = None if y is None else y.data_ptr()
         threads = torch.get_num_threads()
-        self._library.elementwise(kind, x.data_ptr(), second, a, b, out.data_ptr(), x.numel(), threads)
+        rows = len(x) if x.dim() else 1
+        width = x.numel() // max(rows, 1)
+        self._library.elementwise(kind, x.data_ptr(), second, a, b, out.data_ptr(), rows, width, threads)
         return out
 
 
@@ -133,16 +181,23 @@ class _Pool:
             self._free[len(buffer)].append(buffer)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        if dtype not in _NUMPY:
+            raise CannotRecord(f"memory for {dtype}")
         num_bytes = math.prod(shape) * dtype.itemsize
         size = max(_LINE, 1 << (num_bytes - 1).bit_length())
         free = self._free[size]
         buffer = free.pop() if free else self._new_buffer(size)
-        lease = buffer[:num_bytes]
+        lease = np.ndarray(shape, _NUMPY[dtype], buffer)
         weakref.finalize(lease, self._give_back, buffer, self._recording)
-        return torch.from_numpy(lease).view(dtype).view(*shape)
+        with torch._C._DisableTorchDispatch():
+            taken = torch.from_numpy(lease)
+            return taken if dtype != torch.bfloat16 else taken.view(dtype)
 
     def _new_buffer(self, size: int) -> np.ndarray:
-        memory = np.empty(size + _LINE, dtype=np.uint8)
+        try:
+            memory = np.empty(size + _LINE, dtype=np.uint8)  # becomes real where it is touched
+        except MemoryError as error:
+            raise CannotRecord(f"no memory for a tensor of {size} bytes") from error
         start = -memory.ctypes.data % _LINE
         self._buffers.append(memory[start : start + size])
         return self._buffers[-1]

@@ -4,8 +4,9 @@ import pytest
 import torch
 from kernels import native_library
 
-from nanovllm.ops.graph import CannotRecord
+from nanovllm.ops.graph import CannotRecord, StepSizes
 from nanovllm.ops.native import NativeOps
+from nanovllm.ops.recorder import empty
 
 
 @pytest.fixture
@@ -57,6 +58,45 @@ def test_tensors_that_live_together_do_not_share_memory(ops):
     result, graph = ops.recorder().record(step)
     graph.replay()
     assert torch.equal(result, step())
+
+
+@torch.inference_mode()
+def test_a_replay_is_of_any_size_up_to_the_recorded_one(ops, threads):
+    """Tokens and rows that are sampled are told apart; what is behind a smaller step's rows stays as it was."""
+    torch.manual_seed(0)
+    weight, norm = ops.pack(torch.randn(64, 64), gated=False), torch.rand(64)
+    x, chosen, largest = torch.randn(40, 64), torch.arange(9), StepSizes(40, 8, 9)
+
+    def step(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        y = ops.linear(ops.rms_norm(x.unflatten(1, (4, 16)), norm[:16], 1e-6).flatten(1), weight, 64, None) + x
+        return (ops.gather(y, rows) * 0.5).clamp(-1.0, 1.0)
+
+    result, graph = ops.recorder().record(lambda: step(x, chosen))
+    graph.fit(largest)
+    for sizes in (largest, StepSizes(7, 3, 2), StepSizes(1, 1, 1), StepSizes(33, 8, 0), StepSizes(40, 1, 8), largest):
+        tokens, _, sampled = sizes
+        threads(1 + tokens % 2)
+        x.normal_()
+        chosen[:sampled] = torch.randint(tokens, (sampled,))
+        expected, behind = step(x[:tokens], chosen[:sampled]), result[sampled:].clone()
+        graph.resize(sizes)
+        graph.replay()
+        assert torch.equal(result[:sampled], expected) and torch.equal(result[sampled:], behind)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 80])
+@torch.inference_mode()
+def test_calls_over_other_rows_do_not_fit(ops, rows):
+    x, weight = torch.ones(rows, 4), torch.ones(4)
+    _, graph = ops.recorder().record(lambda: ops.rms_norm(x, weight, 1e-6) + x)
+    with pytest.raises(CannotRecord, match="other rows"):
+        graph.fit(StepSizes(40, 8, 9))
+
+
+@torch.inference_mode()
+def test_memory_that_is_not_there_is_no_failure_of_a_step(ops):
+    with pytest.raises(CannotRecord, match="memory"):
+        ops.recorder().record(lambda: empty((1 << 50, 64)))
 
 
 @pytest.mark.parametrize(

@@ -20,17 +20,19 @@ def decodes(plan: StepPlan) -> bool:
 class DecodeBatch:
     """What the steps of up to `max_num_seqs` decoding sequences write, in the host's memory."""
 
-    def __init__(self, *, max_num_seqs: int, max_pages: int, block_size: int) -> None:
-        """max_pages: of a sequence."""
+    def __init__(
+        self, *, max_num_seqs: int, max_pages: int, block_size: int, max_num_batched_tokens: int | None = None
+    ) -> None:
+        """max_pages: of a sequence. max_num_batched_tokens: where there are more than decode."""
         self.max_num_seqs = max_num_seqs
         self._block_size = block_size
-        self._longs = np.zeros((3, max_num_seqs), dtype=np.int64)
+        self._longs = np.zeros((3, max_num_batched_tokens or max_num_seqs), dtype=np.int64)
         self._ints = np.zeros((2, max_num_seqs), dtype=np.int32)
         self._ids, self._positions, self._slots = self._longs
         self._seq_lens, self._state_slots = self._ints
         self._tables = np.zeros((max_num_seqs, max_pages), dtype=np.int32)
         self._written: list[np.ndarray | None] = [None] * max_num_seqs  # what the tables' rows were copied from
-        self._rows = np.arange(max_num_seqs)
+        self._rows = np.arange(max_num_seqs + 1)
         self._starts = np.arange(max_num_seqs + 1, dtype=np.int32)
 
     def write(self, sequences: list[PlannedSequence]) -> None:
@@ -40,9 +42,7 @@ class DecodeBatch:
         There are few calls of numpy, as each takes 20 to 40 us once a model's weights have gone through the caches.
         """
         count, size = len(sequences), self._block_size
-        for i, (s, written) in enumerate(zip(sequences, self._written, strict=False)):
-            if s.block_table is not written:
-                self._tables[i, : len(s.block_table)] = self._written[i] = s.block_table
+        self._write_tables(sequences)
         starts = [s.start for s in sequences]
         self._longs[:, :count] = [
             [s.token_ids.item(0) for s in sequences],
@@ -50,6 +50,11 @@ class DecodeBatch:
             [s.block_table.item(s.start // size) * size + s.start % size for s in sequences],
         ]
         self._ints[:, :count] = [[start + 1 for start in starts], [s.state_slot for s in sequences]]
+
+    def _write_tables(self, sequences: list[PlannedSequence]) -> None:
+        for i, (s, written) in enumerate(zip(sequences, self._written, strict=False)):
+            if s.block_table is not written:
+                self._tables[i, : len(s.block_table)] = self._written[i] = s.block_table
 
     def view(self, count: int) -> Batch:
         """The first `count` rows, whatever is written to them; for attention that prepares nothing."""

@@ -19,7 +19,7 @@ from nanovllm.distributed.group import TPGroup
 from nanovllm.engine.runner.batch_builder import build_batch
 from nanovllm.engine.runner.caches import bind_caches
 from nanovllm.engine.runner.cuda_graph import CUDARecorder, DecodeGraphs
-from nanovllm.engine.runner.decode_batch import DecodeBatch, DeviceDecodeBatch
+from nanovllm.engine.runner.decode_batch import DeviceDecodeBatch
 from nanovllm.engine.runner.largest_step import largest_step
 from nanovllm.engine.runner.memory import (
     STEP_DOES_NOT_FIT,
@@ -29,6 +29,7 @@ from nanovllm.engine.runner.memory import (
     says_what_helps,
     size_caches,
 )
+from nanovllm.engine.runner.step_batch import StepBatch
 from nanovllm.engine.runner.step_graphs import StepGraphs
 from nanovllm.engine.runner.threads import set_threads
 from nanovllm.engine.step import StepPlan, StepResult, fill_in
@@ -136,7 +137,7 @@ class ModelRunner:
         graphs = self._graphs
         if isinstance(graphs, StepGraphs) and self._tp.rank == 0 and graphs.samples(plan):
             try:
-                token_ids, _ = graphs.tokens(plan)
+                token_ids = graphs.tokens(plan)
             except CannotRecord as error:
                 self._record_no_more(error)
             else:
@@ -252,7 +253,7 @@ class ModelRunner:
     @torch.inference_mode()
     def _record_steps(self, config: EngineConfig) -> StepGraphs | DecodeGraphs | None:
         """None where steps run op by op."""
-        assert config.max_model_len is not None
+        assert config.max_model_len is not None and config.max_num_batched_tokens is not None
         if config.enforce_eager:
             return None
         size = {
@@ -278,7 +279,8 @@ class ModelRunner:
             return None
         sampling = self._ops.sampling
         assert isinstance(sampling, NativeSampling)
-        return StepGraphs(self._build_batch, forward, sampling, recorder, DecodeBatch(**size))
+        batch = StepBatch(max_num_batched_tokens=config.max_num_batched_tokens, **size)
+        return StepGraphs(forward, sampling, recorder, batch)
 
 
 def _reads_output(row: SampleRow) -> bool:

@@ -1,94 +1,103 @@
-"""Steps that are recorded before they run; those that decode are kept, one for each number of sequences."""
+"""Steps that are recorded before they run: once, for as many tokens and sequences as a step may have."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import Enum
 
 import numpy as np
 import torch
 
 from nanovllm.batch import Batch
-from nanovllm.engine.runner.decode_batch import DecodeBatch, decodes
+from nanovllm.engine.runner.step_batch import StepBatch
 from nanovllm.engine.step import StepPlan
 from nanovllm.layers.sampler import uniforms
-from nanovllm.ops.graph import Graph, Recorder
 from nanovllm.ops.native_sampling import NativeSampling
+from nanovllm.ops.recorder import NativeGraph, NativeRecorder
+
+
+class _Draws(Enum):
+    """What a recorded step ends with."""
+
+    NONE = "logits"
+    GREEDY = "the likeliest tokens"
+    BY_TABLE = "tokens drawn as a table says"
 
 
 class StepGraphs:
-    """build: from a plan to its batch. forward: from a batch to the logits of its `logits_rows`. decoding: as many
-    sequences as may run.
+    """forward: from a batch to the logits of its `logits_rows`.
 
-    A step that gives each sequence one token and samples the next is written into tensors that stay, from
-    which the recorded calls read. Every other step is recorded for itself: this takes no longer than to
-    make its calls one by one, and they then run without waiting for Python, in memory that is used again.
+    Every step is written into tensors that stay, from which the recorded calls read, and the calls are resized to it:
+    nothing is recorded anew, and no step waits for Python between its layers.
     """
 
     def __init__(
         self,
-        build: Callable[[StepPlan], Batch],
         forward: Callable[[Batch], torch.Tensor],
         sampling: NativeSampling,
-        recorder: Recorder,
-        decoding: DecodeBatch,
+        recorder: NativeRecorder,
+        batch: StepBatch,
     ) -> None:
-        self._build, self._forward, self._sampling, self._recorder = build, forward, sampling, recorder
-        self._decoding = decoding
-        self._draws = sampling.table(decoding.max_num_seqs)
-        self._kept: dict[int, tuple[torch.Tensor, Graph]] = {}
-        self._drawing: dict[tuple[int, bool], tuple[np.ndarray, torch.Tensor, Graph]] = {}
+        self._forward, self._sampling, self._recorder, self._batch = forward, sampling, recorder, batch
+        self._table = sampling.table(batch.sizes.sampled)
+        self._recorded: dict[_Draws, tuple[torch.Tensor, np.ndarray, NativeGraph]] = {}
+        self._last = torch.empty(0), 0  # logits of the last step, and how many
 
     def takes(self, plan: StepPlan) -> bool:
         return all(s.prompt_targets is None for s in plan.sequences)
 
-    def logits(self, plan: StepPlan) -> torch.Tensor:
-        """fp32 [R, vocabulary], to be used before the next step overwrites it. CannotRecord if the model
-        does what cannot be recorded; nothing has happened then."""
-        if decodes(plan):
-            count = len(plan.sequences)
-            self._decoding.write(plan.sequences)
-            if count not in self._kept:
-                self._kept[count] = self._record(self._decoding.view(count))
-            logits, graph = self._kept[count]
-        else:
-            batch = self._build(plan)  # has to outlive the replay
-            logits, graph = self._record(batch)
-        graph.replay()
-        return logits
-
     def samples(self, plan: StepPlan) -> bool:
-        """Whether it decodes, every sequence's parameters alone say how its token is drawn, and no state is copied."""
-        return decodes(plan) and not any(
-            s.resume_from or s.capture_to or s.sample is None or not s.sample.plain or s.sample.stop_ids
+        """Whether every sequence's parameters alone say how its token is drawn, and no state is copied."""
+        return not any(
+            s.prompt_targets is not None
+            or s.resume_from
+            or s.capture_to
+            or (s.sample is not None and (not s.sample.plain or s.sample.stop_ids))
             for s in plan.sequences
         )
 
-    def tokens(self, plan: StepPlan) -> tuple[np.ndarray, torch.Tensor]:
-        """Of a step that `samples`: int64 [R], and the logits. It is recorded with its draws: once weights have gone
-        through the caches, a call of torch's takes some 50 us, and this makes none. CannotRecord as above."""
-        count, rows = len(plan.sequences), [s.sample for s in plan.sequences if s.sample is not None]
+    def logits(self, plan: StepPlan) -> torch.Tensor:
+        """fp32 [R, vocabulary], to be used before the next step overwrites it. CannotRecord if the model
+        does what cannot be recorded; nothing has happened then."""
+        self._replay(plan, _Draws.NONE)
+        return self.last_logits()
+
+    def tokens(self, plan: StepPlan) -> np.ndarray:
+        """Of a step that `samples`: int64 [R]. It is recorded with its draws: once weights have gone through the
+        caches, a call of torch's takes some 50 us, and this makes none. CannotRecord as above."""
+        rows = [s.sample for s in plan.sequences if s.sample is not None]
         greedy = all(row.params.greedy for row in rows)
-        draws = None if greedy else self._draws[:count]
-        if draws is not None:
-            self._sampling.fill(draws, rows, uniforms(rows))
-        self._decoding.write(plan.sequences)
-        if (count, greedy) not in self._drawing:
-            self._drawing[count, greedy] = self._record_draws(self._decoding.view(count), draws)
-        token_ids, logits, graph = self._drawing[count, greedy]
+        if not greedy:
+            self._sampling.fill(self._table[: len(rows)], rows, uniforms(rows))
+        return self._replay(plan, _Draws.GREEDY if greedy else _Draws.BY_TABLE)[: len(rows)].copy()
+
+    def last_logits(self) -> torch.Tensor:
+        """Those of the step before, `tokens` or `logits`."""
+        logits, count = self._last
+        return logits[:count]
+
+    def _replay(self, plan: StepPlan, draws: _Draws) -> np.ndarray:
+        """Room for tokens, with the step's in front if any are drawn."""
+        sizes = self._batch.write_step(plan)
+        if draws not in self._recorded:
+            self._recorded[draws] = self._record(draws)
+        logits, token_ids, graph = self._recorded[draws]
+        graph.resize(sizes)
         graph.replay()
-        return token_ids.copy(), logits
+        self._last = logits, sizes.sampled
+        return token_ids
 
     @torch.inference_mode()
-    def _record_draws(self, batch: Batch, draws: np.ndarray | None) -> tuple[np.ndarray, torch.Tensor, Graph]:
-        logits = torch.empty(0)
+    def _record(self, draws: _Draws) -> tuple[torch.Tensor, np.ndarray, NativeGraph]:
+        token_ids = torch.empty(0, dtype=torch.int64)
 
         def run() -> torch.Tensor:
-            nonlocal logits
-            logits = self._forward(batch)
-            return self._sampling.draw_by(logits, draws)
+            nonlocal token_ids
+            logits = self._forward(self._batch.largest())
+            if draws is not _Draws.NONE:
+                token_ids = self._sampling.draw_by(logits, self._table if draws is _Draws.BY_TABLE else None)
+            return logits
 
-        token_ids, graph = self._recorder.record(run)
-        return token_ids.numpy(), logits, graph
-
-    def _record(self, batch: Batch) -> tuple[torch.Tensor, Graph]:
-        return self._recorder.record(lambda: self._forward(batch))
+        logits, graph = self._recorder.record(run)
+        graph.fit(self._batch.sizes)
+        return logits, token_ids.numpy(), graph
