@@ -120,11 +120,11 @@ def _round(
     workers: dict[str, Worker],
 ) -> Round:
     sequences = make_sequences(preset, model.config["vocab_size"], args.seed + number)
-    machine = {key: value for key, value in probe.ask([]).items() if key != "seconds"}
+    machine = {key: value for key, value in probe.ask([[]]).items() if key != "seconds"}
     answers = {}
     for label, worker in list(workers.items()):
         try:
-            answers[label] = worker.ask(sequences)
+            answers[label] = worker.ask(preset.batches(sequences))
         except EngineEnded as error:
             print(f"{label}: left out from here on: {error}")
             del workers[label]
@@ -149,7 +149,10 @@ def _medians(
         }
         if work is not None and worker.engine == "nanovllm":
             mine = replace(work, weights=rounds[0].answers[label]["weights"])
-            shares = [mine.seconds(r.sequences, preset.shared, r.probe) / s for r, s in timed]
+            shares = [
+                sum(mine.seconds(batch, preset.shared, r.probe) for batch in preset.batches(r.sequences)) / s
+                for r, s in timed
+            ]
             median["of_roof"] = statistics.median(shares)
         results[label] = median
     return results

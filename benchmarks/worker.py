@@ -46,7 +46,8 @@ class Worker:
             raise
 
     def ask(self, question: object) -> dict[str, Any]:
-        """Its answer to a job or to sequences: at least the seconds that they took. EngineEnded if there is none."""
+        """Its answer to a job or to batches of sequences: at least the seconds that they took. EngineEnded if there is
+        none."""
         process = self._process
         assert process.stdin is not None and process.stdout is not None
         answer = ""
@@ -76,7 +77,7 @@ class Worker:
 
 
 def serve(name: str) -> None:
-    """Load what the first line says, then run the sequences of each other one; answers go to the real stdout."""
+    """Load what the first line says, then run each other one's batches of sequences; answers go to the real stdout."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print is no answer
     start = time.perf_counter()
@@ -88,9 +89,9 @@ def serve(name: str) -> None:
         return
     print(json.dumps({"seconds": time.perf_counter() - start}), file=answers, flush=True)
     for line in sys.stdin:
-        sequences = json.loads(line)
+        batches = json.loads(line)
         start = time.perf_counter()
-        found = engine.run(sequences) or {}
+        found = [engine.run(sequences) or {} for sequences in batches][-1]
         print(json.dumps({"seconds": time.perf_counter() - start, **found}), file=answers, flush=True)
 
 

@@ -36,12 +36,14 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """Ranges of lengths in tokens, both ends included; shared: of a beginning that all prompts have, on top."""
+    """Ranges of lengths in tokens, both ends included; shared: of a beginning that all prompts have, on top. apart:
+    one sequence after the other."""
 
     num_seqs: int
     input: tuple[int, int]
     output: tuple[int, int]
     shared: int = 0
+    apart: bool = False
 
     @property
     def longest(self) -> int:
@@ -49,11 +51,17 @@ class Preset:
 
     def __str__(self) -> str:
         shared = f"{self.shared} shared + " if self.shared else ""
-        return f"{self.num_seqs} x ({shared}{_range(self.input)} in, {_range(self.output)} out)"
+        apart = ", one after the other" if self.apart else ""
+        return f"{self.num_seqs} x ({shared}{_range(self.input)} in, {_range(self.output)} out){apart}"
+
+    def batches(self, sequences: Sequences) -> list[Sequences]:
+        """What an engine is given at once."""
+        return [[one] for one in sequences] if self.apart else [sequences]
 
 
 PRESETS = {
     "single": Preset(1, (64, 64), (128, 128)),
+    "first": Preset(64, (32, 32), (1, 1), apart=True),
     "prefill": Preset(1, (1024, 1024), (1, 1)),
     "batch8": Preset(8, (64, 64), (64, 64)),
     "batch32": Preset(32, (64, 64), (64, 64)),

@@ -67,6 +67,13 @@ def test_presets_mean_the_same_tokens_every_time(name):
 def test_presets_say_what_they_are():
     assert str(workload.PRESETS["mixed"]) == "64 x (100-400 in, 50-200 out)"
     assert str(workload.PRESETS["prefix"]) == "24 x (512 shared + 32 in, 32 out)"
+    assert str(workload.PRESETS["first"]) == "64 x (32 in, 1 out), one after the other"
+
+
+def test_sequences_are_given_at_once_or_one_after_the_other():
+    sequences = [([1, 2], 3), ([4], 5)]
+    assert workload.PRESETS["mixed"].batches(sequences) == [sequences]
+    assert workload.PRESETS["first"].batches(sequences) == [[([1, 2], 3)], [([4], 5)]]
 
 
 def test_a_shared_beginning_leaves_every_prompt_a_token():
