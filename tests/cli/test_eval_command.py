@@ -66,7 +66,7 @@ def test_a_text_without_tokens(chat_model, tmp_path, capsys):
     [
         (["--quantization", "dequantize"], 3e-4),
         ([], 3e-4),
-        (["--quantization", "int4"], 3e-4),  # the file's weights are of this form
+        (["--quantization", "int4"], 4e-4),  # the file's weights are of this form, but the head
         (["--quantization", "int8"], 2e-3),
         (["--kv-cache-dtype", "int8"], 2e-3),
     ],
