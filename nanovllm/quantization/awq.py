@@ -35,8 +35,9 @@ class AWQ:
         settings.choice(settings.first("version", "format", "checkpoint_format"), "gemm", "GEMM", default="gemm")
         if settings.get("backend") == "llm-awq":  # others name kernels, this one a layout
             raise settings.unsupported("backend='llm-awq'", "use a version that AutoAWQ wrote")
-        settings.choice("bits", 4)
-        return cls(settings.group_size(), settings.choice("zero_point", True, False, default=True))
+        settings.choice(settings.first("w_bit", "bits"), 4)  # AutoAWQ's own names, then transformers'
+        group = settings.group_size(settings.first("q_group_size", "group_size"))
+        return cls(group, settings.choice("zero_point", True, False, default=True))
 
     def weight(self, module: str, parts: Mapping[str, Raw]) -> Weight:
         cols, words = matrix(module, parts, "qweight", torch.int32)

@@ -71,6 +71,10 @@ WRITTEN: dict[str, tuple[Published, dict]] = {
         awq(128),
         AWQ | {"version": "gemm", "format": "gemm", "backend": "auto", "sym": True, "desc_act": False, "meta": None},
     ),
+    "AWQ, AutoAWQ's own names": (
+        awq(128),
+        {"quant_method": "awq", "w_bit": 4, "q_group_size": 128, "zero_point": True, "version": "GEMM"},
+    ),
     "AWQ, GPTQModel": (awq(128), AWQ | {"checkpoint_format": "gemm", "pack_dtype": "int32", "lm_head": False}),
     "AutoGPTQ": (
         gptq(4, 128),
@@ -135,6 +139,7 @@ def test_every_tools_settings_are_read(tmp_path, tool):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        ({"quant_method": "awq", "w_bit": 3, "q_group_size": 128}, "w_bit=3 is not supported; supported: 4"),
         (AWQ | {"checkpoint_format": "gemv"}, "checkpoint_format='gemv' is not supported; supported: 'gemm', 'GEMM'"),
         (AWQ | {"backend": "llm-awq"}, "backend='llm-awq' is not supported; use a version that AutoAWQ wrote"),
         ({"load_in_8bit": True}, "m is quantised (no quant_method), which is not supported (awq, gptq, compressed-"),
