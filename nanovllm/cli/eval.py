@@ -63,11 +63,16 @@ def _engine(path: str, window: int, options: dict[str, Any]) -> LLM:
 def _texts(args: argparse.Namespace, checkpoint: Checkpoint, reference: LLM, window: int) -> list[list[int]]:
     """The given text in windows; else what the reference writes, seeded."""
     if args.text is None:
-        count, start = -(-args.tokens // _WRITTEN), checkpoint.config.get("bos_token_id") or 0
-        length = min(_WRITTEN, window)
-        params = [SamplingParams(temperature=1.0, max_tokens=length, seed=n, ignore_eos=True) for n in range(count)]
-        outputs = reference.generate([[start]] * count, params, use_tqdm=False)
-        return [[start, *output.outputs[0].token_ids][:length] for output in outputs]
+        start, most = checkpoint.config.get("bos_token_id") or 0, min(_WRITTEN, window)
+        lengths = [min(most, args.tokens - first) for first in range(0, args.tokens - 1, most)]
+        if not lengths:
+            raise ConfigError(f"--tokens {args.tokens}: of less than two tokens none follows another")
+        params = [
+            SamplingParams(temperature=1.0, max_tokens=length - 1, seed=seed, ignore_eos=True)
+            for seed, length in enumerate(lengths)
+        ]
+        outputs = reference.generate([[start]] * len(lengths), params, use_tqdm=False)
+        return [[start, *output.outputs[0].token_ids] for output in outputs]
     tokens = checkpoint.load_tokenizer().encode(args.text)[: args.tokens]
     if len(tokens) < 2:
         raise ConfigError("--text holds less than two tokens")

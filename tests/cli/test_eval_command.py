@@ -54,6 +54,18 @@ def test_of_what_the_model_writes_itself(tiny_model, capsys):
     assert 0 < found[0] < found[1]
 
 
+@pytest.mark.parametrize(("asked", "taken"), [(2, 2), (100, 100), (129, 128), (200, 200)])
+def test_the_model_writes_no_more_than_it_is_asked_for(tiny_model, capsys, asked, taken):
+    """It wrote whole texts of 128 tokens; a text of a single one has nothing to compare."""
+    assert main(["eval", str(tiny_model("llama")), "--tokens", str(asked)]) == 0
+    assert capsys.readouterr().out.startswith(f"{taken} tokens, ")
+
+
+def test_a_single_token_is_refused(tiny_model, capsys):
+    assert main(["eval", str(tiny_model("llama")), "--tokens", "1"]) == 2
+    assert "--tokens 1: of less than two tokens none follows another" in capsys.readouterr().err
+
+
 def test_a_text_without_tokens(chat_model, tmp_path, capsys):
     (tmp_path / "text").write_text("a")
     assert main(["eval", str(chat_model), "--text", str(tmp_path / "text")]) == 2
