@@ -51,17 +51,14 @@ class NativeSampling:
 
     def penalise(self, logits: torch.Tensor, rows: Mapping[int, SampleRow], last: torch.Tensor | None = None) -> None:
         assert last is None  # there is no device to know what the host does not
-        tokens = [part for row in rows.values() for part in (row.prompt, row.output)]
-        ends = np.cumsum([len(part) for part in tokens])
-        table = np.empty(len(rows), dtype=_PENALTY)
-        table["row"] = list(rows)
-        table["prompt"] = [0, *ends[1:-1:2]]
-        table["output"], table["end"] = ends[::2], ends[1::2]
-        params = [row.params for row in rows.values()]
-        table["frequency"] = [p.frequency_penalty for p in params]
-        table["presence"] = [p.presence_penalty for p in params]
-        table["repetition"] = [min(max(p.repetition_penalty, SMALLEST_PENALTY), LARGEST_PENALTY) for p in params]
-        seen = np.concatenate(tokens)
+        told, end = [], 0  # in a list: with cold caches each call of numpy's takes some 20 us
+        for place, row in rows.items():
+            params, prompt, output = row.params, end, end + len(row.prompt)
+            end = output + len(row.output)
+            repetition = min(max(params.repetition_penalty, SMALLEST_PENALTY), LARGEST_PENALTY)
+            told.append((place, prompt, output, end, params.frequency_penalty, params.presence_penalty, repetition))
+        table = np.array(told, dtype=_PENALTY)
+        seen = np.concatenate([part for row in rows.values() for part in (row.prompt, row.output)])
         self._library.penalise(
             *(logits.data_ptr(), logits.stride(0), logits.shape[1]),
             *(seen.ctypes.data, table.ctypes.data, len(table), torch.get_num_threads()),
