@@ -9,7 +9,6 @@ from nanovllm.attention.codes import codes_reason
 from nanovllm.batch import Batch
 from nanovllm.cache_spec import PagedKVSpec
 from nanovllm.ops.library import Library, library_or_reason
-from nanovllm.ops.recorder import empty
 
 _TILE = 16  # keys that lie side by side; csrc/attention.h
 _MAX_HEAD = 256
@@ -63,14 +62,14 @@ class NativeAttention:
         library = library_or_reason()
         assert isinstance(library, Library)
         (kv_heads, block_size), (heads, head_dim) = kv.shape[2:4], q.shape[1:]
-        pages = kv.data_ptr(), kv.data_ptr() + kv.stride(0) * kv.itemsize, _FORMATS[kv.dtype]
+        pages = kv[0].data_ptr(), kv[1].data_ptr(), _FORMATS[kv.dtype]
         threads, dtype = torch.get_num_threads(), q.dtype
         q, k, v = map(_fp32_heads, (q, k, v))
         library.store_kv(
             *(k.data_ptr(), v.data_ptr(), k.stride(0), v.stride(0), len(k), batch.slot_mapping.data_ptr()),
             *(*pages, block_size, kv_heads, head_dim, threads),
         )
-        out = empty((len(q), heads, head_dim))
+        out = torch.empty(len(q), heads, head_dim)
         library.attention(
             *(q.data_ptr(), q.stride(0), out.data_ptr(), *pages),
             *(block_size, heads, kv_heads, head_dim),
@@ -80,11 +79,10 @@ class NativeAttention:
             *((None, 0, 1.0) if alibi is None else (alibi.slopes.data_ptr(), alibi.rounded, alibi.factor)),
             threads,
         )
-        return out if dtype == torch.float32 else out.to(dtype)
+        return out.to(dtype)
 
 
 def _fp32_heads(x: torch.Tensor) -> torch.Tensor:
     """[T, H, D] in fp32 with heads side by side; tokens may lie apart."""
-    if x.dtype != torch.float32:
-        x = x.float()
+    x = x.float()
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()

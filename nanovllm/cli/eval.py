@@ -62,11 +62,11 @@ def _engine(path: str, window: int, options: dict[str, Any]) -> LLM:
 
 def _texts(args: argparse.Namespace, checkpoint: Checkpoint, reference: LLM, window: int) -> list[list[int]]:
     """The given text in windows; else what the reference writes, seeded."""
+    if args.tokens < 2:
+        raise ConfigError(f"--tokens {args.tokens}: of less than two tokens none follows another")
     if args.text is None:
         start, most = checkpoint.config.get("bos_token_id") or 0, min(_WRITTEN, window)
         lengths = [min(most, args.tokens - first) for first in range(0, args.tokens - 1, most)]
-        if not lengths:
-            raise ConfigError(f"--tokens {args.tokens}: of less than two tokens none follows another")
         params = [
             SamplingParams(temperature=1.0, max_tokens=length - 1, seed=seed, ignore_eos=True)
             for seed, length in enumerate(lengths)

@@ -14,7 +14,7 @@ from nanovllm.ops.formats import Codes, Format, Packed, Segment
 from nanovllm.ops.library import Library
 from nanovllm.ops.mamba2 import Mamba2Sizes, Mamba2Weights, SumOverRanks
 from nanovllm.ops.native_sampling import NativeSampling
-from nanovllm.ops.recorder import NativeRecorder, empty
+from nanovllm.ops.recorder import NativeRecorder
 from nanovllm.ops.torch_activation import activate
 from nanovllm.ops.torch_quantize import found_codes
 
@@ -112,7 +112,7 @@ class NativeOps:
     ) -> torch.Tensor:
         """With an activation, rounded to bfloat16 unless the weight is fp32, as the next linear layer would do
         anyway."""
-        out = empty((len(x), rows), torch.float32 if act is None else _fed_dtype(packed))
+        out = torch.empty(len(x), rows, dtype=torch.float32 if act is None else _fed_dtype(packed))
         if isinstance(packed, torch.Tensor):
             return self._linear(x, packed, _format(packed), None, bias, out, act, residual=residual)
         for segment in packed.segments:
@@ -142,7 +142,7 @@ class NativeOps:
     ) -> torch.Tensor:
         """Rounded in the same way."""
         data, form = _whole(packed)
-        out = empty((len(x), rows // 2), _fed_dtype(packed))
+        out = torch.empty(len(x), rows // 2, dtype=_fed_dtype(packed))
         return self._linear(x, data, form, _columns(packed), bias, out, act, gated=True)
 
     def _linear(
@@ -189,7 +189,7 @@ class NativeOps:
     def route(self, scores: torch.Tensor, k: int, *, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
         scores = _fp32_rows(scores.contiguous())
         tokens, experts = scores.shape
-        weights, chosen = empty((tokens, k)), empty((tokens, k), torch.int32)
+        weights, chosen = torch.empty(tokens, k), torch.empty(tokens, k, dtype=torch.int32)
         addresses = weights.data_ptr(), chosen.data_ptr()
         self._library.route(scores.data_ptr(), tokens, experts, k, normalise, *addresses, torch.get_num_threads())
         return weights, chosen
@@ -209,9 +209,9 @@ class NativeOps:
         orders, fed_dtype = (_address(_columns(gate_up)), _address(_columns(down))), _fed_dtype(gate_up)
         (gate_up, gate_up_form), (down, down_form) = _whole(gate_up), _whole(down)
         (tokens, hidden), k, experts = x.shape, chosen.shape[1], len(gate_up)
-        out = empty((tokens, hidden))
-        index = empty((3 * (experts + 1) + 2 * tokens * k,), torch.int32)
-        fed, results = empty((tokens * k, inner), fed_dtype), empty((tokens * k, hidden))
+        out = torch.empty(tokens, hidden)
+        index = torch.empty(3 * (experts + 1) + 2 * tokens * k, dtype=torch.int32)
+        fed, results = torch.empty(tokens * k, inner, dtype=fed_dtype), torch.empty(tokens * k, hidden)
         self._library.mixture(
             x.data_ptr(),
             x.stride(0),
@@ -258,7 +258,7 @@ class NativeOps:
         self, table: torch.Tensor, form: int, ids: torch.Tensor, shape: tuple[int, ...], first: int, *, is_packed: bool
     ) -> torch.Tensor:
         rows, width = shape
-        out = empty((len(ids), width))
+        out = torch.empty(len(ids), width)
         self._library.gather(
             *(table.data_ptr(), form, is_packed, first, rows),
             *(ids.data_ptr(), len(ids), width, out.data_ptr(), torch.get_num_threads()),
@@ -267,13 +267,13 @@ class NativeOps:
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         x = _fp32_rows(x)
-        out = empty(x.shape)
+        out = torch.empty(x.shape)
         self._library.rms_norm(*_rows(x), weight.data_ptr(), eps, out.data_ptr(), torch.get_num_threads())
         return out
 
     def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
         x = _fp32_rows(x)
-        out = empty(x.shape)
+        out = torch.empty(x.shape)
         offset = None if bias is None else bias.data_ptr()
         self._library.layer_norm(*_rows(x), weight.data_ptr(), offset, eps, out.data_ptr(), torch.get_num_threads())
         return out
@@ -283,11 +283,11 @@ class NativeOps:
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         rows = _fp32_rows(x)
-        out = empty(rows.shape)
+        out = torch.empty(rows.shape)
         half = cos.shape[-1]
         cos, sin = cos.contiguous(), sin.contiguous()
         self._library.rope(*_rows(rows), cos.data_ptr(), sin.data_ptr(), half, out.data_ptr(), torch.get_num_threads())
-        return out if x.dtype == torch.float32 else out.to(x.dtype)
+        return out.to(x.dtype)
 
     def norm_and_rotate(
         self,
@@ -322,8 +322,8 @@ class NativeOps:
     ) -> torch.Tensor:
         sizes, slots = weights.sizes, plan.state_slots
         assert slots is not None and projected.dtype == torch.float32
-        out = empty((len(projected), sizes.inner_size))
-        squares = None if sum_squares is None else empty((len(projected), 1))
+        out = torch.empty(len(projected), sizes.inner_size)
+        squares = None if sum_squares is None else torch.empty(len(projected), 1)
         self._library.mamba2(
             *(projected.data_ptr(), projected.stride(0), out.data_ptr()),
             *(sizes.num_heads, sizes.head_dim, sizes.num_groups, sizes.state_size, sizes.conv_kernel),
@@ -338,7 +338,7 @@ class NativeOps:
         if squares is None or sum_squares is None:
             return out
         squares = sum_squares(squares)
-        normed = empty(out.shape)
+        normed = torch.empty(out.shape)
         self._library.rms_scale(
             *(out.data_ptr(), squares.data_ptr(), weights.norm.data_ptr(), *out.shape, sizes.norm_size),
             *(sizes.rms_norm_eps, normed.data_ptr(), torch.get_num_threads()),
