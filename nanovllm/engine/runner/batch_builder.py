@@ -35,7 +35,7 @@ def build_batch(
         del fields["state_slots"]
     follows = np.array([s.follows for s in sequences])
     pending = np.flatnonzero(follows >= 0) if sampled is not None else follows[:0]
-    ends, seq_lens = fields["query_start"][1:], fields["seq_lens"]
+    ends, seq_lens = fields["query_start"][1:].astype(np.int64), fields["seq_lens"]
     *tensors, rows, sources = to_device([*fields.values(), ends[pending] - 1, follows[pending]], device)
     found = dict(zip(fields, tensors, strict=True))
     if sampled is not None and len(pending):
