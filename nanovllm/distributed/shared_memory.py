@@ -13,7 +13,6 @@ import torch
 
 from nanovllm.errors import PeerLost
 from nanovllm.ops.library import Library
-from nanovllm.ops.recorder import empty
 
 _SLOT_BYTES = 1 << 18  # of a part: two for each rank, to stay in the caches
 _TOKEN_BYTES = 16
@@ -32,21 +31,21 @@ class SharedMemoryCommunicator:
         self._group = (self._region, rank, size, timeout_s)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        terms = x if x.dtype == torch.float32 and x.is_contiguous() else x.float().contiguous()
-        out = empty(terms.shape)
+        terms = x.float().contiguous()
+        out = torch.empty(terms.shape)
         status = self._library.all_reduce(
             *(*self._group, terms.data_ptr(), len(x), math.prod(x.shape[1:]), out.data_ptr()),
             torch.get_num_threads(),
         )
         if status != 0:
             raise PeerLost
-        return out if x.dtype == torch.float32 else out.to(x.dtype)
+        return out.to(x.dtype)
 
     def gather(self, x: torch.Tensor, width: int | None = None, *, root: int | None = None) -> torch.Tensor:
-        x = x if x.is_contiguous() else x.contiguous()
+        x = x.contiguous()
         rows, count = x.shape
         width = count * self._size if width is None else width
-        out = empty((rows, width if root in (None, self._rank) else 0), x.dtype)
+        out = torch.empty(rows, width if root in (None, self._rank) else 0, dtype=x.dtype)
         status = self._library.gather_ranks(
             *(*self._group, -1 if root is None else root, x.data_ptr()),
             *(rows, count * x.itemsize, out.shape[1] * x.itemsize),

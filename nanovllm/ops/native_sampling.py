@@ -9,7 +9,6 @@ import torch
 
 from nanovllm.ops.library import Library
 from nanovllm.ops.logprob_table import LogprobTable
-from nanovllm.ops.recorder import empty
 from nanovllm.ops.torch_sampling import HIGHEST_TEMPERATURE, LARGEST_PENALTY, SMALLEST_PENALTY, TorchSampling
 from nanovllm.sample_row import SampleRow
 
@@ -38,7 +37,7 @@ class NativeSampling:
         return self.draw_by(logits, None)
 
     def log_softmax(self, logits: torch.Tensor) -> torch.Tensor:
-        out = empty(logits.shape)
+        out = torch.empty(logits.shape)
         self._library.log_softmax(
             *(logits.data_ptr(), logits.stride(0), *logits.shape, out.data_ptr(), torch.get_num_threads())
         )
@@ -89,7 +88,7 @@ class NativeSampling:
     def draw_by(self, logits: torch.Tensor, table: np.ndarray | None) -> torch.Tensor:
         """int64 [R]; where there is no table, the likeliest. Where it is recorded, what lies in the table by then
         counts."""
-        token_ids = empty((len(logits),), torch.int64)
+        token_ids = torch.empty(len(logits), dtype=torch.int64)
         self._library.draw(
             *(logits.data_ptr(), logits.stride(0), *logits.shape),
             *(None if table is None else table.ctypes.data, token_ids.data_ptr(), torch.get_num_threads()),

@@ -3,16 +3,13 @@ be run again for fewer tokens and sequences than it was recorded with.
 
 While a step is recorded nothing is computed: the library writes down the calls it gets. The tensors of
 the step come from a pool, so that the calls can run again at the same addresses. torch's dispatcher is
-watched: plain arithmetic is handed to the library, and anything else but a view ends the recording. To be
-watched costs some microseconds a call: ops take their memory from `empty` here, and ask torch for nothing
-that may be known without.
+watched: plain arithmetic is handed to the library, and anything else but a view ends the recording.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -29,31 +26,6 @@ from nanovllm.ops.library import Library
 aten = torch.ops.aten
 _LINE = 64  # bytes
 _ADD, _SCALE, _DIVIDE, _CLAMP = range(4)  # csrc/kernels.h
-_NUMPY = {
-    torch.float32: np.float32,
-    torch.float64: np.float64,
-    torch.float16: np.float16,
-    torch.bfloat16: np.int16,  # numpy has none
-    torch.int32: np.int32,
-    torch.int64: np.int64,
-    torch.uint8: np.uint8,
-    torch.int8: np.int8,
-    torch.bool: np.bool_,
-}
-
-
-class _Here(threading.local):
-    """pool: of the step that this thread records."""
-
-    pool: _Pool | None = None
-
-
-_here = _Here()
-
-
-def empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """What torch.empty gives; while a step is recorded, memory that its replays write to."""
-    return torch.empty(shape, dtype=dtype) if _here.pool is None else _here.pool.empty(shape, dtype)
 
 
 class NativeGraph:
@@ -94,12 +66,10 @@ class NativeRecorder:
         """As Recorder.record."""
         self._pool.reclaim()
         self._library.record()
-        _here.pool = self._pool
         try:
             with _Watch(self._library, self._pool):
                 result = run()
         finally:
-            _here.pool = None
             graph = NativeGraph(self._library)
         return result, graph
 
@@ -143,8 +113,7 @@ class _Watch(TorchDispatchMode):
         out = self._pool.empty(x.shape, torch.float32)
         second = None if y is None else y.data_ptr()
         threads = torch.get_num_threads()
-        rows = len(x) if x.dim() else 1
-        width = x.numel() // max(rows, 1)
+        rows, width = len(x) if x.dim() else 1, math.prod(x.shape[1:])
         self._library.elementwise(kind, x.data_ptr(), second, a, b, out.data_ptr(), rows, width, threads)
         return out
 
@@ -181,17 +150,13 @@ class _Pool:
             self._free[len(buffer)].append(buffer)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        if dtype not in _NUMPY:
-            raise CannotRecord(f"memory for {dtype}")
         num_bytes = math.prod(shape) * dtype.itemsize
         size = max(_LINE, 1 << (num_bytes - 1).bit_length())
         free = self._free[size]
         buffer = free.pop() if free else self._new_buffer(size)
-        lease = np.ndarray(shape, _NUMPY[dtype], buffer)
+        lease = buffer[:num_bytes]
         weakref.finalize(lease, self._give_back, buffer, self._recording)
-        with torch._C._DisableTorchDispatch():
-            taken = torch.from_numpy(lease)
-            return taken if dtype != torch.bfloat16 else taken.view(dtype)
+        return torch.from_numpy(lease).view(dtype).view(*shape)
 
     def _new_buffer(self, size: int) -> np.ndarray:
         try:
